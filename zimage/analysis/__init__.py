@@ -1,0 +1,1 @@
+"""Tables, figures and judgements derived from stored results. Nothing here imports MLX."""

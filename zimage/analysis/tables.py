@@ -1,0 +1,63 @@
+"""The result tables: one Arrow schema each, units in the column names.
+
+Every table starts with the columns `run_key, experiment, device, arm`, so that tables of several runs can be stacked.
+A notebook supplies `arm` and the table's own columns; the store fills in the rest.
+"""
+
+import pandas as pd
+import pyarrow as pa
+
+from zimage.errors import ExperimentError
+
+SHARED = (
+    pa.field("run_key", pa.string()),
+    pa.field("experiment", pa.string()),
+    pa.field("device", pa.string()),
+    pa.field("arm", pa.string()),
+)
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema([*SHARED, *(pa.field(name, kind) for name, kind in columns.items())])
+
+
+_TEXT, _FLOAT, _INT, _BOOL = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "stages": _schema(
+        stage=_TEXT, view=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT, time_high_s=_FLOAT,
+        parameters=_INT, flops=_FLOAT, bytes=_INT, peak_bytes=_INT,
+    ),
+    "operations": _schema(
+        stage=_TEXT, operation=_TEXT, time_s=_FLOAT, flops=_FLOAT, bytes=_INT,
+        intensity_flop_per_byte=_FLOAT, attained_fraction=_FLOAT, bound=_TEXT,
+    ),
+    "samples": _schema(
+        process=_INT, trial=_INT, quad=_INT, position=_INT, kind=_TEXT, regime=_TEXT, time_s=_FLOAT, dropped=_BOOL,
+    ),
+    "ablation": _schema(
+        baseline=_TEXT, scope=_TEXT, regime=_TEXT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT, p_value=_FLOAT,
+        verdict=_TEXT, reason=_TEXT, verdict_without_drops=_TEXT, quads=_INT, dropped_quads=_INT, noise_floor=_FLOAT,
+    ),
+    "quality": _schema(step=_INT, metric=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, weights_kind=_TEXT),
+    "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
+    "environment": _schema(key=_TEXT, value=_TEXT),
+}  # fmt: skip
+
+
+def conform(name: str, frame: pd.DataFrame) -> pa.Table:
+    """`frame` as an Arrow table of the schema called `name`; columns it lacks are null.
+
+    Raises ExperimentError for an unknown table, an unknown column, or values of the wrong type.
+    """
+    schema = SCHEMAS.get(name)
+    if schema is None:
+        raise ExperimentError(f"table {name!r} is not known; the tables are {', '.join(SCHEMAS)}")
+    unknown = [str(c) for c in frame.columns if c not in schema.names]
+    if unknown:
+        raise ExperimentError(f"table {name!r}: unknown column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+    full = frame.reindex(columns=schema.names)
+    try:
+        return pa.Table.from_pandas(full, schema=schema, preserve_index=False).replace_schema_metadata(None)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ExperimentError(f"table {name!r}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,33 @@
+"""Errors a user can meet. Each is one line: what went wrong, where, and what to do."""
+
+
+class ZImageError(Exception):
+    """Base of every error that bad input or a missing piece of the machine can cause."""
+
+
+class ConfigError(ZImageError):
+    """A model configuration has an unknown, missing or impossible value."""
+
+
+class WeightsError(ZImageError):
+    """A checkpoint cannot be found, read, or does not hold the tensors its configuration asks for."""
+
+
+class InputError(ZImageError):
+    """A model, transform or scheduler was called with shapes or values it does not accept."""
+
+
+class ExperimentError(ZImageError):
+    """An experiment file, a notebook's parameters or a command's arguments are wrong."""
+
+
+class StoreError(ZImageError):
+    """The results store holds something unreadable, or cannot be written."""
+
+
+class MeasurementError(ZImageError):
+    """A measurement could not be taken or judged."""
+
+
+class BackendError(ZImageError):
+    """MLX, its device or its libraries are missing or unusable on this machine."""
