@@ -1,0 +1,327 @@
+"""The machine MLX runs on: prepare it before MLX is imported, and say what it is.
+
+`prepare()` comes before the first `import mlx.core` in every module of this package. `python -m zimage.backend` prints
+the device facts as JSON, for a process that must not load MLX itself. Checks and measured peaks are in `doctor`.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, Literal
+
+from zimage import blas
+from zimage.errors import BackendError
+
+UNKNOWN = "unknown"
+# The CUDA backend counts cache misses over a process's life and raises past twice the capacity; prefix profiles and
+# sweeps make more shapes than its default capacities (400 graphs, 256 and 64 attention plans) allow.
+CUDA_VARIABLES = {
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "20000",
+    "MLX_CUDA_SDPA_CACHE_SIZE": "20000",
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "20000",
+}
+_COMMAND_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class MLXBuild:
+    """The MLX that `import mlx` would load. `kind` is cpu, cuda-12, cuda-13, metal, source or missing."""
+
+    kind: str
+    version: str
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did. `late`: MLX had been imported before, so an optimised BLAS could no longer be put first."""
+
+    build: MLXBuild
+    blas: blas.Loaded | None
+    blas_notes: tuple[str, ...]
+    late: bool
+    variables_set: tuple[str, ...]
+
+
+_lock = threading.Lock()
+_prepared: Prepared | None = None
+
+
+def prepare() -> Prepared:
+    """Make this process ready for `import mlx.core`: an optimised BLAS on Linux CPUs, and the `MLX_*` variables.
+
+    Cheap and safe to call again. Variables that the user set are left alone. Raises BackendError when MLX is missing,
+    incomplete or installed twice over; a missing BLAS is only noted.
+    """
+    global _prepared  # noqa: PLW0603 - it describes this process
+    with _lock:
+        if _prepared is None:
+            _prepared = _prepare()
+        return _prepared
+
+
+def _prepare() -> Prepared:
+    build = find_build()
+    late = "mlx.core" in sys.modules
+    variables = CUDA_VARIABLES if build.kind.startswith("cuda") else {}
+    to_set = [name for name in variables if name not in os.environ]
+    if not late:
+        os.environ.update({name: variables[name] for name in to_set})
+    outcome = blas.Outcome(None)
+    if sys.platform == "linux" and build.kind in ("cpu", "source"):
+        if not late:
+            outcome = blas.load()
+        else:
+            already = blas.in_global_scope()
+            outcome = blas.Outcome(already, () if already else ("MLX was imported before zimage",))
+    too_late = late and (bool(to_set) or (build.kind == "cpu" and outcome.loaded is None and _wants_blas()))
+    if too_late:
+        warnings.warn(
+            "mlx was imported before zimage could prepare it (slow BLAS or small caches): import zimage.backend and "
+            "call its prepare() before mlx.core",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return Prepared(build, outcome.loaded, outcome.notes, too_late, () if late else tuple(to_set))
+
+
+def _wants_blas() -> bool:
+    return sys.platform == "linux" and os.environ.get(blas.VARIABLE, "").strip().lower() != "reference"
+
+
+def find_build() -> MLXBuild:
+    """Find the installed MLX without importing it.
+
+    Raises BackendError when there is none, when it lacks its library, or when two builds overwrote each other.
+    """
+    if sys.platform == "win32":
+        raise BackendError("MLX does not run on Windows itself: install zimage inside WSL2 (Ubuntu), see docs")
+    extra = "zimage[cpu]" if sys.platform == "linux" else "zimage"
+    spec = PathFinder.find_spec("mlx")
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []
+    folder = next((place for place in folders if any(place.glob("core*.so"))), None)
+    if folder is None:
+        raise BackendError(f'MLX is not installed for {sys.executable}: pip install "{extra}"')
+    versions = _distributions(folder.parent)
+    kinds = sorted(name.removeprefix("mlx-") for name in versions if re.fullmatch(r"mlx-(cpu|metal|cuda.*)", name))
+    if len(kinds) > 1:
+        names = " and ".join(f"mlx-{kind}" for kind in kinds)
+        remove = " ".join(f"mlx-{kind}" for kind in kinds)
+        raise BackendError(
+            f"{names} are both installed and overwrite each other: pip uninstall -y {remove} mlx, then "
+            f'pip install "zimage[cpu]" or "zimage[cuda13]"'
+        )
+    # The wheel `mlx` brings only the bindings; the library is in mlx-cpu, mlx-metal or mlx-cuda-*.
+    if not any(folder.glob("lib/libmlx.*")):
+        choice = ' (or "zimage[cuda13]", "zimage[cuda12]")' if sys.platform == "linux" else ""
+        raise BackendError(f'MLX is installed without its library libmlx: pip install "{extra}"{choice}')
+    return MLXBuild(kinds[0] if kinds else "source", versions.get("mlx", UNKNOWN), folder)
+
+
+def _distributions(site: Path) -> dict[str, str]:
+    """Names and versions of the distributions whose metadata lies in `site`, from the folders' names alone."""
+    found = {}
+    for entry in site.glob("*.dist-info"):
+        name, _, version = entry.name.removesuffix(".dist-info").partition("-")
+        found[re.sub(r"[-_.]+", "-", name).lower()] = version
+    return found
+
+
+def default_dtype() -> Literal["float32", "bfloat16"]:
+    """What suits the device: float32 on a CPU, whose 16-bit products take a slow path, else bfloat16."""
+    return "bfloat16" if _device_type() == "gpu" else "float32"
+
+
+def _mlx() -> Any:
+    prepare()
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise BackendError(f'MLX cannot be loaded ({reason}): pip install "zimage[cpu]" or "zimage[cuda13]"') from None
+    return mx
+
+
+def _device_type() -> str:
+    return str(_mlx().default_device().type).rsplit(".", 1)[-1]
+
+
+def _mlx_device() -> Mapping[str, str | int]:
+    mx = _mlx()
+    info: Mapping[str, str | int] = mx.device_info() if hasattr(mx, "device_info") else {}
+    return info
+
+
+def device_facts() -> dict[str, str]:
+    """Everything about device, software and environment that is recorded with a run, as strings.
+
+    What cannot be found out is "unknown". `device` is the short device name, such as `nvidia-h100-80gb-hbm3`,
+    `apple-m3-max` or `cpu-amd-epyc-2c`. Raises BackendError as `prepare` does.
+    """
+    prepared = prepare()
+    info, device_type, nvidia = _mlx_device(), _device_type(), _nvidia(prepared.build)
+    blas_name, blas_version = _blas(prepared)
+    commit = _commit()
+    facts = {
+        "device": short_device_name(device_type, str(info.get("device_name", UNKNOWN)), blas.usable_cores()),
+        "device_type": device_type,
+        "device_name": _cpu_name() if device_type == "cpu" else str(info.get("device_name", UNKNOWN)),
+        "architecture": str(info.get("architecture", UNKNOWN)),
+        "memory_bytes": _device_memory(device_type, info),
+        "recommended_memory_bytes": str(info.get("max_recommended_working_set_size", UNKNOWN)),
+        "host_memory_bytes": _host_memory(),
+        "cpu": _cpu_name(),
+        "cores": str(blas.usable_cores()),
+        "os": _os_name(),
+        "driver": nvidia["driver"],
+        "cuda": nvidia["cuda"],
+        "gpu_power_limit_w": nvidia["power_limit_w"],
+        "mlx": prepared.build.version,
+        "mlx_build": prepared.build.kind,
+        "blas": f"{blas_name} {blas_version}".strip(),
+        "blas_threads": str(prepared.blas.threads) if prepared.blas else UNKNOWN,
+        "blas_file": prepared.blas.path.name if prepared.blas else UNKNOWN,
+        "python": platform.python_version(),
+        "zimage": _zimage_version(),
+        "commit": commit,
+        "power_source": _power_source(),
+        "low_power_mode": _low_power_mode(),
+        "clock": time.get_clock_info("perf_counter").implementation,
+    }
+    variables = (name for name in sorted(os.environ) if name.startswith("MLX_"))
+    return facts | {name: os.environ[name] for name in variables}
+
+
+def short_device_name(device_type: str, device_name: str, cores: int) -> str:
+    """The device as a file name: `nvidia-h100-80gb-hbm3`, `apple-m3-max`, `cpu-amd-epyc-7b13-2c`."""
+    name = _cpu_name() if device_type == "cpu" else device_name
+    name = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|\b\d+-Core\b|@.*|\b\d+(st|nd|rd|th) Gen\b", " ", name)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or UNKNOWN
+    return f"cpu-{slug}-{cores}c" if device_type == "cpu" else slug
+
+
+def _blas(prepared: Prepared) -> tuple[str, str]:
+    """Name and version of what multiplies matrices here."""
+    if prepared.blas is not None:
+        return prepared.blas.name, prepared.blas.version
+    if sys.platform == "darwin":
+        return "Accelerate", platform.mac_ver()[0]
+    if prepared.build.kind.startswith("cuda"):
+        site = prepared.build.folder.parent if prepared.build.folder else Path()
+        versions = _distributions(site)
+        return "cuBLAS", next((versions[name] for name in sorted(versions) if name.startswith("nvidia-cublas")), "")
+    return ("reference", "") if prepared.build.kind == "cpu" else (UNKNOWN, "")
+
+
+def _output(*command: str, folder: Path | None = None) -> str:
+    """A command's output, or "" when it is not there, fails or does not answer."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False, cwd=folder
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _nvidia(build: MLXBuild) -> dict[str, str]:
+    """Driver, CUDA version and power limit from nvidia-smi: the GPU's driver is a fact of no other build."""
+    facts = dict.fromkeys(("driver", "cuda", "power_limit_w"), UNKNOWN)
+    if not build.kind.startswith("cuda"):
+        return facts
+    rows = _output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits")
+    if rows:
+        driver, _, power = rows.splitlines()[0].partition(",")
+        facts |= {"driver": driver.strip(), "power_limit_w": power.strip()}
+    found = re.search(r"CUDA Version\s*:\s*([\d.]+)", _output("nvidia-smi"))
+    return facts | ({"cuda": found.group(1)} if found else {})
+
+
+def _device_memory(device_type: str, info: Mapping[str, str | int]) -> str:
+    if device_type == "cpu":
+        return _host_memory()
+    return str(info.get("total_memory", info.get("memory_size", UNKNOWN)))
+
+
+def _host_memory() -> str:
+    try:
+        return str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError):
+        return UNKNOWN
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or UNKNOWN
+    return blas.cpu_model()
+
+
+def _os_name() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        distribution = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+    except OSError:
+        distribution = platform.system()
+    return f"{distribution} (kernel {platform.release()})"
+
+
+def _zimage_version() -> str:
+    from zimage import __version__
+
+    return __version__
+
+
+def _commit() -> str:
+    """The checkout's commit, with "-dirty" when the package differs from it; "unknown" for an installed copy."""
+    package = Path(__file__).parent
+    if not _output("git", "ls-files", "--", "errors.py", folder=package):  # not a file of the repository around it
+        return UNKNOWN
+    commit = _output("git", "rev-parse", "--short=12", "HEAD", folder=package)
+    changed = _output("git", "status", "--porcelain", "--", ".", folder=package)
+    return (commit + ("-dirty" if changed else "")) or UNKNOWN
+
+
+def _power_source() -> str:
+    if sys.platform == "darwin":
+        found = re.search(r"drawing from '(.+?)'", _output("pmset", "-g", "batt"))
+        return found.group(1) if found else UNKNOWN
+    supplies = Path("/sys/class/power_supply")
+    for online in sorted(supplies.glob("*/online")):
+        try:
+            if (online.parent / "type").read_text().strip() == "Mains":
+                return "AC Power" if online.read_text().strip() == "1" else "Battery Power"
+        except OSError:
+            continue
+    return UNKNOWN
+
+
+def _low_power_mode() -> str:
+    if sys.platform != "darwin":
+        return UNKNOWN
+    found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", _output("pmset", "-g"), re.MULTILINE)
+    return {"0": "off", "1": "on", "2": "high power"}.get(found.group(1), UNKNOWN) if found else UNKNOWN
+
+
+def main() -> int:
+    """Print the device facts as JSON; exit 2 with one line when MLX cannot be used."""
+    try:
+        print(json.dumps(device_facts(), indent=2))
+    except BackendError as error:
+        print(f"zimage: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
