@@ -17,10 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zimage import blas
 from zimage.errors import BackendError
+
+if TYPE_CHECKING:
+    from zimage.doctor import Check
 
 UNKNOWN = "unknown"
 # The CUDA backend counts cache misses over a process's life and raises past twice the capacity; prefix profiles and
@@ -311,6 +314,13 @@ def _low_power_mode() -> str:
         return UNKNOWN
     found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", _output("pmset", "-g"), re.MULTILINE)
     return {"0": "off", "1": "on", "2": "high power"}.get(found.group(1), UNKNOWN) if found else UNKNOWN
+
+
+def doctor(results: Path = Path("results")) -> "list[Check]":
+    """The checks of `zimage doctor`, in the order to show them; they take a few seconds. See `zimage.doctor`."""
+    from zimage.doctor import checks
+
+    return checks(results)
 
 
 def main() -> int:
