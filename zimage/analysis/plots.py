@@ -1,0 +1,319 @@
+"""Figures: a result table in, a plotly figure out. Used by notebooks and by the dashboard alike.
+
+Backgrounds are transparent and text is a mid grey, so that a figure reads on white and on black; the dashboard sets
+exact colours to the reader's scheme. Colours follow Okabe and Ito and never carry a meaning alone.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from zimage.analysis import units
+from zimage.analysis.reading import (
+    ablation_labels,
+    best_scope,
+    final_step,
+    is_fraction,
+    memory_groups,
+    metric_name,
+    metric_value,
+    part_of,
+    profile,
+    records,
+)
+
+INK = "#7b828c"
+GRID = "rgba(128,136,148,0.22)"
+BAND = "rgba(128,136,148,0.16)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+
+PART_COLORS = {
+    "embedders": "#8f97a3",
+    "noise refiner": "#cf8a14",
+    "context refiner": "#a45fa0",
+    "main layers": "#3f7fc1",
+    "final layer": "#1c9a78",
+    "other": "#b5793f",
+}
+VERDICTS = {  # colour and marker: the marker points to where the time went
+    "faster": ("#1c9a78", "triangle-left"),
+    "slower": ("#d4622a", "triangle-right"),
+    "equivalent": ("#3f7fc1", "circle"),
+    "inconclusive": ("#8f97a3", "circle-open"),
+}
+BASELINE_COLOR = "#8f97a3"
+ARM_COLORS = ("#3f7fc1", "#cf8a14", "#1c9a78", "#a45fa0", "#d4622a", "#5aa9d6", "#b5793f", "#c2a500")
+MAX_POINTS = 400  # points drawn of one arm's samples
+
+
+def stages(frame: pd.DataFrame) -> go.Figure:
+    """Time of every stage in forward order, with its interval and its share of the whole step.
+
+    `frame` is a `stages` table of one run. Negative times, which differences of prefixes can give, are shown as they
+    are. Several arms stand beside each other in colours of their own; one arm is coloured by part of the model.
+    """
+    rows, whole = profile(frame)
+    arms = list(dict.fromkeys(rows["arm"].fillna("")))
+    scale, unit = units.time_unit(rows["time_s"].abs().max() if len(rows) else float("nan"))
+    names = list(dict.fromkeys(rows["stage"]))
+    rows = rows.assign(
+        part=rows["stage"].map(part_of),
+        low=((rows["time_s"] - rows["time_low_s"]).clip(lower=0) / scale),
+        high=((rows["time_high_s"] - rows["time_s"]).clip(lower=0) / scale),
+    )
+    figure = go.Figure()
+    several = len(arms) > 1
+    groups = [(a, rows[rows["arm"].fillna("") == a]) for a in arms] if several else _by_part(rows)
+    for place, (name, group) in enumerate(groups):
+        color = ARM_COLORS[place % len(ARM_COLORS)] if several else PART_COLORS[name]
+        figure.add_bar(
+            y=_plain(group["stage"]),
+            x=(group["time_s"] / scale).tolist(),
+            name=_plain([name])[0],
+            orientation="h",
+            marker={"color": color, "line": {"width": 0}, "cornerradius": 2},
+            error_x=_whiskers(group["low"], group["high"]),
+            customdata=[_stage_facts(row, whole) for row in records(group)],
+            hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
+        )
+    label = f"time ({unit})" + (f", whole step {units.seconds(whole)}" if whole is not None else "")
+    # About 30 px a bar; long profiles pack closer so that a whole model still fits a screen or two.
+    pitch = 28 if len(names) <= 16 else 20
+    _finish(figure, height=110 + pitch * max(len(names), 1) * (len(arms) if several else 1))
+    figure.update_layout(barmode="group" if several else "overlay", bargap=0.28, margin={"r": 64})
+    figure.update_xaxes(title_text=label, zeroline=True)
+    figure.update_yaxes(categoryorder="array", categoryarray=_plain(names)[::-1], showgrid=False)
+    if whole and not several:
+        for row in records(rows):
+            figure.add_annotation(
+                x=1, xref="paper", xanchor="left", xshift=10, y=_plain([row["stage"]])[0], showarrow=False,
+                text=units.percent(row["time_s"] / whole), font={"size": 12},
+            )  # fmt: skip
+    return figure
+
+
+def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
+    """Forest plot: every arm's time ratio to its baseline, with its interval, and a band of +-delta about 1.
+
+    `frame` is an `ablation` table; a column `case`, if there, is added to the labels. Left of 1 is less time.
+    """
+    labels = ablation_labels(frame)
+    figure = go.Figure()
+    verdicts = frame["verdict"].where(frame["verdict"].isin(list(VERDICTS)), "inconclusive")
+    for verdict, (color, symbol) in VERDICTS.items():
+        chosen = (verdicts == verdict) & frame["ratio"].notna()
+        group = frame[chosen]
+        if group.empty:
+            continue
+        figure.add_scatter(
+            x=group["ratio"].tolist(),
+            y=[_plain([label])[0] for label, keep in zip(labels, chosen, strict=True) if keep],
+            mode="markers",
+            name=verdict,
+            marker={"color": color, "symbol": symbol, "size": 12, "line": {"width": 2, "color": color}},
+            error_x=_whiskers(group["ratio"] - group["ratio_low"], group["ratio_high"] - group["ratio"], color),
+            customdata=[[_interval(row)] for row in records(group)],
+            hovertemplate="<b>%{y}</b><br>" + verdict + ", ratio %{x:.3f}%{customdata[0]}<extra></extra>",
+        )
+    _finish(figure, height=120 + 38 * max(len(labels), 1))
+    figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
+    figure.add_vline(x=1, line={"color": INK, "width": 1.5})
+    ends = [float(v) for c in ("ratio", "ratio_low", "ratio_high") for v in frame[c].dropna()] + [1 - delta, 1 + delta]
+    pad = 0.08 * (max(ends) - min(ends))
+    figure.update_xaxes(title_text="time ratio to the baseline (below 1: less time)", zeroline=False, nticks=7)
+    figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
+    figure.update_yaxes(categoryorder="array", categoryarray=_plain(labels)[::-1], showgrid=False)
+    figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])
+    return figure
+
+
+def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
+    """Bars per arm for every metric of a `quality` table, at its last step, with intervals where there are any."""
+    rows = final_step(frame)
+    panels = [
+        (metric_name(str(metric)), [*group["arm"]], [*group["value"]], [*group["low"]], [*group["high"]],
+         [metric_value(str(metric), v) for v in group["value"]])
+        for metric, group in rows.groupby("metric", sort=False)
+    ]  # fmt: skip
+    figure = _panels(panels, baseline)
+    for place, metric in enumerate(dict.fromkeys(rows["metric"]), start=1):
+        if is_fraction(metric):
+            figure.update_xaxes(tickformat=".0%", col=place)
+    return figure
+
+
+def memory(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
+    """Bars of bytes for every metric of a `memory` table: per arm, or per stage where there is one arm only."""
+    panels: list[Panel] = []
+    kept = frame.dropna(subset=["bytes"])
+    for name, group in memory_groups(kept):
+        labels = group["stage"] if kept["arm"].nunique() <= 1 and group["stage"].nunique() > 1 else group["arm"]
+        scale, unit = units.size_unit(float(group["bytes"].abs().max()))
+        values = [float(v) / scale for v in group["bytes"]]
+        texts = [units.size(float(v)) for v in group["bytes"]]
+        panels.append((f"{name} ({unit})", [*labels.fillna("")], values, [], [], texts))
+    return _panels(panels, baseline)
+
+
+def ratios(frame: pd.DataFrame) -> go.Figure:
+    """Bars of the time ratio per arm for one scope of an `ablation` table, its baseline first at 1."""
+    scope = best_scope(frame)
+    rows = frame[frame["scope"] == scope].dropna(subset=["ratio"]).drop_duplicates("arm")
+    baseline = next(iter(rows["baseline"].dropna()), "baseline")
+    missing = float("nan")
+    return _panels(
+        [
+            (
+                f"time ratio, {scope}",
+                [baseline, *rows["arm"]],
+                [1.0, *rows["ratio"]],
+                [missing, *rows["ratio_low"]],
+                [missing, *rows["ratio_high"]],
+                [units.ratio(1.0), *(units.ratio(v) for v in rows["ratio"])],
+            )
+        ],
+        baseline,
+    )
+
+
+def samples(frame: pd.DataFrame) -> go.Figure:
+    """Every timed value of a `samples` table, one row an arm: a box of quartiles and the points themselves.
+
+    Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS an arm.
+    """
+    rows = frame[(frame["kind"] == "sample") & frame["dropped"].isin([True]).eq(False)].dropna(subset=["time_s"])
+    scale, unit = units.time_unit(rows["time_s"].median() if len(rows) else float("nan"))
+    figure = go.Figure()
+    arms = list(dict.fromkeys(rows["arm"].fillna("")))
+    for place, arm in enumerate(arms):
+        values = rows.loc[rows["arm"].fillna("") == arm, "time_s"] / scale
+        thin = values.iloc[:: -(-len(values) // MAX_POINTS)]
+        figure.add_box(
+            x=thin.tolist(),
+            y=_plain([arm]) * len(thin),
+            name=_plain([arm])[0],
+            orientation="h",
+            boxpoints="all",
+            jitter=0.6,
+            pointpos=0,
+            fillcolor="rgba(0,0,0,0)",
+            line={"width": 1.5, "color": ARM_COLORS[place % len(ARM_COLORS)]},
+            marker={"size": 4, "opacity": 0.45, "color": ARM_COLORS[place % len(ARM_COLORS)]},
+            hovertemplate="%{y}: %{x:.4g} " + unit + "<extra></extra>",
+        )
+    spread = rows["time_s"].max() / rows["time_s"].min() if len(rows) and rows["time_s"].min() > 0 else 1.0
+    _finish(figure, height=110 + 64 * max(len(arms), 1))
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(
+        title_text=f"time of one sample ({unit})", zeroline=False, type="log" if spread > 20 else "linear"
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=_plain(arms)[::-1], showgrid=False)
+    return figure
+
+
+Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[float], Sequence[str]]
+
+
+def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
+    """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
+    titles = [f"<b>{_plain([panel[0]])[0]}</b>" for panel in panels]
+    figure = make_subplots(rows=1, cols=max(len(panels), 1), subplot_titles=titles, horizontal_spacing=0.1)
+    longest = 1
+    for place, (_, labels, values, low, high, texts) in enumerate(panels, start=1):
+        longest = max(longest, len(labels))
+        whiskers = _whiskers(_below(values, low), _below(high, values))
+        figure.add_bar(
+            y=_plain(labels), x=list(values), orientation="h", row=1, col=place, showlegend=False,
+            marker={
+                "color": [BASELINE_COLOR if n == baseline else ARM_COLORS[0] for n in labels],
+                "line": {"width": 0}, "cornerradius": 2,
+            },
+            error_x=whiskers,
+            customdata=[[t] for t in _plain(texts)],
+            hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
+        )  # fmt: skip
+        # The value stands left of the axis with the label, where no whisker can cross it.
+        figure.update_yaxes(
+            categoryorder="array", categoryarray=_plain(dict.fromkeys(labels))[::-1], showgrid=False, row=1, col=place,
+            tickmode="array", tickvals=_plain(labels),
+            ticktext=[f"{n}  <b>{t}</b>" for n, t in zip(_plain(labels), _plain(texts), strict=True)],
+        )  # fmt: skip
+        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, row=1, col=place)
+    _finish(figure, height=84 + 34 * longest)
+    figure.update_layout(bargap=0.34, margin={"t": 34})
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def _finish(figure: go.Figure, height: int) -> None:
+    figure.update_layout(
+        height=height,
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 13, "color": INK},
+        margin={"l": 8, "r": 12, "t": 36, "b": 44},
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left", "title": {"text": ""}},
+        hoverlabel={"align": "left", "font": {"family": FONT, "size": 13}},
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        gridcolor=GRID, zerolinecolor=INK, zerolinewidth=1, showline=False, automargin=True, fixedrange=True,
+        title_font={"size": 12}, title_standoff=10, tickfont={"size": 12},
+    )  # fmt: skip
+    figure.update_yaxes(
+        gridcolor=GRID, zeroline=False, showline=False, automargin=True, fixedrange=True, type="category",
+        ticks="outside", ticklen=6, tickcolor="rgba(0,0,0,0)",
+    )  # fmt: skip
+
+
+def _by_part(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [(part, rows[rows["part"] == part]) for part in PART_COLORS if (rows["part"] == part).any()]
+
+
+def _whiskers(below: Iterable[float], above: Iterable[float], color: str = INK) -> dict[str, object]:
+    """Asymmetric error bars; what is missing has none."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [0.0 if units.missing(v) else max(float(v), 0.0) for v in above],
+        "arrayminus": [0.0 if units.missing(v) else max(float(v), 0.0) for v in below],
+        "color": color,
+        "thickness": 1.5,
+        "width": 3,
+    }
+
+
+def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
+    """upper - lower, element by element; nothing where either side is missing."""
+    pairs = zip(upper, lower, strict=False)
+    return [0.0 if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
+
+
+def _plain(texts: Iterable[object]) -> list[str]:
+    """Texts that plotly draws as they are written: it reads a small HTML in labels, which data must not reach."""
+    return [html.escape(str(text), quote=False).replace("$", "&#36;") for text in texts]
+
+
+def _interval(row: dict[str, float]) -> str:
+    if units.missing(row["ratio_low"]) or units.missing(row["ratio_high"]):
+        return ""
+    return f", interval {units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])}"
+
+
+def _stage_facts(row: dict[str, float], whole: float | None) -> list[str]:
+    lines = [units.seconds(row["time_s"])]
+    if not (units.missing(row["time_low_s"]) or units.missing(row["time_high_s"])):
+        lines[0] += f" ({units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])})"
+    if whole:
+        lines.append(f"{units.percent(row['time_s'] / whole)} of the whole step")
+    if not units.missing(row["parameters"]):
+        lines.append(f"{units.count(row['parameters'])} parameters")
+    if not units.missing(row["bytes"]):
+        lines.append(f"{units.size(row['bytes'])} moved")
+    if not units.missing(row["flops"]):
+        lines.append(f"{units.count(row['flops'])}FLOP")
+    return ["<br>".join(lines)]

@@ -1,0 +1,118 @@
+"""How the result tables are read: which rows belong together, and what their columns are called in words.
+
+Figures, findings and pages all read a table through these, so that they never disagree about what it says.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+from zimage.analysis import units
+
+PARTS = {  # the parts of the forward pass and how their stages' names begin
+    "embedders": "",
+    "noise refiner": "noise_refiner",
+    "context refiner": "context_refiner",
+    "main layers": "layers",
+    "final layer": "final_layer",
+    "other": "",
+}
+_NAMES = {
+    "relative_l2_error": "relative L2 error",
+    "weight_bytes": "weights",
+    "peak_bytes": "peak memory",
+    "active_bytes": "active memory",
+    "cache_bytes": "buffer cache",
+    "process_bytes": "process memory",
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def arms(frame: pd.DataFrame | None) -> list[str]:
+    """The arms of a table in the order they appear."""
+    return [] if frame is None else [str(arm) for arm in dict.fromkeys(frame["arm"].dropna())]
+
+
+def metric_name(metric: str) -> str:
+    """A metric's column value in words: `digit_accuracy` -> `digit accuracy`."""
+    return _NAMES.get(metric, metric.replace("_", " "))
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether a quality metric is a share that people read as a percentage."""
+    return metric.endswith(("accuracy", "fraction"))
+
+
+def metric_value(metric: str, value: float | None) -> str:
+    """A quality metric's value as text: a percentage for accuracies, three digits for the rest."""
+    return units.percent(value) if is_fraction(metric) else units.significant(value)
+
+
+def part_of(stage: str) -> str:
+    """The part of the forward pass that a stage belongs to, one of PARTS."""
+    head = stage.split(".", maxsplit=1)[0]
+    if head.endswith("embedder"):
+        return "embedders"
+    return next((part for part, start in PARTS.items() if start == head), "other")
+
+
+def profile(frame: pd.DataFrame) -> tuple[pd.DataFrame, float | None]:
+    """The rows of a stages table that hold single stages, in forward order, and the whole step's time in seconds.
+
+    Views are never mixed: where several are recorded it is the prefix view, else the first one. Without a row of view
+    `whole` the time is None.
+    """
+    whole = frame[frame["view"] == "whole"]
+    rest = frame[frame["view"] != "whole"]
+    views = list(dict.fromkeys(rest["view"].dropna()))
+    view = "prefix" if "prefix" in views or not views else views[0]
+    times = whole["time_s"].dropna()
+    return rest[rest["view"] == view].reset_index(drop=True), float(times.iloc[0]) if len(times) else None
+
+
+def final_step(quality: pd.DataFrame) -> pd.DataFrame:
+    """The last recorded step of every arm and metric, in the order of the table."""
+    kept = quality.dropna(subset=["value"])
+    order = kept["step"].astype("Float64").fillna(-1.0)
+    last = order.groupby([kept["arm"], kept["metric"]], sort=False).transform("max")
+    return kept[order == last].drop_duplicates(["arm", "metric"], keep="last").reset_index(drop=True)
+
+
+def ablation_labels(frame: pd.DataFrame) -> list[str]:
+    """One label a row: the arm, its scope, and what else is needed to tell the rows apart."""
+    parts = ["arm", "scope"] + [c for c in ("regime", "case") if c in frame and frame[c].nunique() > 1]
+    rows = records(frame[parts].fillna("").astype(str))
+    return _distinct([" · ".join(value for value in row.values() if value) for row in rows])
+
+
+def memory_groups(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """A memory table cut into what can be compared: per metric, and per stage too where there are several arms."""
+    by = ["metric"] if frame["arm"].nunique() <= 1 else ["metric", "stage"]
+    cut = [(group.iloc[0], group) for _, group in frame.fillna({"stage": ""}).groupby(by, sort=False)]
+    metrics = [first["metric"] for first, _ in cut]
+    return [
+        (metric_name(first["metric"]) + (f", {first['stage']}" if metrics.count(first["metric"]) > 1 else ""), group)
+        for first, group in cut
+    ]
+
+
+def best_scope(frame: pd.DataFrame) -> str:
+    """The widest scope in an `ablation` table: `step` where it was measured, else the last one."""
+    scopes = list(dict.fromkeys(frame["scope"].dropna()))
+    return "step" if "step" in scopes or not scopes else str(scopes[-1])
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    """Labels made unique, so that two rows of the same name keep two places on the axis."""
+    seen: dict[str, int] = {}
+    result = []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        result.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return result
