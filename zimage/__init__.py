@@ -1,7 +1,12 @@
 """Z-Image in MLX, with the tools to measure what a change to it does to time, memory and output."""
 
+from contextlib import suppress
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from zimage import backend
+from zimage.errors import BackendError
 
 __version__ = "0.1.0"
 
@@ -14,7 +19,6 @@ _HOMES = {
 }
 _MODULES = (
     "analysis",
-    "backend",
     "config",
     "digits",
     "errors",
@@ -27,7 +31,7 @@ _MODULES = (
     "transforms",
     "weights",
 )
-__all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", "backend", *_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zimage.config import TransformerConfig as TransformerConfig
@@ -37,13 +41,28 @@ if TYPE_CHECKING:
     from zimage.weights import save_transformer as save_transformer
 
 
+# Before MLX is imported, by us or by the caller: its BLAS and its environment variables cannot be changed afterwards.
+# Where MLX is missing, results can still be read: what needs MLX asks again, and then the error comes.
+with suppress(BackendError):
+    backend.prepare()
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import zimage` costs nothing."""
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(_import(_HOMES[name]), name)
     if name in _MODULES:
-        return import_module(f"zimage.{name}")
+        return _import(f"zimage.{name}")
     raise AttributeError(f"module 'zimage' has no attribute {name!r}")
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        if (error.name or "").startswith("mlx") or "libmlx" in str(error):
+            backend.prepare()  # says in one line what is missing and how to get it
+        raise
 
 
 def __dir__() -> list[str]:

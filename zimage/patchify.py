@@ -1,0 +1,101 @@
+"""Latents to tokens and back, and what each batch's shapes imply: padding, position tables, masks."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage import rope
+from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
+from zimage.errors import InputError
+
+
+def patchify(latents: mx.array, patch: int) -> mx.array:
+    """Latents [B, C, H, W] as tokens [B, H/p * W/p, p * p * C], channels fastest."""
+    B, C, H, W = latents.shape
+    tokens = latents.reshape(B, C, H // patch, patch, W // patch, patch).transpose(0, 2, 4, 3, 5, 1)
+    return tokens.reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+def unpatchify(tokens: mx.array, size: tuple[int, int], patch: int) -> mx.array:
+    """Tokens [B, >= H/p * W/p, p * p * C] as latents [B, C, H, W]; what follows the image's tokens is left out."""
+    H, W = size
+    rows, columns = H // patch, W // patch
+    B, _, width = tokens.shape
+    C = width // (patch * patch)
+    image = tokens[:, : rows * columns].reshape(B, rows, columns, patch, patch, C)
+    return image.transpose(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to the multiple that every item's image and caption are padded to."""
+    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that depends on a batch's shapes and not on its values.
+
+    Masks are additive in fp32, [B, 1, 1, L], and None when every item has the same padded length: then nothing needs
+    masking, and a mask of ones would only cost time.
+    """
+
+    image_tokens: int
+    image_length: int  # padded
+    caption_length: int  # padded, the longest of the batch
+    caption_is_token: mx.array | None  # [B, caption_length, 1]; None when no caption has padding
+    image_rotation: mx.array  # [2, 1 or B, L, 1, head_dim / 2] in fp32: cosines, then sines
+    caption_rotation: mx.array
+    joint_rotation: mx.array
+    caption_mask: mx.array | None
+    joint_mask: mx.array | None
+
+
+@lru_cache(maxsize=64)
+def geometry(config: TransformerConfig, size: tuple[int, int], patch: int, captions: tuple[int, ...]) -> Geometry:
+    """The Geometry of a batch of latents of `size` (rows, columns) with captions of the given token counts.
+
+    Raises InputError when the latents cannot be cut into patches, a caption is empty, or a position lies beyond
+    `axes_lens`.
+    """
+    if patch not in config.all_patch_size:
+        raise InputError(f"patch_size {patch} is not one of this model's {list(config.all_patch_size)}")
+    H, W = size
+    if H < patch or W < patch or H % patch or W % patch:
+        raise InputError(f"latents of {H} x {W} cannot be cut into patches of {patch} x {patch}")
+    if min(captions) < 1:
+        raise InputError("a caption needs at least one token")
+    lengths = [padded(n) for n in captions]
+    longest = max(lengths)
+    rows, columns = H // patch, W // patch
+    image_length = padded(rows * columns)
+    # One table serves the batch when the captions are equally long; else each item has its own.
+    items = lengths if len(set(lengths)) > 1 else lengths[:1]
+    caption = rope.table(rope.caption_positions(longest), config)
+    images = [rope.table(rope.image_positions(rows, columns, n, image_length), config) for n in items]
+    joints = [np.concatenate([image, caption], axis=1) for image in images]
+    is_token = np.arange(longest)[None, :, None] < np.array(captions)[:, None, None]
+    return Geometry(
+        image_tokens=rows * columns,
+        image_length=image_length,
+        caption_length=longest,
+        caption_is_token=None if is_token.all() else mx.array(is_token),
+        image_rotation=_rotation(images),
+        caption_rotation=_rotation([caption]),
+        joint_rotation=_rotation(joints),
+        caption_mask=_mask(lengths, longest),
+        joint_mask=_mask([image_length + n for n in lengths], image_length + longest),
+    )
+
+
+def _rotation(tables: list[NDArray[np.float32]]) -> mx.array:
+    return mx.array(np.stack(tables, axis=1)[:, :, :, None, :])
+
+
+def _mask(lengths: list[int], longest: int) -> mx.array | None:
+    if all(n == longest for n in lengths):
+        return None
+    beyond: NDArray[np.bool_] = np.arange(longest)[None, :] >= np.array(lengths)[:, None]
+    return mx.array(np.where(beyond, np.float32(-np.inf), np.float32(0))[:, None, None, :])

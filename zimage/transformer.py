@@ -1,0 +1,406 @@
+"""The Z-Image diffusion transformer, after the published model (diffusers' `ZImageTransformer2DModel`).
+
+Shapes: B batch, C channels, H x W latent rows and columns, L tokens, D width, N heads, F caption width.
+Module attributes carry the checkpoint's names, so a checkpoint's tensors load under the names they have.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from zimage.config import (
+    FINAL_NORM_EPS,
+    QK_NORM_EPS,
+    TIMESTEP_HIDDEN,
+    TIMESTEP_WIDTH,
+    TransformerConfig,
+)
+from zimage.errors import InputError
+from zimage.patchify import Geometry, geometry, patchify, unpatchify
+
+Captions = mx.array | Sequence[mx.array]
+
+
+def _timestep_frequencies() -> mx.array:
+    half = TIMESTEP_WIDTH // 2
+    # The reference rounds the exponent to fp32 and so do we; exp itself in fp64, because MLX's fp32 exp differs from
+    # torch's by enough to move the model's output by 3e-5.
+    exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    return mx.array(np.exp(exponent.astype(np.float64)).astype(np.float32))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of a timestep through a two-layer MLP: [B] -> [B, temb_dim]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.mlp = [nn.Linear(TIMESTEP_WIDTH, TIMESTEP_HIDDEN), nn.SiLU(), nn.Linear(TIMESTEP_HIDDEN, config.temb_dim)]
+        self._frequencies = _timestep_frequencies()
+
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
+        angles = t.astype(mx.float32)[:, None] * self._frequencies
+        # The cast keeps an fp32 embedding from promoting every activation after it.
+        x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1).astype(dtype)
+        return reduce(lambda y, layer: layer(y), self.mlp, x)
+
+
+def rotate(x: mx.array, rotation: mx.array) -> mx.array:
+    """RoPE in fp32: x [B, L, N, head_dim], adjacent pairs turned by `rotation` [2, 1 or B, L, 1, head_dim / 2]."""
+    cos, sin = rotation[0], rotation[1]
+    wide = x.astype(mx.float32)
+    a, b = wide[..., 0::2], wide[..., 1::2]
+    return mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with QK norm and RoPE: [B, L, D] -> [B, L, D]. Grouped-query where n_kv_heads < n_heads."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        D, head_dim = config.dim, config.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, head_dim
+        self.to_q = nn.Linear(D, self.n_heads * head_dim, bias=False)
+        self.to_k = nn.Linear(D, self.n_kv_heads * head_dim, bias=False)
+        self.to_v = nn.Linear(D, self.n_kv_heads * head_dim, bias=False)
+        self.to_out = [nn.Linear(D, D, bias=False)]
+        if config.qk_norm:
+            self.norm_q = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
+            self.norm_k = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, L, n_heads, head_dim], keys and values [B, L, n_kv_heads, head_dim]."""
+        B, L, _ = x.shape
+        return (
+            self.to_q(x).reshape(B, L, self.n_heads, self.head_dim),
+            self.to_k(x).reshape(B, L, self.n_kv_heads, self.head_dim),
+            self.to_v(x).reshape(B, L, self.n_kv_heads, self.head_dim),
+        )
+
+    def __call__(self, x: mx.array, rotation: mx.array, mask: mx.array | None = None) -> mx.array:
+        B, L, D = x.shape
+        q, k, v = self.project(x)
+        if "norm_q" in self:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The two halves of SwiGLU's input, each [B, L, hidden_dim]."""
+        return self.w1(x), self.w3(x)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_and_up(x)
+        return self.w2(nn.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward between sandwich norms, with AdaLN modulation by the timestep or without."""
+
+    def __init__(self, config: TransformerConfig, modulation: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if modulation:
+            self.adaLN_modulation = [nn.Linear(config.temb_dim, 4 * config.dim)]
+
+    def __call__(
+        self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
+    ) -> mx.array:
+        if "adaLN_modulation" not in self:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, mask))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        modulation = self.adaLN_modulation[0](temb)[:, None, :]
+        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
+        attended = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, mask)
+        x = x + mx.tanh(gate_msa) * self.attention_norm2(attended)
+        fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
+        return x + mx.tanh(gate_mlp) * self.ffn_norm2(fed)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and a projection to patches: [B, L, D] -> [B, L, p * p * C]."""
+
+    def __init__(self, config: TransformerConfig, patch: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, patch * patch * config.in_channels)
+        self.adaLN_modulation = [nn.SiLU(), nn.Linear(config.temb_dim, config.dim)]
+
+    def __call__(self, x: mx.array, temb: mx.array) -> mx.array:
+        activation, linear = self.adaLN_modulation
+        scale = linear(activation(temb))[:, None, :]
+        return self.linear(mx.fast.layer_norm(x, None, None, FINAL_NORM_EPS) * (1 + scale))
+
+
+@dataclass(frozen=True)
+class State:
+    """What lies between two stages: the inputs, and those activations that later stages still need.
+
+    temb [B, temb_dim]; image [B, L_image, D] and caption [B, L_caption, D] until the first main block joins them into
+    joint [B, L_image + L_caption, D]; velocity [B, C, H, W] at the end.
+    """
+
+    latents: mx.array
+    timestep: mx.array
+    caption_features: Captions
+    temb: mx.array | None = None
+    image: mx.array | None = None
+    caption: mx.array | None = None
+    joint: mx.array | None = None
+    velocity: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """What the stages so far have computed and must be evaluated for their work to be done."""
+        computed = (self.temb, self.image, self.caption, self.joint, self.velocity)
+        return [a for a in computed if a is not None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One named step of the forward pass, State -> State."""
+
+    name: str
+    run: Callable[[State], State]
+    module: nn.Module
+    pad_token: mx.array | None = None
+
+    def __call__(self, state: State) -> State:
+        return self.run(state)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the stage has, counted before quantization packs them."""
+        return count_parameters(self.module) + (0 if self.pad_token is None else self.pad_token.size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes its weights take as they are stored."""
+        return weight_bytes(self.module) + (0 if self.pad_token is None else self.pad_token.nbytes)
+
+
+class Transformer(nn.Module):
+    """A Z-Image DiT. A new one has seeded synthetic weights, scaled so that activations stay near one.
+
+    `model(latents, timestep, caption_features)` takes latents [B, C, H, W], timestep [B] in [0, 1] and caption_features
+    [B, L, F] or a list of B arrays [L_i, F]; it gives the velocity [B, C, H, W] with the model's own sign, in the
+    weights' dtype. `patch_size` may be left out where the config has one. Raises InputError for inputs of other shapes.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.t_embedder = TimestepEmbedder(config)
+        self.all_x_embedder = {
+            f"{p}-1": nn.Linear(p * p * config.in_channels, config.dim) for p in config.all_patch_size
+        }
+        self.cap_embedder = [
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
+            nn.Linear(config.cap_feat_dim, config.dim),
+        ]
+        self.x_pad_token = mx.zeros((1, config.dim))
+        self.cap_pad_token = mx.zeros((1, config.dim))
+        self.noise_refiner = [TransformerBlock(config, modulation=True) for _ in range(config.n_refiner_layers)]
+        self.context_refiner = [TransformerBlock(config, modulation=False) for _ in range(config.n_refiner_layers)]
+        self.layers = [TransformerBlock(config, modulation=True) for _ in range(config.n_layers)]
+        self.all_final_layer = {f"{p}-1": FinalLayer(config, p) for p in config.all_patch_size}
+        self.update(_synthetic(self, seed, dtype))
+        self.freeze()
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the residual stream."""
+        return self.x_pad_token.dtype
+
+    def stages(
+        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
+    ) -> list[Stage]:
+        """The forward pass for inputs of these shapes, as named steps; `__call__` is their fold over a State."""
+        patch = self._patch_size(patch_size)
+        lengths = self._check(latents, timestep, caption_features)
+        geo = geometry(self.config, (latents.shape[2], latents.shape[3]), patch, lengths)
+        key = f"{patch}-1"
+        steps = [
+            Stage("t_embedder", self._embed_timestep, self.t_embedder),
+            Stage("x_embedder", self._embed_latents(geo, patch), self.all_x_embedder[key], self.x_pad_token),
+            Stage("cap_embedder", self._embed_captions(geo), self.cap_embedder, self.cap_pad_token),
+        ]
+        for i, block in enumerate(self.noise_refiner):
+            steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
+        for i, block in enumerate(self.context_refiner):
+            steps.append(Stage(f"context_refiner.{i}", _refine_caption(block, geo), block))
+        for i, block in enumerate(self.layers):
+            steps.append(Stage(f"layers.{i}", _main_block(block, geo), block))
+        final = self.all_final_layer[key]
+        return [*steps, Stage("final_layer", _finish(final, patch), final)]
+
+    def __call__(
+        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
+    ) -> mx.array:
+        state = State(latents, timestep, caption_features)
+        for stage in self.stages(latents, timestep, caption_features, patch_size):
+            state = stage(state)
+        assert state.velocity is not None
+        return state.velocity
+
+    def _patch_size(self, patch_size: int | None) -> int:
+        known = self.config.all_patch_size
+        if patch_size is None:
+            if len(known) > 1:
+                raise InputError(f"this model has several patch sizes, {list(known)}: say patch_size=")
+            return known[0]
+        return patch_size
+
+    def _check(self, latents: mx.array, timestep: mx.array, captions: Captions) -> tuple[int, ...]:
+        """Token counts of the captions, after refusing inputs of the wrong shape."""
+        C, F = self.config.in_channels, self.config.cap_feat_dim
+        if latents.ndim != 4 or latents.shape[1] != C:
+            raise InputError(f"latents must be [B, {C}, H, W], found {list(latents.shape)}")
+        B = latents.shape[0]
+        if timestep.shape != (B,):
+            raise InputError(f"timestep must be [{B}], one for each item, found {list(timestep.shape)}")
+        shapes = [c.shape for c in captions] if not isinstance(captions, mx.array) or captions.ndim > 0 else []
+        if len(shapes) != B or any(len(s) != 2 or s[1] != F for s in shapes):
+            found = list(captions.shape) if isinstance(captions, mx.array) else [list(s) for s in shapes]
+            raise InputError(f"caption_features must be [{B}, L, {F}] or {B} arrays of [L_i, {F}], found {found}")
+        return tuple(s[0] for s in shapes)
+
+    def _embed_timestep(self, state: State) -> State:
+        temb = self.t_embedder(state.timestep.astype(mx.float32) * self.config.t_scale, self.dtype)
+        return replace(state, temb=temb)
+
+    def _embed_latents(self, geo: Geometry, patch: int) -> Callable[[State], State]:
+        def run(state: State) -> State:
+            image = self.all_x_embedder[f"{patch}-1"](patchify(state.latents.astype(self.dtype), patch))
+            padding = geo.image_length - geo.image_tokens
+            if padding:
+                pad = mx.broadcast_to(self.x_pad_token, (image.shape[0], padding, image.shape[2]))
+                image = mx.concatenate([image, pad], axis=1)
+            return replace(state, image=image)
+
+        return run
+
+    def _embed_captions(self, geo: Geometry) -> Callable[[State], State]:
+        def run(state: State) -> State:
+            norm, linear = self.cap_embedder
+            caption = linear(norm(_stack(state.caption_features).astype(self.dtype)))
+            if geo.caption_is_token is not None:
+                missing = geo.caption_length - caption.shape[1]
+                caption = mx.pad(caption, [(0, 0), (0, missing), (0, 0)])
+                caption = mx.where(geo.caption_is_token, caption, self.cap_pad_token)
+            return replace(state, caption=caption)
+
+        return run
+
+
+def _refine_image(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
+    def run(state: State) -> State:
+        assert state.image is not None
+        return replace(state, image=block(state.image, geo.image_rotation, None, state.temb))
+
+    return run
+
+
+def _refine_caption(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
+    def run(state: State) -> State:
+        assert state.caption is not None
+        return replace(state, caption=block(state.caption, geo.caption_rotation, _as(geo.caption_mask, state.caption)))
+
+    return run
+
+
+def _main_block(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
+    def run(state: State) -> State:
+        joint = state.joint
+        if joint is None:  # the first main block joins the two sequences, image first
+            assert state.image is not None and state.caption is not None
+            joint = mx.concatenate([state.image, state.caption], axis=1)
+        joint = block(joint, geo.joint_rotation, _as(geo.joint_mask, joint), state.temb)
+        return replace(state, image=None, caption=None, joint=joint)
+
+    return run
+
+
+def _finish(final: FinalLayer, patch: int) -> Callable[[State], State]:
+    def run(state: State) -> State:
+        assert state.joint is not None and state.temb is not None
+        size = (state.latents.shape[2], state.latents.shape[3])
+        tokens = final(state.joint[:, : size[0] * size[1] // patch**2], state.temb)
+        return replace(state, temb=None, joint=None, velocity=unpatchify(tokens, size, patch))
+
+    return run
+
+
+def _as(mask: mx.array | None, activations: mx.array) -> mx.array | None:
+    return None if mask is None else mask.astype(activations.dtype)
+
+
+def _stack(captions: Captions) -> mx.array:
+    """Captions as one array [B, longest, F], zeros after the shorter ones."""
+    if isinstance(captions, mx.array):
+        return captions
+    longest = max(c.shape[0] for c in captions)
+    return mx.stack([mx.pad(c, [(0, longest - c.shape[0]), (0, 0)]) for c in captions])
+
+
+def _synthetic(model: nn.Module, seed: int, dtype: mx.Dtype) -> Any:
+    """Seeded weights for every parameter of `model`, not computed until something evaluates them."""
+    named = tree_flatten(model.parameters())
+    keys = mx.random.split(mx.random.key(seed), len(named))
+    weights = []
+    for (name, array), key in zip(named, keys, strict=True):
+        noise = mx.random.normal(array.shape, dtype=dtype, key=key)
+        if name.endswith("pad_token"):
+            value = noise
+        elif array.ndim == 2:
+            value = noise * array.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            value = noise * 0.02
+        else:  # norms
+            value = 1 + noise * 0.1
+        weights.append((name, value))
+    return tree_unflatten(weights)
+
+
+def _own_arrays(modules: Any) -> list[tuple[nn.Module, str, mx.array]]:
+    found = modules.modules() if isinstance(modules, nn.Module) else [m for part in modules for m in part.modules()]
+    return [(m, k, v) for m in found for k, v in m.items() if isinstance(v, mx.array) and not k.startswith("_")]
+
+
+def count_parameters(modules: Any) -> int:
+    """Weights of a module, or a list of modules, counted before quantization packs them."""
+    total = 0
+    for module, name, array in _own_arrays(modules):
+        bits = getattr(module, "bits", None)
+        if bits is None:
+            total += array.size
+        elif name == "weight":
+            total += array.size * array.itemsize * 8 // bits
+        elif name == "bias":
+            total += array.size
+    return total
+
+
+def weight_bytes(modules: Any) -> int:
+    """Bytes the weights of a module, or a list of modules, take as they are stored."""
+    return sum(array.nbytes for _, _, array in _own_arrays(modules))
