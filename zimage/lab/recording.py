@@ -88,7 +88,8 @@ def _as_image(name: str, image: "Image | np.ndarray[Any, Any]") -> "Image":
     fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
     if image.dtype != np.uint8 or not fits or 0 in image.shape:
         raise ExperimentError(
-            f"picture {name!r}: got {image.dtype} of shape {list(image.shape)}; give uint8 [H, W], [H, W, 3] or [H, W, 4]"
+            f"picture {name!r}: got {image.dtype} of shape {list(image.shape)}; "
+            "give uint8 [H, W], [H, W, 3] or [H, W, 4]"
         )
     return Image.fromarray(np.ascontiguousarray(image))
 
@@ -104,7 +105,7 @@ def _show(thing: Any, caption: str = "") -> None:
         from IPython import get_ipython
         from IPython.display import display
 
-        interactive = get_ipython() is not None  # type: ignore[no-untyped-call]
+        interactive = get_ipython() is not None
     except ImportError:
         interactive = False
     if caption:

@@ -1,0 +1,152 @@
+"""YAML read safely, every value with the line it stands on.
+
+Only plain data: no tags, text keys, no key twice, and sizes bounded, so that no file can run code, hide a value behind
+another or expand without end. Scalars follow YAML 1.2: `1e-3` is a number, `no` is text and `010` is ten.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from zimage.errors import ExperimentError
+
+MAX_BYTES = 2**20
+MAX_VALUES = 20_000
+MAX_DEPTH = 20
+Place = tuple[str | int, ...]
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": (r"|~|null|Null|NULL", "~nN"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+
+for _tag, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+
+
+@dataclass(frozen=True)
+class Document:
+    """The value of a YAML file, and the line of each place in it."""
+
+    path: Path
+    value: Any
+    lines: dict[Place, int]
+
+    def line(self, place: Place) -> int:
+        """The line of `place`, or of the nearest thing around it."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place, 1)
+
+    def error(self, place: Place, message: str) -> ExperimentError:
+        """An ExperimentError that names the file and the line."""
+        return ExperimentError(f"{self.path}:{self.line(place)}: {message}")
+
+
+def load(path: Path) -> Document:
+    """The YAML file `path`. Raises ExperimentError with file and line for anything that is not plain bounded data."""
+    try:
+        if not path.is_file():
+            raise ExperimentError(
+                f"{path}: {'not a file' if path.exists() else 'no such file'}; give an experiment file"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise ExperimentError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which is no experiment file")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return _Builder(path).document(text)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a piece of YAML given on a command line. Raises ExperimentError."""
+    return _Builder(Path("value")).document(text.encode()).value
+
+
+class _Builder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[Place, int] = {}
+        self.count = 0
+
+    def document(self, text: bytes) -> Document:
+        try:
+            loader = _Loader(text)
+            try:
+                node = loader.get_single_node()
+                value = None if node is None else self.build(loader, node, ())
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ExperimentError(f"{self.path}:{line}: not valid YAML: {error.problem or error.context}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ExperimentError(f"{self.path}: not valid YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise ExperimentError(f"{self.path}: nested too deeply") from None
+        return Document(self.path, value, self.lines)
+
+    def build(self, loader: _Loader, node: yaml.Node, place: Place) -> Any:
+        line = node.start_mark.line + 1
+        self.lines.setdefault(place, line)
+        self.count += 1
+        if self.count > MAX_VALUES or len(place) > MAX_DEPTH:
+            what = f"more than {MAX_VALUES} values" if self.count > MAX_VALUES else f"nested deeper than {MAX_DEPTH}"
+            raise ExperimentError(f"{self.path}:{line}: {what}, aliases expanded; write less or split the file")
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(loader, node, place)
+        if isinstance(node, yaml.SequenceNode):
+            self.plain(node, "tag:yaml.org,2002:seq")
+            return [self.build(loader, item, (*place, index)) for index, item in enumerate(node.value)]
+        self.plain(node, "tag:yaml.org,2002:str", *_SCALARS)
+        return self.scalar(node)
+
+    def mapping(self, loader: _Loader, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        self.plain(node, "tag:yaml.org,2002:map")
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                raise ExperimentError(f"{self.path}:{line}: key {shown} is not text; put it in quotes")
+            key = str(key_node.value)
+            if key in result:
+                first = self.lines[(*place, key)]
+                raise ExperimentError(f"{self.path}:{line}: key {key!r} is there twice (first on line {first})")
+            self.lines[(*place, key)] = line
+            result[key] = self.build(loader, value_node, (*place, key))
+        return result
+
+    def plain(self, node: yaml.Node, *tags: str) -> None:
+        if node.tag not in tags:
+            raise ExperimentError(
+                f"{self.path}:{node.start_mark.line + 1}: tag {node.tag!r} is not accepted; write plain values"
+            )
+
+    def scalar(self, node: yaml.Node) -> Any:
+        text, kind = str(node.value), node.tag.rpartition(":")[2]
+        line = node.start_mark.line + 1
+        try:
+            if kind == "int":
+                return int(text, 16) if text.lower().startswith("0x") else int(text)
+            if kind == "float":
+                return float(re.sub(r"\.(inf|nan)$", r"\1", text, flags=re.IGNORECASE))
+        except ValueError:
+            raise ExperimentError(f"{self.path}:{line}: {text[:40]!r} is not a usable number") from None
+        if kind == "bool":
+            return text.lower() == "true"
+        return None if kind == "null" else text
