@@ -1,0 +1,116 @@
+"""The run key: a digest of everything that decides what a run would compute and measure."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from contextlib import chdir
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage.errors import BackendError
+from zimage.lab.notebook import Notebook
+
+KEY_LENGTH = 16  # hex digits: 64 bits
+_FACTS_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights that a run's `source` parameter names."""
+
+    source: str
+    kind: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A run's key and what it is made of."""
+
+    key: str
+    digests: dict[str, str]
+    weights: Weights | None
+
+
+def identify(notebook: Notebook, parameters: dict[str, Any], facts: dict[str, str], root: Path) -> Identity:
+    """The identity of the run of `notebook` with all its `parameters` on the device that `facts` describe.
+
+    root: the folder that the run will work in, so that a relative `source` means the same here. Raises WeightsError for
+    a source that cannot be had.
+    """
+    source = parameters.get("source")
+    weights = _weights(source, root) if isinstance(source, str) else None
+    digests = {"notebook": _digest(*notebook.code), "sources": sources_digest()}
+    if weights is not None:
+        digests["weights"] = weights.digest
+    chosen = {k: v for k, v in facts.items() if k in ("device", "mlx", "driver", "blas") or k.startswith("MLX_")}
+    ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
+    return Identity(_digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH], digests, weights)
+
+
+def weights_meta(weights: Weights | None) -> dict[str, str] | None:
+    """`weights` as run.json holds them."""
+    return None if weights is None else asdict(weights)
+
+
+def _digest(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A digest of the installed zimage's Python files, by relative path."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(package.rglob("*.py"), key=lambda path: path.relative_to(package).as_posix())
+    parts = [(path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")) for path in files]
+    return _digest(*(text for part in parts for text in part))
+
+
+@functools.cache
+def _weights(source: str, root: Path) -> Weights:
+    from zimage import weights
+
+    with chdir(root):
+        info = weights.describe(source)
+    return Weights(source, str(info.kind), str(info.digest))
+
+
+@functools.cache
+def device_facts() -> dict[str, str]:
+    """The facts about this machine, asked of another process so that this one need not load MLX."""
+    command = [sys.executable, "-m", "zimage.backend"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_FACTS_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise BackendError(f"the device did not answer within {_FACTS_TIMEOUT_S:.0f} s; run zimage doctor") from None
+    try:
+        facts = json.loads(answer.stdout)
+    except ValueError:
+        facts = None
+    if answer.returncode != 0 or not isinstance(facts, dict) or "device" not in facts:
+        said = [line for line in answer.stderr.strip().splitlines() if line.strip()]
+        reason = said[-1] if said else f"exit status {answer.returncode}"
+        raise BackendError(f"the device cannot be asked ({reason.removeprefix('zimage: ')}); run zimage doctor")
+    return {str(name): str(value) for name, value in facts.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a run."""
+    found = {"python": platform.python_version()}
+    for name in ("zimage", "mlx", "numpy", "pandas", "pyarrow", "papermill", "nbclient", "ipykernel"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
