@@ -9,24 +9,29 @@ from zimage.patchify import padded
 from zimage.transformer import State, Transformer
 
 
-def model(case: Case, dtype: mx.Dtype = mx.float32) -> Transformer:
-    """A model with the case's seeded weights."""
+def model(case: Case, dtype: mx.Dtype = mx.float32, tensors: dict[str, Array] | None = None) -> Transformer:
+    """A model with `tensors`, or with the case's seeded weights."""
     transformer = Transformer(case.transformer)
-    shapes = {name: array.shape for name, array in tree_flatten(transformer.parameters())}
-    tensors = weights(shapes)
+    if tensors is None:
+        tensors = weights(shapes(case))
     transformer.load_weights([(name, mx.array(value).astype(dtype)) for name, value in tensors.items()])
     return transformer
 
 
-def stages(case: Case, dtype: mx.Dtype = mx.float32) -> dict[str, Array]:
-    """Each stage's output by stage name, and `velocity`.
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """Every tensor name of the case's model, and its shape."""
+    return {name: array.shape for name, array in tree_flatten(Transformer(case.transformer).parameters())}
+
+
+def stages(case: Case, dtype: mx.Dtype = mx.float32, transformer: Transformer | None = None) -> dict[str, Array]:
+    """Each stage's output by stage name, and `velocity`, from the case's inputs rounded to `dtype` (not the timestep).
 
     Sequences are given as the valid rows of every item, concatenated: rows that only fill up a ragged batch are left
     out, because nothing reads them.
     """
     latents, timestep, captions = inputs(case)
     x, t, c = mx.array(latents).astype(dtype), mx.array(timestep), [mx.array(a).astype(dtype) for a in captions]
-    transformer = model(case, dtype)
+    transformer = model(case, dtype) if transformer is None else transformer
     lengths = [padded(n) for n in case.captions]
     state, found = State(x, t, c), {}
     for stage in transformer.stages(x, t, c, patch_size=case.patch):

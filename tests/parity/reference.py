@@ -2,29 +2,49 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
-from tests.parity.cases import Array, Case, inputs, weights
+from tests.parity.cases import Array, Case, inputs, repeat_kv, to_bfloat16, weights
 from zimage.patchify import padded
 
+# It says at every cast to bf16 that it keeps no module in fp32.
+diffusers.utils.logging.set_verbosity_error()
 
-def model(case: Case) -> ZImageTransformer2DModel:
-    """The reference in fp32 with the case's seeded weights."""
-    config = case.transformer.to_dict()
-    del config["pixels_per_latent"]
-    reference = ZImageTransformer2DModel(**config).eval()
+
+def model(case: Case, rounded: bool = False) -> ZImageTransformer2DModel:
+    """The reference in fp32 with the case's seeded weights, which may be `rounded` to bf16 values.
+
+    The reference has no grouped queries: it gets the rows of K and V repeated instead.
+    """
+    config = case.transformer
+    values = config.to_dict()
+    del values["pixels_per_latent"]
+    values["n_kv_heads"] = config.n_heads
+    reference = ZImageTransformer2DModel(**values).eval()
     shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
-    tensors = weights(shapes)
+    for name in shapes:
+        if name.endswith((".to_k.weight", ".to_v.weight")):
+            shapes[name] = (config.n_kv_heads * config.head_dim, config.dim)
+    tensors = repeat_kv(weights(shapes), config)
+    if rounded:
+        tensors = {name: to_bfloat16(value) for name, value in tensors.items()}
     reference.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     return reference
 
 
-def stages(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Array]:
-    """Each stage's output by our stage names, and `velocity`: the valid rows of every item, concatenated."""
-    reference = model(case).to(dtype)
+def stages(case: Case, dtype: torch.dtype = torch.float32, rounded: bool = False) -> dict[str, Array]:
+    """Each stage's output by our stage names, and `velocity`: the valid rows of every item, concatenated.
+
+    `rounded` rounds weights and inputs to bf16 values first, whatever `dtype` the model then computes in. The timestep
+    is never rounded.
+    """
+    reference = model(case, rounded).to(dtype)
     latents, timestep, captions = inputs(case)
+    if rounded:
+        latents, captions = to_bfloat16(latents), [to_bfloat16(c) for c in captions]
     lengths = [padded(n) for n in case.captions]
     image = padded(case.size[0] * case.size[1] // case.patch**2)
     found: dict[str, Array] = {}
