@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from zimage.errors import InputError
-from zimage.transformer import Captions, Transformer
+from zimage.transformer import Captions, Transformer, random_key
 
 
 def sigmas(steps: int, shift: float = 1.0) -> list[float]:
@@ -18,10 +18,10 @@ def sigmas(steps: int, shift: float = 1.0) -> list[float]:
 
     The published pipeline uses eight steps and shift 3. Raises InputError for steps < 1 or a shift that isn't positive.
     """
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, found {steps}")
-    if not shift > 0 or not np.isfinite(shift):
-        raise InputError(f"shift must be a positive number, found {shift}")
+    if not _is_count(steps):
+        raise InputError(f"steps must be an integer of at least 1, found {steps!r}")
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < 1e9:
+        raise InputError(f"shift must be a positive number, found {shift!r}")
     even = np.linspace(1.0, 0.0, steps + 1)
     return [float(x) for x in shift * even / (1 + (shift - 1) * even)]
 
@@ -34,10 +34,17 @@ def step(model: Transformer, latents: mx.array, captions: Captions, sigma: float
 
 
 def noise(model: Transformer, batch: int, size: tuple[int, int], seed: int) -> mx.array:
-    """Seeded fp32 noise [B, C, *size] to start from; item i is the same whatever the batch around it."""
-    C = model.config.in_channels
-    keys = [mx.random.key(seed + i) for i in range(batch)]
-    return mx.stack([mx.random.normal((C, *size), key=key) for key in keys])
+    """Seeded fp32 noise [B, C, *size] to start from; item i is the same whatever the batch around it.
+
+    Raises InputError for a bad batch, size or seed.
+    """
+    if not _is_count(batch):
+        raise InputError(f"batch must be an integer of at least 1, found {batch!r}")
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_count(n) for n in size):
+        raise InputError(f"size must be two positive integers, latent rows and columns, found {size!r}")
+    random_key(seed)  # a seed that isn't a number must be refused before it is added to
+    keys = [random_key(seed + i) for i in range(batch)]
+    return mx.stack([mx.random.normal((model.config.in_channels, *size), key=key) for key in keys])
 
 
 def sample(
@@ -54,9 +61,10 @@ def sample(
     `size` counts latent rows and columns. `on_step(i, latents)` is called after step i, with evaluated latents.
     Raises InputError for bad steps, shift or shapes.
     """
-    batch = captions.shape[0] if isinstance(captions, mx.array) else len(captions)
-    if batch < 1:
-        raise InputError("sample needs at least one caption")
+    several = captions.ndim > 0 if isinstance(captions, mx.array) else isinstance(captions, (list, tuple))
+    if not several or len(captions) < 1:
+        raise InputError("sample needs at least one caption: an array [B, L, F] or a list of arrays [L_i, F]")
+    batch = len(captions)
     levels = sigmas(steps, shift)
     latents = noise(model, batch, size, seed)
     for i, (sigma, next_sigma) in enumerate(_pairs(levels)):
@@ -65,6 +73,10 @@ def sample(
         if on_step is not None:
             on_step(i, latents)
     return latents
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _pairs(levels: Sequence[float]) -> list[tuple[float, float]]:

@@ -269,20 +269,28 @@ class Transformer(nn.Module):
             if len(known) > 1:
                 raise InputError(f"this model has several patch sizes, {list(known)}: say patch_size=")
             return known[0]
+        if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size not in known:
+            raise InputError(f"patch_size {patch_size!r} is not one of this model's {list(known)}")
         return patch_size
 
     def _check(self, latents: mx.array, timestep: mx.array, captions: Captions) -> tuple[int, ...]:
         """Token counts of the captions, after refusing inputs of the wrong shape."""
         C, F = self.config.in_channels, self.config.cap_feat_dim
-        if latents.ndim != 4 or latents.shape[1] != C:
-            raise InputError(f"latents must be [B, {C}, H, W], found {list(latents.shape)}")
-        B = latents.shape[0]
-        if timestep.shape != (B,):
-            raise InputError(f"timestep must be [{B}], one for each item, found {list(timestep.shape)}")
-        shapes = [c.shape for c in captions] if not isinstance(captions, mx.array) or captions.ndim > 0 else []
+        latent_shape = _shape(latents)
+        if len(latent_shape) != 4 or latent_shape[0] < 1 or latent_shape[1] != C:
+            raise InputError(f"latents must be an MLX array [B, {C}, H, W], found {_found(latents)}")
+        B = latent_shape[0]
+        if _shape(timestep) != (B,):
+            raise InputError(f"timestep must be an MLX array [{B}], one for each item, found {_found(timestep)}")
+        if isinstance(captions, mx.array):
+            shapes = [captions.shape[1:]] * captions.shape[0] if captions.ndim == 3 else []
+        else:
+            shapes = [_shape(c) for c in captions] if isinstance(captions, (list, tuple)) else []
         if len(shapes) != B or any(len(s) != 2 or s[1] != F for s in shapes):
-            found = list(captions.shape) if isinstance(captions, mx.array) else [list(s) for s in shapes]
-            raise InputError(f"caption_features must be [{B}, L, {F}] or {B} arrays of [L_i, {F}], found {found}")
+            raise InputError(
+                f"caption_features must be an MLX array [{B}, L, {F}] or a list of {B} arrays [L_i, {F}], "
+                f"found {_found(captions)}"
+            )
         return tuple(s[0] for s in shapes)
 
     def _embed_timestep(self, state: State) -> State:
@@ -351,6 +359,19 @@ def _finish(final: FinalLayer, patch: int) -> Callable[[State], State]:
     return run
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.shape if isinstance(value, mx.array) else ()
+
+
+def _found(value: Any) -> str:
+    """What a caller gave instead of arrays of the right shapes, in a few words."""
+    if isinstance(value, mx.array):
+        return str(list(value.shape))
+    if isinstance(value, (list, tuple)) and len(value) <= 16:
+        return f"[{', '.join(_found(v) for v in value)}]"
+    return type(value).__name__
+
+
 def _as(mask: mx.array | None, activations: mx.array) -> mx.array | None:
     return None if mask is None else mask.astype(activations.dtype)
 
@@ -363,10 +384,17 @@ def _stack(captions: Captions) -> mx.array:
     return mx.stack([mx.pad(c, [(0, longest - c.shape[0]), (0, 0)]) for c in captions])
 
 
+def random_key(seed: int) -> mx.array:
+    """MLX's random key of a seed. Raises InputError for what is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, found {seed!r}")
+    return mx.random.key(seed)
+
+
 def _synthetic(model: nn.Module, seed: int, dtype: mx.Dtype) -> Any:
     """Seeded weights for every parameter of `model`, not computed until something evaluates them."""
     named = tree_flatten(model.parameters())
-    keys = mx.random.split(mx.random.key(seed), len(named))
+    keys = mx.random.split(random_key(seed), len(named))
     weights = []
     for (name, array), key in zip(named, keys, strict=True):
         noise = mx.random.normal(array.shape, dtype=dtype, key=key)
