@@ -77,10 +77,10 @@ def sources_digest() -> str:
 
 @functools.cache
 def _weights(source: str, root: Path) -> Weights:
-    from zimage import weights
+    from zimage import sources
 
     with chdir(root):
-        info = weights.describe(source)
+        info = sources.describe(source)
     return Weights(source, str(info.kind), str(info.digest))
 
 

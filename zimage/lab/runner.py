@@ -135,7 +135,9 @@ def _tidy_notebook(job: Job, output: Path) -> int | None:
         number += not _ADDED_TAGS & set(cell["metadata"].get("tags", []))
         if any(one.get("output_type") == "error" for one in cell.get("outputs", [])):
             return number
-        if cell["metadata"].get("papermill", {}).get("status") in ("running", "failed"):
+        busy = cell["metadata"].get("execution", {})
+        unanswered = "iopub.status.busy" in busy and "shell.execute_reply" not in busy  # the kernel died in it
+        if unanswered or cell["metadata"].get("papermill", {}).get("status") in ("running", "failed"):
             running = number
     return running
 

@@ -1,0 +1,153 @@
+"""A sweep: the runs of an experiment that the store does not have yet, one after the other."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from zimage.lab import keys, runner
+from zimage.lab.experiment import Experiment, Planned
+from zimage.lab.runner import Job
+from zimage.lab.store import Run, Store
+
+
+class Reporter(Protocol):
+    """Who is told how a sweep goes."""
+
+    def begins(self, job: Job) -> None:
+        """A run starts."""
+
+    def tick(self) -> None:
+        """A moment has passed."""
+
+    def waits(self, job: Job) -> None:
+        """Another process is at this run; we wait for it."""
+
+    def ends(self, job: Job, run: Run, new: bool) -> None:
+        """A run is in the store; `new` if it was not there when the sweep came to it."""
+
+
+@dataclass
+class Outcome:
+    """What became of a sweep's runs: executed here, or found in the store."""
+
+    completed: list[Run] = field(default_factory=list)
+    failed: list[Run] = field(default_factory=list)
+    found: list[Run] = field(default_factory=list)
+
+
+def jobs_of(
+    experiment: str, planned: Sequence[Planned], root: Path, timeout_s: float, facts: dict[str, str]
+) -> list[Job]:
+    """The planned runs with their keys, each once. Raises WeightsError for a source that cannot be had."""
+    jobs: dict[str, Job] = {}
+    for one in planned:
+        identity = keys.identify(one.notebook, one.parameters, facts, root)
+        jobs.setdefault(identity.key, Job(experiment, one.notebook, one.parameters, identity, root, timeout_s))
+    return list(jobs.values())
+
+
+def missing(jobs: Sequence[Job], store: Store, fresh: bool = False) -> list[Job]:
+    """The jobs that are not in the store as completed runs; all of them if `fresh`."""
+    return [job for job in jobs if fresh or store.done(job.experiment, job.key) is None]
+
+
+def sweep(jobs: Sequence[Job], store: Store, facts: dict[str, str], reporter: Reporter, fresh: bool = False) -> Outcome:
+    """Do the jobs that the store lacks, in order; those that another process is at come last, and are waited for.
+
+    A failed run is kept with its error and the others go on. Raises StoreError if the store cannot be written.
+    """
+    outcome = Outcome()
+    for name in dict.fromkeys(job.experiment for job in jobs):
+        store.tidy(name)
+    busy = [job for job in jobs if not _do(job, store, facts, reporter, fresh, outcome, wait=False)]
+    for job in busy:
+        reporter.waits(job)
+        # What the other process has just done is as fresh as it gets.
+        _do(job, store, facts, reporter, False, outcome, wait=True)
+    return outcome
+
+
+def _do(
+    job: Job, store: Store, facts: dict[str, str], reporter: Reporter, fresh: bool, outcome: Outcome, *, wait: bool
+) -> bool:
+    """Do one job unless it is done. False if another process is at it."""
+    with store.lock(job.experiment, job.key, wait=wait) as mine:
+        if not mine:
+            return False
+        found = None if fresh else store.done(job.experiment, job.key)
+        if found is not None:
+            outcome.found.append(found)
+            reporter.ends(job, found, new=False)
+            return True
+        reporter.begins(job)
+        run = runner.run(job, store, facts, reporter.tick)
+    (outcome.completed if run.completed else outcome.failed).append(run)
+    reporter.ends(job, run, new=True)
+    return True
+
+
+def note_sweep(
+    store: Store, experiment: Experiment, jobs: Sequence[Job], quick: bool, overrides: dict[str, Any]
+) -> None:
+    """Put on record what this sweep asks for."""
+    common = dict(jobs[0].parameters)
+    for job in jobs:
+        common = {name: value for name, value in common.items() if job.parameters.get(name, value) == value}
+    store.write_experiment(
+        experiment.name,
+        {
+            "schema": 1,
+            "name": experiment.name,
+            "question": experiment.question,
+            "notebooks": [notebook.name for notebook in experiment.notebooks],
+            "parameters": common,
+            "quick": quick,
+            "overrides": overrides,
+            "run_keys": [job.key for job in jobs],
+        },
+    )
+
+
+def note_single(store: Store, job: Job) -> None:
+    """Put a run that no sweep asked for on record, in place of one of the same notebook and parameters."""
+    known = store.experiment(job.experiment)
+    old = {
+        r.key for r in store.runs(job.experiment) if (r.notebook, r.parameters) == (job.notebook.name, job.parameters)
+    }
+    before = [key for key in known.get("run_keys", []) if key not in old and key != job.key]
+    blank = {"schema": 1, "name": job.experiment, "question": "", "notebooks": [job.notebook.name], "parameters": {}}
+    store.write_experiment(job.experiment, {**blank, **known, "run_keys": [*before, job.key]})
+
+
+class Estimates:
+    """How long runs take, from earlier ones on this device: the same parameters if there are, else the same notebook."""
+
+    def __init__(self, store: Store, device: str) -> None:
+        self._exact: dict[tuple[str, str], float] = {}
+        self._notebook: dict[str, list[float]] = {}
+        for name in store.experiments():
+            for run in store.runs(name):
+                if run.completed and run.device == device:
+                    self.learn(run)
+
+    def learn(self, run: Run) -> None:
+        """Take account of a run that has ended."""
+        seconds = float(run.meta["duration_s"])
+        self._exact[run.notebook, repr(sorted(run.parameters.items()))] = seconds
+        self._notebook.setdefault(run.notebook, []).append(seconds)
+
+    def of(self, job: Job) -> float | None:
+        """Seconds that `job` may take, or None if nothing is known."""
+        exact = self._exact.get((job.notebook.name, repr(sorted(job.parameters.items()))))
+        if exact is not None:
+            return exact
+        known = self._notebook.get(job.notebook.name)
+        return statistics.median(known) if known else None
+
+    def total(self, jobs: Sequence[Job]) -> tuple[float, int]:
+        """Seconds for those jobs of which something is known, and how many the others are."""
+        times = [self.of(job) for job in jobs]
+        known = [time for time in times if time is not None]
+        return sum(known), len(times) - len(known)
