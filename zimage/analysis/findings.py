@@ -5,41 +5,55 @@ only called so when its interval lies above every other, and a missing table is 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from zimage.analysis import units
-from zimage.analysis.reading import arms, final_step, is_fraction, metric_name, metric_value, part_of, profile, records
+from zimage.analysis.reading import (
+    arms,
+    best_scope,
+    final_step,
+    is_fraction,
+    metric_name,
+    metric_value,
+    part_of,
+    profile,
+    records,
+)
 
 Tables = Mapping[str, pd.DataFrame]
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
+_SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what was found. `verdict` is one of KNOWN_VERDICTS, or "" for a plain observation."""
+    """One thing that was found.
+
+    `text` is the statement, `evidence` the numbers that stand behind or beside it, `verdict` one of KNOWN_VERDICTS or
+    "" for a plain observation. `short` is all of it for one sentence among others; "" where a wider finding says more.
+    """
 
     text: str
     verdict: str = ""
+    evidence: tuple[str, ...] = ()
+    short: str = ""
 
 
 def findings(tables: Tables) -> list[Finding]:
-    """The findings of one run or of several runs with the same parameters, most telling first.
+    """The findings of one run or of several runs with the same parameters.
 
     `tables` maps table names (stages, ablation, memory, quality) to frames; missing and empty ones are left out.
     """
-    lines = [*_where_time_goes(tables.get("stages")), *_arms(tables)]
-    return [line for line in lines if line.text]
+    return [*_where_time_goes(tables.get("stages")), *_arms(tables)]
 
 
-def sentence(found: list[Finding], device: str, weights: str | None) -> str:
+def sentence(clauses: list[str], device: str, weights: str | None) -> str:
     """One sentence for the terminal: `On <device>, with <kind> weights: a; b.`"""
     start = f"On {device}" + (f", with {weights} weights" if weights else "")
-    if not found:
-        return f"{start}: nothing was recorded that a finding could rest on."
-    return f"{start}: {'; '.join(line.text for line in found)}."
+    return f"{start}: {'; '.join(clauses) or 'nothing was recorded that a finding could rest on'}."
 
 
 def baseline_arm(tables: Tables) -> str | None:
@@ -75,20 +89,24 @@ def time_phrase(ratio: float) -> str:
 def time_finding(row: Mapping[str, object]) -> Finding:
     """One row of an ablation table as a finding, its interval included."""
     arm, baseline, scope = str(row["arm"]), _text(row.get("baseline")) or "the baseline", _text(row.get("scope"))
-    per = f" per {scope}" if scope else ""
-    per += f" ({regime})" if (regime := _text(row.get("regime"))) == "sustained" else ""
-    numbers = _numbers(row)
+    where = _SCOPES.get(scope, f" ({scope})" if scope else "")
+    if (regime := _text(row.get("regime"))) == "sustained":
+        where += f", {regime}"
     verdict = verdict_of(row)
-    if verdict == "equivalent":
-        return Finding(f"{arm} takes the same time as {baseline}{per} within the margin ({numbers})", verdict)
-    if verdict in ("faster", "slower"):
-        ratio = float(row["ratio"])  # type: ignore[arg-type]
-        return Finding(f"{arm} takes {time_phrase(ratio)} than {baseline}{per} ({numbers})", verdict)
     if units.missing(row.get("ratio")):
-        return Finding(f"{arm} against {baseline}{per} was not measured", verdict)
-    reason = _text(row.get("reason"))
-    why = f": {reason}" if reason else ""
-    return Finding(f"whether {arm} is faster than {baseline}{per} is undecided{why} ({numbers})", verdict)
+        return _timed(f"the time of {arm} against {baseline}{where} was not measured", verdict, ())
+    if verdict == "equivalent":
+        text = f"{arm} is equivalent in time to {baseline}{where}"
+    elif verdict in ("faster", "slower"):
+        text = f"{arm} takes {time_phrase(float(row['ratio']))} than {baseline}{where}"  # type: ignore[arg-type]
+    else:
+        text = f"whether {arm} is faster than {baseline}{where} is undecided"
+    reason = _text(row.get("reason")) if verdict == "inconclusive" else ""
+    return _timed(text, verdict, (_numbers(row), *([reason] if reason else [])))
+
+
+def _timed(text: str, verdict: str, evidence: tuple[str, ...]) -> Finding:
+    return Finding(text, verdict, evidence, text + (f" ({', '.join(evidence)})" if evidence else ""))
 
 
 def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
@@ -101,20 +119,21 @@ def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
         return []
     parts = rows["stage"].map(part_of)
     sums = {part: float(rows.loc[parts == part, "time_s"].sum()) for part in dict.fromkeys(parts)}
-    top_part = max(sums, key=lambda part: sums[part])
-    number = int((parts == top_part).sum())
-    share = sums[top_part] / whole
+    top = max(sums, key=lambda part: sums[part])
+    number = int((parts == top).sum())
     texts = []
     if number > 1:
-        texts.append(f"the {number} {top_part} take {units.percent(share, 0)} of a step of {units.seconds(whole)}")
+        texts.append(f"the {number} {top} take {units.percent(sums[top] / whole, 0)} of a step")
     ranked = rows.sort_values("time_s", ascending=False).reset_index(drop=True)
-    top = ranked.iloc[0]
-    of = f"{units.percent(float(top['time_s']) / whole)}" + ("" if texts else f" of {units.seconds(whole)}")
     if len(ranked) == 1 or _stands_out(ranked):
-        texts.append(f"{top['stage']} is the largest single stage ({of})")
+        share = units.percent(float(ranked["time_s"].iloc[0]) / whole, 0)
+        name = ranked["stage"].iloc[0]
+        texts.append(f"{name} alone takes {share}" if texts else f"{name} takes the most of a step, {share}")
     elif not texts:
-        texts.append(f"no single stage of a step of {units.seconds(whole)} stands out beyond its interval")
-    return [Finding(", ".join(texts))]
+        texts.append("no single stage stands out beyond its interval")
+    text = " and ".join(texts)
+    step = f"a step takes {units.seconds(whole)}"
+    return [Finding(text, "", (step,), f"{text} ({step})")]
 
 
 def _stands_out(ranked: pd.DataFrame) -> bool:
@@ -126,29 +145,30 @@ def _stands_out(ranked: pd.DataFrame) -> bool:
 def _arms(tables: Tables) -> list[Finding]:
     """One finding an arm and scope; memory and quality join the finding of the widest scope."""
     baseline = baseline_arm(tables)
-    timed: dict[str, list[Finding]] = {}
     compared = tables.get("ablation")
-    for row in [] if compared is None else records(compared):
-        timed.setdefault(str(row["arm"]), []).append(time_finding(row))
-    extras = {arm: _memory(tables.get("memory"), arm, baseline) for arm in arms(tables.get("memory"))}
-    for arm in arms(tables.get("quality")):
-        extras.setdefault(arm, []).extend(_quality(tables.get("quality"), arm, baseline))
-    lines = []
-    for arm in dict.fromkeys([*timed, *extras]):
-        own = timed.get(arm, [])
-        more = extras.get(arm, [])
-        if arm == baseline or not (own or more):
+    widest = best_scope(compared) if compared is not None else ""
+    found: list[Finding] = []
+    for arm in dict.fromkeys([*arms(compared), *arms(tables.get("memory")), *arms(tables.get("quality"))]):
+        if arm == baseline:
             continue
-        if not own:
-            lines.append(Finding(f"{arm}: {', '.join(more)}"))
-            continue
-        # The step comes last in a notebook that widens its scope; what was measured of the whole arm belongs there.
-        lines += own[:-1]
-        lines.append(Finding(", ".join([own[-1].text, *more]), own[-1].verdict))
-    return lines
+        rows = [] if compared is None else [row for row in records(compared) if row["arm"] == arm]
+        narrow = [time_finding(row) for row in rows if row["scope"] != widest]
+        wide = [time_finding(row) for row in rows if row["scope"] == widest]
+        found += [replace(one, short="") for one in narrow]
+        more = [*_memory(tables.get("memory"), arm, baseline), *_quality(tables.get("quality"), arm, baseline)]
+        brief = [text for text, _ in more]
+        full = tuple(text + detail for text, detail in more)
+        if wide:
+            last = wide.pop()
+            wide.append(replace(last, evidence=(*last.evidence, *full), short=", ".join([last.short, *brief])))
+        elif more:
+            wide.append(Finding(f"{arm}: {full[0]}", "", full[1:], f"{arm}: {', '.join(brief)}"))
+        found += wide
+    return found
 
 
-def _memory(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list[str]:
+def _memory(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list[tuple[str, str]]:
+    """What the arm's memory is beside the baseline's: each a clause and its numbers."""
     if frame is None or baseline is None or arm == baseline:
         return []
     texts = []
@@ -161,14 +181,15 @@ def _memory(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list[
         now, then, name = float(mine.iloc[0]), float(theirs.iloc[0]), metric_name(str(rows["metric"].iloc[0]))
         change = units.percent(abs(now / then - 1), 0)
         if change == "0 %":
-            texts.append(f"the same {name} ({units.size(now)})")
+            texts.append((f"the same {name}", f" ({units.size(now)})"))
         else:
             less = "smaller" if now < then else "larger"
-            texts.append(f"{name} {change} {less} ({units.size(now)} against {units.size(then)})")
+            texts.append((f"{name} {change} {less}", f" ({units.size(now)} against {units.size(then)})"))
     return texts
 
 
-def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list[str]:
+def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list[tuple[str, str]]:
+    """The arm's quality, beside the baseline's where that says anything: each a clause and a remark."""
     if frame is None or arm == baseline:
         return []
     texts = []
@@ -182,7 +203,7 @@ def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list
         if baseline in rows.index and (is_fraction(metric) or rows.loc[baseline, "value"] != 0):
             text += f" against {metric_value(metric, rows.loc[baseline, 'value'])}"
             text += _overlap(rows.loc[arm], rows.loc[baseline])
-        texts.append(text)
+        texts.append((text, ""))
     return texts
 
 

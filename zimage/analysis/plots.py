@@ -123,7 +123,7 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
     figure.add_vline(x=1, line={"color": INK, "width": 1.5})
     ends = [float(v) for c in ("ratio", "ratio_low", "ratio_high") for v in frame[c].dropna()] + [1 - delta, 1 + delta]
     pad = 0.08 * (max(ends) - min(ends))
-    figure.update_xaxes(title_text="time ratio to the baseline (below 1: less time)", zeroline=False, nticks=7)
+    figure.update_xaxes(title_text="time ratio to the baseline (below 1: less time)", zeroline=False, nticks=6)
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
     figure.update_yaxes(categoryorder="array", categoryarray=_plain(labels)[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])
@@ -220,7 +220,10 @@ Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[flo
 def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
     """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
     titles = [f"<b>{_plain([panel[0]])[0]}</b>" for panel in panels]
-    figure = make_subplots(rows=1, cols=max(len(panels), 1), subplot_titles=titles, horizontal_spacing=0.1)
+    several = len(panels) > 1
+    figure = make_subplots(
+        rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None, horizontal_spacing=0.1
+    )
     longest = 1
     for place, (_, labels, values, low, high, texts) in enumerate(panels, start=1):
         longest = max(longest, len(labels))
@@ -245,6 +248,9 @@ def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
     _finish(figure, height=84 + 34 * longest)
     figure.update_layout(bargap=0.34, margin={"t": 34})
     figure.update_annotations(font={"size": 13})
+    if titles and not several:
+        corner = {"x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 8, "l": 0}}
+        figure.update_layout(title={"text": titles[0], "font": {"size": 13}, **corner})
     return figure
 
 
@@ -256,7 +262,16 @@ def _finish(figure: go.Figure, height: int) -> None:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": INK},
         margin={"l": 8, "r": 12, "t": 36, "b": 44},
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left", "title": {"text": ""}},
+        showlegend=True,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xref": "container",
+            "y": 1,
+            "yanchor": "bottom",
+            "xanchor": "left",
+            "title": {"text": ""},
+        },
         hoverlabel={"align": "left", "font": {"family": FONT, "size": 13}},
         dragmode=False,
     )

@@ -65,7 +65,9 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     if 1e-4 <= abs(value) < 1e6:
-        return signed(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+        # The exponent after rounding: 9.999 with three digits is 10.0, not 10.00.
+        exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+        return signed(value, max(0, digits - 1 - exponent))
     return f"{value:.{max(digits - 2, 0)}e}"
 
 

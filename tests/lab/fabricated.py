@@ -1,0 +1,169 @@
+"""Stores made by hand, file by file, for what reads them: realistic, hostile or broken, and with no model involved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from PIL import Image
+
+from zimage.analysis.tables import conform
+
+DEVICE = "cpu-amd-epyc-2c"
+
+
+def stages(scale: float = 1.0, layers: int = 3) -> pd.DataFrame:
+    """A profile in which layers.1 is the largest stage beyond doubt and one stage comes out negative."""
+    times = {"t_embedder": 0.11, "x_embedder": -0.03, "cap_embedder": 0.09, "noise_refiner.0": 1.9}
+    times |= {"context_refiner.0": 0.7} | {f"layers.{i}": 2.1 + 1.4 * (i == 1) for i in range(layers)}
+    times["final_layer"] = 0.31
+    rows = [
+        {
+            "arm": "baseline", "stage": name, "view": "prefix", "time_s": 1e-3 * ms * scale,
+            "time_low_s": 1e-3 * (ms - 0.12) * scale, "time_high_s": 1e-3 * (ms + 0.16) * scale,
+            "parameters": int(448_000 * max(ms, 0.05)), "bytes": int(1_800_000 * max(ms, 0.05)),
+        }
+        for name, ms in times.items()
+    ]  # fmt: skip
+    whole = 1e-3 * sum(times.values()) * scale
+    rows.append({"arm": "baseline", "stage": "whole step", "view": "whole", "time_s": whole})
+    return pd.DataFrame(rows)
+
+
+def ablation(*rows: tuple[str, str, str, float, float, float, str]) -> pd.DataFrame:
+    """Rows of (arm, baseline, scope, ratio, low, high, verdict)."""
+    names = ("arm", "baseline", "scope", "ratio", "ratio_low", "ratio_high", "verdict")
+    frame = pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
+    frame["reason"] = ["interval too wide" if v == "inconclusive" else None for v in frame["verdict"]]
+    return frame.assign(regime="burst", p_value=0.01, quads=20, dropped_quads=1, noise_floor=0.004)
+
+
+def qkv() -> pd.DataFrame:
+    pair = ("fused_qkv", "separate_qkv")
+    return ablation(
+        (*pair, "qkv", 0.931, 0.918, 0.944, "faster"),
+        (*pair, "block", 0.988, 0.969, 1.012, "inconclusive"),
+        (*pair, "step", 0.998, 0.994, 1.003, "equivalent"),
+    )
+
+
+def quantization() -> dict[str, pd.DataFrame]:
+    """Three arms as the quantization notebook records them."""
+    arms = ("float32", "8bit", "4bit")
+    memory = [
+        {"arm": arm, "stage": stage, "metric": metric, "bytes": size}
+        for stage, metric, sizes in (
+            ("weights", "weight_bytes", (12_800_000, 3_720_000, 2_110_000)),
+            ("step", "peak_bytes", (21_000_000, 12_100_000, 10_400_000)),
+        )
+        for arm, size in zip(arms, sizes, strict=True)
+    ]
+    quality = [
+        {"arm": arm, "metric": "relative_l2_error", "value": error, "weights_kind": "trained"}
+        for arm, error in zip(arms, (0.0, 0.0054, 0.0813), strict=True)
+    ] + [
+        {"arm": arm, "metric": "digit_accuracy", "value": a, "low": a - 0.012, "high": a + 0.009}
+        for arm, a in zip(arms, (0.984, 0.982, 0.96), strict=True)
+    ]
+    times = ablation(
+        ("8bit", "float32", "step", 1.284, 1.262, 1.307, "slower"),
+        ("4bit", "float32", "step", 1.121, 1.098, 1.143, "slower"),
+    )
+    return {"ablation": times, "memory": pd.DataFrame(memory), "quality": pd.DataFrame(quality)}
+
+
+def samples(*arms: str, time_s: float = 0.0112) -> pd.DataFrame:
+    random = np.random.default_rng(7)
+    rows = []
+    for place, arm in enumerate(arms):
+        values = time_s * (1 + 0.05 * place) * np.exp(0.02 * random.standard_normal(40))
+        rows += [
+            {"arm": arm, "trial": 0, "position": i, "kind": "sample" if i > 1 else "warm-up", "time_s": float(v)}
+            for i, v in enumerate(values)
+        ]
+    return pd.DataFrame(rows).assign(dropped=False)
+
+
+def picture(seed: int, noise: float) -> Image.Image:
+    """Two rows of blobs on black: small enough to need enlarging, as digits do."""
+    y, x = np.mgrid[0:8, 0:8]
+    random = np.random.default_rng(seed)
+    cells = [np.exp(-((x - 3.5) ** 2 + (y - 2 - i % 3) ** 2) / (2 + i % 4)) for i in range(10)]
+    grid = np.block([[np.pad(c, 1) for c in cells[:5]], [np.pad(c, 1) for c in cells[5:]]])
+    return Image.fromarray((255 * np.clip(grid + noise * random.random(grid.shape), 0, 1)).astype("uint8"))
+
+
+def add_run(
+    root: Path,
+    experiment: str,
+    key: str,
+    tables: dict[str, pd.DataFrame] | None = None,
+    pictures: dict[str, tuple[Image.Image, str]] | None = None,
+    **meta: Any,
+) -> Path:
+    """Put one run on disk as the store lays it out; `meta` overrides what its run.json says."""
+    folder = root / experiment / key
+    (folder / "tables").mkdir(parents=True)
+    content: dict[str, Any] = {
+        "schema": 1, "status": "completed", "experiment": experiment, "run_key": key,
+        "notebook": "notebooks/profile_layers.ipynb", "parameters": {"source": "digits", "height": 8, "seed": 0},
+        "device": DEVICE, "environment": {"device": DEVICE, "mlx": "0.32.4", "blas": "openblas 0.3.29", "os": "Linux"},
+        "weights": {"source": "digits", "kind": "trained", "digest": "9f2c"}, "digests": {},
+        "started": "2026-11-24T04:12:09+00:00", "duration_s": 21.4, "versions": {"zimage": "0.1.0"},
+        "error": None, "failed_cell": None,
+    }  # fmt: skip
+    content |= meta
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "notebook.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    for name, frame in (tables or {}).items():
+        shared = {"run_key": key, "experiment": experiment, "device": content["device"]}
+        pq.write_table(conform(name, frame.assign(**shared)), folder / "tables" / f"{name}.parquet")
+    for name, (image, caption) in (pictures or {}).items():
+        (folder / "pictures").mkdir(exist_ok=True)
+        image.save(folder / "pictures" / f"{name}.png")
+        (folder / "pictures" / f"{name}.json").write_text(json.dumps({"caption": caption}))
+    return folder
+
+
+def add_experiment(root: Path, name: str, question: str, keys: list[str]) -> None:
+    (root / name).mkdir(parents=True, exist_ok=True)
+    content = {"name": name, "question": question, "notebooks": [], "parameters": {}, "run_keys": keys}
+    (root / name / "experiment.json").write_text(json.dumps(content))
+
+
+def quickstart(root: Path) -> Path:
+    """All three notebooks on digits in one experiment, as experiments/quickstart.yaml leaves them."""
+    size = {"arm": "baseline", "metric": "peak_bytes"}
+    memory = pd.DataFrame([{**size, "stage": s, "bytes": b} for s, b in (("step", 21_000_000), ("layers.1", 9_000_000))])
+    add_run(root, "quickstart", "aa11aa11aa11", {"stages": stages(), "samples": samples("baseline"), "memory": memory})
+    error = pd.DataFrame([{"arm": "fused_qkv", "metric": "relative_l2_error", "value": 3.1e-7}])
+    tables = {"ablation": qkv(), "samples": samples("separate_qkv", "fused_qkv"), "quality": error}
+    add_run(root, "quickstart", "bb22bb22bb22", tables, notebook="notebooks/qkv_fusion.ipynb")
+    drawn = {
+        f"digits_{arm}": (picture(place, noise), f"{arm}: 0 to 9, 20 Euler steps, seed 0")
+        for place, (arm, noise) in enumerate((("float32", 0.0), ("8bit", 0.05), ("4bit", 0.3)))
+    }
+    tables = {**quantization(), "samples": samples("float32", "8bit", "4bit")}
+    add_run(root, "quickstart", "cc33cc33cc33", tables, drawn, notebook="notebooks/quantization.ipynb")
+    question = "Where does a step's time go, does fusing QKV help, and what do 4 bits do to time, size and pictures?"
+    add_experiment(root, "quickstart", question, ["aa11aa11aa11", "bb22bb22bb22", "cc33cc33cc33"])
+    return root
+
+
+def swept(root: Path) -> Path:
+    """One notebook at three sizes of a synthetic model, of which one failed, and a run of an earlier sweep."""
+    weights = {"source": "synthetic:turbo", "kind": "synthetic", "digest": "s1"}
+    keys = []
+    for place, height in enumerate((512, 1024)):
+        key = f"{place + 1}d" * 6
+        keys.append(key)
+        profile = stages(scale=40.0 * height / 512, layers=30)
+        tables = {"stages": profile, "ablation": qkv().assign(ratio=lambda f, p=place: f["ratio"] - 0.002 * p)}
+        add_run(root, "turbo_sizes", key, tables, parameters={"height": height, "seed": 0}, weights=weights)
+    failure = {"status": "failed", "error": "BackendError: out of memory at layers.17: use a smaller height"}
+    add_run(root, "turbo_sizes", "3d3d3d3d3d3d", parameters={"height": 2048, "seed": 0}, weights=weights, **failure)
+    add_run(root, "turbo_sizes", "4d4d4d4d4d4d", {"stages": stages()}, started="2026-10-01T00:00:00+00:00")
+    add_experiment(root, "turbo_sizes", "How does a step grow with the picture?", [*keys, "3d3d3d3d3d3d"])
+    return root

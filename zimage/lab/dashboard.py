@@ -1,0 +1,331 @@
+"""The pages: one for each experiment and an index, readable from the file system without a network and without MLX.
+
+    results/index.html, results/<experiment>/index.html, results/assets/plotly.min.js
+
+Everything that a run supplied reaches the page escaped: text through the templates, figures as JSON without markup.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from zimage import __version__
+from zimage.analysis import units
+from zimage.analysis.findings import Finding, sentence
+from zimage.analysis.findings import findings as findings_of
+from zimage.errors import StoreError
+from zimage.lab.files import write_atomically
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, case, verdicts
+from zimage.lab.store import Run, Store
+
+WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where it is not the verdict itself
+IN_A_SENTENCE = 6  # findings that one terminal line holds
+ON_A_CARD = 4
+ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
+_SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
+
+
+@dataclass(frozen=True)
+class Fact:
+    name: str
+    text: str
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The newest completed run of one notebook with one set of swept parameters on one device."""
+
+    run: Run
+    label: str
+    tables: dict[str, pd.DataFrame]
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that a page says, read from the store once."""
+
+    name: str
+    question: str
+    runs: list[Run]
+    failed: list[Run]
+    groups: dict[str, list[Case]]  # by notebook
+    problems: list[str]
+
+    @property
+    def cases(self) -> list[Case]:
+        return [one for cases in self.groups.values() for one in cases]
+
+    @property
+    def completed(self) -> int:
+        return sum(run.completed for run in self.runs)
+
+    def about(self) -> tuple[str, str]:
+        """The devices and the kinds of weights of what is shown."""
+        shown = [one.run for one in self.cases] or self.runs
+        devices = dict.fromkeys(run.device for run in shown)
+        return " and ".join(devices), " and ".join(dict.fromkeys(filter(None, map(weights_kind, shown))))
+
+    def lines(self) -> list[tuple[Case, Finding]]:
+        return [(one, finding) for one in self.cases for finding in one.findings]
+
+
+def build(store: Store, experiments: Iterable[str] | None = None, single_file: bool = False) -> list[Path]:
+    """Write the pages of `experiments` (default: all) and the index; returns the pages' paths, the index last.
+
+    With `single_file` every page holds plotly's script itself and can be sent around alone, pictures aside. A file is
+    replaced whole or not at all. Raises StoreError for an unknown experiment or an unwritable place.
+    """
+    known = store.experiments()
+    chosen = known if experiments is None else list(dict.fromkeys(experiments))
+    for name in chosen:
+        if name not in known:
+            raise StoreError(f"{store.root}: no experiment {name!r}; there are: {', '.join(known) or 'none'}")
+    if not single_file:
+        _write(store.root / "assets" / "plotly.min.js", get_plotlyjs())
+    pages = []
+    read = {name: _read(store, name) for name in known}
+    for name in chosen:
+        pages.append(store.root / name / "index.html")
+        _write(pages[-1], _experiment_page(read[name], single_file))
+    pages.append(store.root / "index.html")
+    cards = [_card(read[name]) for name in known]
+    _write(pages[-1], _render("index.html", title="Experiments · zimage", cards=cards))
+    return pages
+
+
+def findings(store: Store, experiment: str) -> str:
+    """What the experiment found, in one plain sentence for a terminal."""
+    page = _read(store, experiment)
+    clauses = _shorts(page, IN_A_SENTENCE, "{} more on its page")
+    if page.failed:
+        clauses.append(f"{len(page.failed)} of {_runs(len(page.runs), 'failed')}")
+    devices, kinds = page.about()
+    return sentence(clauses, devices or "no device yet", kinds or None)
+
+
+def weights_kind(run: Run) -> str:
+    """`trained`, `synthetic`, or "" where the run did not say."""
+    kind = (run.meta.get("weights") or {}).get("kind")
+    return kind if kind in ("trained", "synthetic") else ""
+
+
+def _read(store: Store, name: str) -> Experiment:
+    runs, problems = store.scan(name)
+    try:
+        asked = store.experiment(name)
+        runs, swept = store.current(name), store.swept(name)
+    except StoreError:  # scan has reported it already
+        asked, swept = {}, []
+    newest: dict[tuple[str, str, str], Run] = {}
+    for run in sorted((r for r in runs if r.completed), key=lambda r: str(r.meta["started"])):
+        newest[run.notebook, run.device, _parameters(run, swept)] = run
+    chosen = [run for run in runs if run in newest.values()]
+    groups: dict[str, list[Case]] = {}
+    for run in chosen:
+        siblings = [r for r in chosen if r.notebook == run.notebook]
+        label = _parameters(run, swept) if len({_parameters(r, swept) for r in siblings}) > 1 else ""
+        if len({r.device for r in siblings}) > 1:
+            label = f"{run.device}, {label}".rstrip(", ")
+        tables = {}
+        for table in run.tables():
+            try:
+                tables[table] = run.table(table)
+            except StoreError as error:
+                problems.append(str(error))
+        groups.setdefault(run.notebook, []).append(Case(run, label, tables, findings_of(tables)))
+    question = asked.get("question")
+    failed = [run for run in runs if not run.completed]
+    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, problems)
+
+
+def _parameters(run: Run, names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={run.parameters[name]}" for name in names if name in run.parameters)
+
+
+def _experiment_page(page: Experiment, single_file: bool) -> str:
+    devices, kinds = page.about()
+    facts = [Fact("Device", devices or "none yet")]
+    if kinds:
+        facts.append(Fact("Weights", kinds, kinds))
+    facts.append(Fact("Measured", _newest(page.runs)))
+    facts.append(Fact("Runs", _runs(page.completed, "completed")))
+    if page.failed:
+        facts.append(Fact("Failed", f"{len(page.failed)}", "failed"))
+    several = len(page.groups) > 1
+    lines = [
+        {
+            "verdict": f.verdict,
+            "word": WORDS.get(f.verdict, f.verdict),
+            "text": f.text,
+            "evidence": [*([one.label] if one.label else []), *f.evidence],
+        }
+        for one, f in page.lines()
+    ]
+    problems = [
+        {
+            "text": f"{_stem(r.notebook)}: {_one_line(r.meta.get('error')) or 'failed, no error was kept'}",
+            "links": _links(r),
+        }
+        for r in page.failed
+    ] + [{"text": text, "links": []} for text in page.problems]
+    content = {
+        "name": page.name,
+        "title": page.question or page.name,
+        "facts": facts,
+        "caveat": _SYNTHETIC if "synthetic" in kinds else "",
+        "findings": lines,
+        "problems": problems,
+        "problems_title": "Not everything worked" if page.cases else "Nothing has completed yet",
+        "groups": [_group(f"g{i}", n, c, several) for i, (n, c) in enumerate(page.groups.items())],
+        "closing": [_run_list(page), _environment(page)],
+    }
+    # plotly's script is its own release file; only the end of a script element would have to be kept out of it.
+    inline = Markup(get_plotlyjs().replace("</script", "<\\/script")) if single_file else None
+    return _render(
+        "experiment.html", title=f"{page.question or page.name} · zimage", page=content, plotly_inline=inline
+    )
+
+
+def _group(id: str, notebook: str, cases: list[Case], several: bool) -> dict[str, Any]:
+    parts = []
+    for place, one in enumerate(cases):
+        key = f"{id}-c{place}"
+        shown = [Shown(p.name, _href(p.path, one.run), p.caption) for p in one.run.pictures()]
+        sections, folds = case(one.tables, shown, key)
+        parts.append(
+            {
+                "id": key,
+                "label": one.label or one.run.key,
+                "sections": sections,
+                "folds": folds,
+                "run": one.run.key[:12],
+                "links": _links(one.run),
+            }
+        )
+    compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
+    overview = [verdicts(pd.concat(compared), f"{id}-all", "All parameters at a glance")] if len(compared) > 1 else []
+    title = _stem(notebook) if several else "Results"
+    return {"id": id, "title": title, "cases": parts, "overview": overview}
+
+
+def _run_list(page: Experiment) -> Section:
+    shown = {one.run.key for one in page.cases}
+    heads = [
+        Head("Run"),
+        Head("Notebook"),
+        Head("Status"),
+        Head("Started"),
+        Head("Took", True),
+        Head("Parameters"),
+        Head("Files"),
+    ]
+    rows = [
+        [
+            Cell(run.key[:12]),
+            Cell(_stem(run.notebook)),
+            Cell(run.status + ("" if run.key in shown or not run.completed else ", superseded")),
+            Cell(units.date(run.meta["started"])),
+            Cell(units.seconds(run.meta["duration_s"]), "num"),
+            Cell(_parameters(run, run.parameters), "free"),
+            Cell("", links=tuple(_links(run))),
+        ]
+        for run in page.runs
+    ]
+    return Section(f"Every run ({len(rows)})", table=Table("Every run", heads, rows))
+
+
+def _environment(page: Experiment) -> Section:
+    """What all runs recorded of their machine; a fact in which they differ shows every value."""
+    values: dict[str, dict[str, None]] = {}
+    for run in page.runs:
+        for source in (run.meta["environment"], run.meta.get("versions") or {}, run.meta.get("weights") or {}):
+            for name, value in source.items():
+                key = f"weights {name}" if source is run.meta.get("weights") else str(name)
+                values.setdefault(key, {})[str(value)] = None
+    rows = [[Cell(name), Cell(" | ".join(several), "free")] for name, several in sorted(values.items())]
+    return Section("Environment", table=Table("Environment", [Head("Fact"), Head("Value")], rows))
+
+
+def _card(page: Experiment) -> dict[str, Any]:
+    devices, kinds = page.about()
+    return {
+        "name": page.name,
+        "title": page.question or page.name,
+        "href": f"{quote(page.name)}/index.html",
+        "devices": devices,
+        "weights": kinds,
+        "runs": _runs(page.completed, "done"),
+        "failed": len(page.failed),
+        "date": _newest(page.runs),
+        "lines": _shorts(page, ON_A_CARD, "and {} more"),
+    }
+
+
+def _shorts(page: Experiment, most: int, rest: str) -> list[str]:
+    """The findings in brief, at most `most` of them and then how many are left."""
+    texts = [f.short + (f" [{one.label}]" if one.label else "") for one, f in page.lines() if f.short]
+    more = len(texts) - most
+    return texts if more <= 0 else [*texts[:most], rest.format(more)]
+
+
+def _links(run: Run) -> list[Link]:
+    return [
+        Link(name, _href(run.path / name, run))
+        for name in ("notebook.ipynb", "run.json")
+        if (run.path / name).is_file()
+    ]
+
+
+def _href(path: Path, run: Run) -> str:
+    """A path inside a run, relative to its experiment's page."""
+    return quote(path.relative_to(run.path.parent).as_posix())
+
+
+def _stem(notebook: str) -> str:
+    words = [ACRONYMS.get(word, word) for word in Path(notebook).stem.split("_")]
+    text = " ".join(words).strip()
+    return text[:1].upper() + text[1:] or "Notebook"
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split()) if text else ""
+
+
+def _newest(runs: list[Run]) -> str:
+    return units.date(max((str(run.meta["started"]) for run in runs), default=None))
+
+
+def _runs(number: int, word: str) -> str:
+    return f"{number} run{'' if number == 1 else 's'} {word}"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("zimage.lab"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = _templates()
+    # Files of this package, not data: they go onto the page as they are.
+    css, js = (Markup(environment.get_template(name).render()) for name in ("page.css", "page.js"))
+    return environment.get_template(template).render(css=css, js=js, version=__version__, **values)
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -1,0 +1,296 @@
+"""The parts of an experiment's page: result tables in, charts and compact tables out. Knows no store and no HTML."""
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+from zimage.analysis import plots, reading, units
+from zimage.analysis.findings import Tables, baseline_arm, verdict_of
+
+_GLYPHS = {"triangle-left": "\u25c0", "triangle-right": "\u25b6", "circle": "\u25cf", "circle-open": "\u25cb"}
+DELTA = 0.01  # the equivalence margin drawn as a band
+
+
+@dataclass(frozen=True)
+class Link:
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell. `kind` is "" for text, "num", "free" (wraps) or "verdict"."""
+
+    text: str
+    kind: str = ""
+    links: tuple[Link, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    text: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    label: str
+    heads: list[Head]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend: a colour, a glyph for the marker, and what it stands for."""
+
+    name: str
+    color: str
+    glyph: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as JSON that is safe within a script element, and the words for who cannot see it."""
+
+    id: str
+    json: Markup
+    alt: str
+    height: int
+    legend: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture on the page."""
+
+    name: str
+    href: str
+    caption: str
+
+    @property
+    def alt(self) -> str:
+        return self.caption or f"Picture {self.name}"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    note: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    table: Table | None = None
+    pictures: list[Shown] = field(default_factory=list)
+    folded: bool = False  # the table says what the charts say, and lies folded below them
+
+
+def script_json(text: str) -> Markup:
+    """JSON text that cannot end or open a script element, whatever the data holds; not to be escaped again."""
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def chart(figure: go.Figure, id: str, alt: str) -> Chart:
+    """A plotly figure made ready for a page. NaN becomes null, so that the JSON is strict.
+
+    The legend leaves the figure and becomes text of the page, which wraps on a narrow screen as plotly's does not.
+    """
+    content: dict[str, Any] = json.loads(figure.to_json())
+    layout = content["layout"]
+    layout.pop("template", None)
+    legend: tuple[Key, ...] = ()
+    if layout.get("showlegend"):
+        named = [trace for trace in figure.data if trace.name and trace.showlegend is not False]
+        legend = tuple(
+            Key(html.unescape(t.name), str(t.marker.color), _GLYPHS.get(t.marker.symbol or "", "\u25a0")) for t in named
+        )
+        layout["showlegend"] = False
+        layout["height"] -= layout["margin"]["t"] - 8
+        layout["margin"]["t"] = 8
+    return Chart(id, script_json(json.dumps(content, allow_nan=False)), alt, int(layout["height"]), legend)
+
+
+def verdicts(frame: pd.DataFrame, id: str, title: str = "What the arms cost in time") -> Section:
+    """Forest plot and verdict table of an `ablation` table; a column `case` tells several parameter sets apart."""
+    labels = reading.ablation_labels(frame)
+    rows = reading.records(frame)
+    spread = [_spread(row) for row in rows]
+    alt = "Time ratio to the baseline: " + "; ".join(
+        f"{label} {units.ratio(row['ratio'])}, {verdict_of(row)}" for label, row in zip(labels, rows, strict=True)
+    )
+    heads = [Head("Arm"), Head("Against"), Head("Verdict"), Head("Ratio", True), Head("Interval", True)]
+    cells = [
+        [
+            Cell(label),
+            Cell(_text(row["baseline"])),
+            Cell(verdict_of(row), "verdict"),
+            Cell(units.ratio(row["ratio"]), "num"),
+            Cell(interval, "num"),
+        ]
+        for label, row, interval in zip(labels, rows, spread, strict=True)
+    ]
+    optional: list[tuple[str, str, Callable[[Any], Cell]]] = [
+        ("noise_floor", "Noise floor", lambda v: Cell(units.percent(v), "num")),
+        ("quads", "Quads", lambda v: Cell(units.MISSING if units.missing(v) else f"{int(v)}", "num")),
+        ("dropped_quads", "Dropped", lambda v: Cell(units.MISSING if units.missing(v) else f"{int(v)}", "num")),
+        ("reason", "Reason", lambda v: Cell(_text(v), "free")),
+    ]
+    for column, head, cell in optional:
+        if frame[column].notna().any() and (frame[column] != "").any():
+            heads.append(Head(head, column != "reason"))
+            for line, row in zip(cells, rows, strict=True):
+                line.append(cell(row[column]))
+    note = (
+        "Time of an arm divided by the time of its baseline: left of 1 is less time. "
+        f"The band is the margin of {units.percent(DELTA, 0)} within which two arms count as equivalent."
+    )
+    figure = plots.ablation(frame, DELTA)
+    charts = [chart(figure, f"{id}-forest", alt)] if frame["ratio"].notna().any() else []
+    return Section(title, note, charts, Table(title, heads, cells))
+
+
+def by_arm(tables: Tables, id: str) -> Section | None:
+    """Time, size and quality of every arm side by side; None where no memory or quality was recorded."""
+    memory, quality, ablation = (_some(tables, name) for name in ("memory", "quality", "ablation"))
+    if memory is None and quality is None:
+        return None
+    baseline = baseline_arm(tables)
+    charts: list[Chart] = []
+    columns: list[tuple[str, dict[str, str]]] = []
+    several_arms = len({*reading.arms(memory), *reading.arms(quality)}) > 1
+
+    def panel(name: str, values: dict[str, str], draw: Callable[[], go.Figure]) -> None:
+        columns.append((name, values))
+        if len(values) > 1:
+            alt = f"{name}: " + "; ".join(f"{arm} {value}" for arm, value in values.items())
+            charts.append(chart(draw(), f"{id}-panel-{len(columns)}", alt))
+
+    if ablation is not None and several_arms:
+        scope = reading.best_scope(ablation)
+        timed = ablation[(ablation["scope"] == scope) & ablation["ratio"].notna()].drop_duplicates("arm")
+        values = {baseline or "baseline": units.ratio(1.0)}
+        values |= {str(row["arm"]): units.ratio(row["ratio"]) for row in reading.records(timed)}
+        panel(f"time ratio, {scope}", values, lambda: plots.ratios(ablation))
+    if memory is not None:
+        key = "arm" if several_arms or memory["stage"].nunique() <= 1 else "stage"
+        for name, group in reading.memory_groups(memory):
+            values = {str(row[key]): units.size(row["bytes"]) for row in reading.records(group)}
+            panel(name, values, lambda group=group: plots.memory(group, baseline))  # type: ignore[misc]
+    if quality is not None:
+        last = reading.final_step(quality)
+        for metric, group in last.groupby("metric", sort=False):
+            values = {str(row["arm"]): _value(str(metric), row) for row in reading.records(group)}
+            draw = lambda group=group: plots.quality(group, baseline)  # noqa: E731
+            panel(reading.metric_name(str(metric)), values, draw)
+    names = list(dict.fromkeys(name for _, values in columns for name in values))
+    heads = [Head("Arm" if several_arms else ""), *(Head(name, True) for name, _ in columns)]
+    cells = [[Cell(n), *(Cell(values.get(n, units.MISSING), "num") for _, values in columns)] for n in names]
+    kinds = [text for text, frame in (("size", memory), ("quality", quality)) if frame is not None]
+    if ablation is not None and several_arms:
+        kinds.insert(0, "time")
+    title = f"{' and '.join(kinds) if len(kinds) < 3 else 'time, size and quality'}".capitalize()
+    return Section(
+        title,
+        "The baseline is grey." if charts and baseline and several_arms else "",
+        charts,
+        Table(title, heads, cells),
+    )
+
+
+def stages(frame: pd.DataFrame, id: str) -> Section:
+    """Where the time of a step goes, stage by stage."""
+    rows, whole = reading.profile(frame)
+    lines = reading.records(rows)
+    largest = max(lines, key=lambda r: -1.0 if units.missing(r["time_s"]) else float(r["time_s"]), default=None)
+    alt = "Time per stage in forward order"
+    if largest is not None:
+        alt += f"; the largest is {largest['stage']} with {units.seconds(largest['time_s'])}"
+    several = rows["arm"].nunique() > 1
+    heads = [Head("Stage"), *([Head("Arm")] if several else []), Head("Time", True), Head("Interval", True)]
+    heads += [Head("Share", True), Head("Parameters", True), Head("Bytes", True)]
+    cells = [
+        [
+            Cell(str(row["stage"])),
+            *([Cell(_text(row["arm"]))] if several else []),
+            Cell(units.seconds(row["time_s"]), "num"),
+            Cell(_times(row), "num"),
+            Cell(units.percent(row["time_s"] / whole) if whole else units.MISSING, "num"),
+            Cell(units.count(row["parameters"]), "num"),
+            Cell(units.size(row["bytes"]), "num"),
+        ]
+        for row in lines
+    ]
+    view = next(iter(rows["view"].dropna()), "")
+    note = {
+        "prefix": "A stage costs what evaluating it adds to the stages before it, so a small stage may come out "
+        "slightly negative. Whiskers are intervals, percentages are shares of the whole step.",
+        "depth": "From the time regressed on the number of repeated blocks.",
+    }.get(view, "")
+    title = "Where the time of a step goes"
+    charts = [chart(plots.stages(frame), f"{id}-stages", alt)] if lines else []
+    return Section(title, note, charts, Table(title, heads, cells), folded=bool(charts))
+
+
+def samples(frame: pd.DataFrame, id: str) -> Section | None:
+    """The raw timed values, for who wants to see the spread."""
+    kept = frame[(frame["kind"] == "sample") & frame["time_s"].notna()]
+    if kept.empty:
+        return None
+    counts = "; ".join(f"{arm} {number}" for arm, number in kept["arm"].fillna("").value_counts(sort=False).items())
+    note = f"Every timed sample with its quartiles, warm-ups left out. Samples: {counts}."
+    return Section("Samples", note, [chart(plots.samples(frame), f"{id}-samples", f"Spread of samples: {counts}")])
+
+
+def case(tables: Tables, pictures: list[Shown], id: str) -> tuple[list[Section], list[Section]]:
+    """The open and the collapsed sections of one run's tables, most telling first."""
+    shown: list[Section] = []
+    if (frame := _some(tables, "ablation")) is not None:
+        shown.append(verdicts(frame, id))
+    if (part := by_arm(tables, id)) is not None:
+        shown.append(part)
+    if pictures:
+        arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
+        order = {f"_{arm}": place for place, arm in reversed([*enumerate(arms)]) if arm}
+        ordered = sorted(pictures, key=lambda p: min((n for e, n in order.items() if p.name.endswith(e)), default=99))
+        shown.append(Section("Pictures", "Enlarged without smoothing.", pictures=ordered))
+    if (frame := _some(tables, "stages")) is not None:
+        # What a page is about comes first: a profile's only other table is its memory.
+        place = len(shown) if "ablation" in tables else 0
+        shown.insert(place, stages(frame, id))
+    folds = []
+    if (frame := _some(tables, "samples")) is not None and (part := samples(frame, id)) is not None:
+        folds.append(part)
+    return shown, folds
+
+
+def _some(tables: Tables, name: str) -> pd.DataFrame | None:
+    frame = tables.get(name)
+    return None if frame is None or frame.empty else frame
+
+
+def _value(metric: str, row: dict[str, Any]) -> str:
+    text = reading.metric_value(metric, row["value"])
+    if units.missing(row["low"]) or units.missing(row["high"]):
+        return text
+    return f"{text} ({reading.metric_value(metric, row['low'])} to {reading.metric_value(metric, row['high'])})"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    if units.missing(row["ratio_low"]) or units.missing(row["ratio_high"]):
+        return units.MISSING
+    return f"{units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])}"
+
+
+def _times(row: dict[str, Any]) -> str:
+    if units.missing(row["time_low_s"]) or units.missing(row["time_high_s"]):
+        return units.MISSING
+    return f"{units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])}"
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

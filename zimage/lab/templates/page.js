@@ -1,0 +1,58 @@
+"use strict";
+(() => {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  // Figures come in neutral greys; here they take the page's own ink, in the scheme the reader has.
+  function dressed(layout) {
+    const result = structuredClone(layout);
+    result.font = { ...result.font, color: css("--ink") };
+    result.hoverlabel = { ...result.hoverlabel, bgcolor: css("--surface"), bordercolor: css("--line"),
+                          font: { ...(result.hoverlabel || {}).font, color: css("--ink") } };
+    for (const key of Object.keys(result)) {
+      if (/^[xy]axis\d*$/.test(key)) {
+        result[key].gridcolor = css("--grid");
+        if (/^x/.test(key)) result[key].tickfont = { ...result[key].tickfont, color: css("--ink-2") };
+      }
+    }
+    return result;
+  }
+
+  function draw(plot) {
+    const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
+    const options = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
+    plot.dataset.drawn = "yes";
+    return window.Plotly.react(plot, figure.data, dressed(figure.layout), options);
+  }
+
+  const visible = (plot) => plot.getClientRects().length > 0;
+  function drawVisible() {
+    if (!window.Plotly) {
+      for (const plot of document.querySelectorAll(".plot")) {
+        plot.textContent = "The chart's script, assets/plotly.min.js, is not where this page expects it.";
+      }
+      return;
+    }
+    for (const plot of document.querySelectorAll(".plot")) {
+      if (!visible(plot)) continue;
+      if (plot.dataset.drawn) window.Plotly.Plots.resize(plot);
+      else draw(plot);
+    }
+  }
+
+  for (const select of document.querySelectorAll("select[data-cases]")) {
+    const show = () => {
+      for (const part of document.getElementById(select.dataset.cases).querySelectorAll(".case")) {
+        part.hidden = part.id !== select.value;
+      }
+      drawVisible();
+    };
+    select.addEventListener("change", show);
+    show();
+  }
+  document.addEventListener("toggle", drawVisible, true);
+  dark.addEventListener("change", () => {
+    for (const plot of document.querySelectorAll(".plot[data-drawn]")) draw(plot);
+  });
+  drawVisible();
+})();
