@@ -29,7 +29,7 @@ from zimage.errors import ExperimentError, StoreError
 from zimage.lab import notebook as notebooks
 from zimage.lab.notebook import Notebook, unknown
 from zimage.lab.store import check_name
-from zimage.lab.yaml_lines import Document, Place, load
+from zimage.lab.yaml_lines import Document, Place, load, parse_value
 
 MAX_RUNS = 10_000
 Values = dict[str, Any]
@@ -152,6 +152,25 @@ def check_value(known: tuple[Notebook, ...], name: str, value: Any) -> None:
             notebook.parameters[name].accept(value)
         except ExperimentError as error:
             raise ExperimentError(f"{notebook.name}: {error}") from None
+
+
+def value_from_text(known: tuple[Notebook, ...], name: str, text: str) -> Any:
+    """The value that `text` from a command line means for the parameter `name`: YAML, or the text itself if that fits.
+
+    Raises ExperimentError as `check_value` does.
+    """
+    try:
+        value = parse_value(text)
+        check_value(known, name, value)
+    except ExperimentError:
+        try:
+            check_value(known, name, text)
+        except ExperimentError:
+            pass
+        else:
+            return text  # where a text is wanted, nobody should have to quote 7 twice
+        raise
+    return value
 
 
 def _names(known: tuple[Notebook, ...]) -> list[str]:

@@ -36,6 +36,7 @@ class Teller:
     def __init__(self, jobs: Sequence[Job], estimates: Estimates) -> None:
         self.left = list(jobs)
         self.total = len(jobs)
+        self.current: Job | None = None
         self.estimates = estimates
         self.started = time.monotonic()
         self.console = Console(stderr=True)
@@ -62,17 +63,18 @@ class Teller:
 
     def begins(self, job: Job) -> None:
         """Show which run is on."""
+        self.current = job
         self.started = time.monotonic()
         self.progress.update(self.task, description=_label(job))
         self.tick()
 
     def tick(self) -> None:
         """Show the time left, and let the bar creep within a run as far as its expected length allows."""
-        if not self.left or self.progress.disable:
+        if self.current is None or self.progress.disable:
             return
         elapsed = time.monotonic() - self.started
         seconds, unknown = self.estimates.total(self.left)
-        current = self.estimates.of(self.left[0])
+        current = self.estimates.of(self.current)
         part = 0.0 if not current else min(0.95, elapsed / current)
         known = unknown < len(self.left)
         remaining = f"about {span(seconds - min(elapsed, current or 0.0))} left" if known else f"{span(elapsed)} so far"

@@ -122,7 +122,7 @@ def _execute(job: Job, partial: Path, scratch: Path, facts: dict[str, str], tick
 
 
 def _tidy_notebook(job: Job, output: Path) -> int | None:
-    """Take this machine's paths out of the executed notebook; the number, from 1 as written, of the cell that failed."""
+    """Take this machine's paths out of the executed notebook; the number, from 1 as written, of a cell cut short."""
     try:
         content = json.loads(output.read_text(encoding="utf-8"))
         content["metadata"].get("papermill", {}).update(input_path=job.notebook.name, output_path=output.name)

@@ -122,7 +122,7 @@ def note_single(store: Store, job: Job) -> None:
 
 
 class Estimates:
-    """How long runs take, from earlier ones on this device: the same parameters if there are, else the same notebook."""
+    """How long runs take, from earlier ones on this device: with the same parameters, or else of the same notebook."""
 
     def __init__(self, store: Store, device: str) -> None:
         self._exact: dict[tuple[str, str], float] = {}

@@ -1,0 +1,318 @@
+"""The command `zimage`: parses, calls, prints.
+
+Exit 0: done; 1: it ran and something failed, or was stopped; 2: it was asked wrongly, and one line says how to mend it.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import zimage
+from zimage.errors import ExperimentError, StoreError, ZImageError
+
+if TYPE_CHECKING:
+    from zimage.lab.runner import Job
+    from zimage.lab.store import Store
+
+_results = click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR",
+    help="Folder of the results.",
+)  # fmt: skip
+_as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+_fresh = click.option("--fresh", is_flag=True, help="Run again what is done already.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+             invoke_without_command=True)  # fmt: skip
+@click.version_option(zimage.__version__, prog_name="zimage")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Profile and ablate the Z-Image diffusion transformer on MLX."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.option("-p", "--parameter", "given", type=(str, str), multiple=True, metavar="NAME VALUE",
+              help="Set a parameter; may be repeated.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=3600.0, show_default=True,
+              metavar="SECONDS", help="Stop the run after that long.")  # fmt: skip
+@_fresh
+@_results
+def run(notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, results: Path) -> int:
+    """Execute one NOTEBOOK into the results, under its own name."""
+    from zimage.lab import keys, sweep
+    from zimage.lab import notebook as notebooks
+    from zimage.lab.experiment import Planned, value_from_text
+    from zimage.lab.store import Store, check_name
+
+    root = notebooks.project_root(notebook)
+    found = notebooks.read(notebook, root)
+    values = {name: value_from_text((found,), name, text) for name, text in _once("-p", given).items()}
+    name, store = check_name(notebook.stem), Store(results)
+    facts = keys.device_facts()
+    jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout, facts)
+    again = f"zimage run {notebook}"
+    return _execute(jobs, store, facts, fresh, again, lambda: sweep.note_single(store, jobs[0]))
+
+
+@cli.command(name="sweep")
+@click.argument("experiment", type=click.Path(path_type=Path), metavar="EXPERIMENT.yaml")
+@click.option("--quick", is_flag=True, help="The experiment's small version.")
+@click.option("--dry-run", is_flag=True, help="Only list the runs.")
+@click.option("--set", "given", multiple=True, metavar="NAME=VALUE",
+              help="Fix a parameter in all runs; may be repeated.")  # fmt: skip
+@_fresh
+@_results
+def sweep_command(
+    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, results: Path
+) -> int:
+    """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped."""
+    from zimage.lab import experiment as experiments
+    from zimage.lab import keys, sweep
+    from zimage.lab.store import Store
+
+    asked = experiments.read(experiment)
+    pairs = [tuple(text.split("=", 1)) for text in given]
+    for pair, text in zip(pairs, given, strict=True):
+        if len(pair) != 2 or not pair[0]:
+            raise ExperimentError(f"--set {text}: write NAME=VALUE")
+    texts = _once("--set", [(pair[0], pair[-1]) for pair in pairs])
+    forced = {name: experiments.value_from_text(asked.notebooks, name, text) for name, text in texts.items()}
+    planned, store = asked.plan(quick=quick, overrides=forced), Store(results)
+    facts = keys.device_facts()
+    jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s, facts)
+    if dry_run:
+        _say_beforehand(jobs, store, facts, fresh)
+        to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
+        for job in jobs:
+            shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
+            click.echo(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
+        return 0
+    again = f"zimage sweep {experiment}"
+    return _execute(jobs, store, facts, fresh, again, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
+
+
+@cli.command(name="list")
+@_as_json
+@_results
+def list_command(as_json: bool, results: Path) -> None:
+    """List the experiments and their runs."""
+    from zimage.lab import listing
+    from zimage.lab.store import Store
+
+    store = Store(results)
+    content = listing.store_content(store)
+    _print(content, as_json, lambda: listing.store_lines(store, content))
+    if not as_json:
+        for problem in content["problems"]:
+            click.echo(f"zimage: skipped: {problem}", err=True)
+
+
+@cli.command()
+@click.argument("what")
+@_as_json
+@_results
+def show(what: str, as_json: bool, results: Path) -> None:
+    """Show WHAT: a run (its key or the start of it, or experiment/key), or a checkpoint source."""
+    from zimage.lab import listing
+    from zimage.lab.store import Store
+
+    store = Store(results)
+    try:
+        found = store.find(what)
+    except StoreError as no_run:
+        if " fits " in str(no_run):
+            raise
+        content = listing.source_content(_source(what, no_run))
+        _print(content, as_json, lambda: listing.source_lines(content))
+        return
+    _print(listing.run_content(found), as_json, lambda: listing.run_lines(found))
+
+
+@cli.command()
+@click.option("--single-file", is_flag=True, help="Put plotly's script into each page, so that it can be sent around.")
+@_as_json
+@_results
+def report(single_file: bool, as_json: bool, results: Path) -> None:
+    """Build the pages again from what is stored; needs no MLX."""
+    from zimage.lab import dashboard
+    from zimage.lab.store import Store
+
+    store = Store(results)
+    names = store.experiments()
+    if not names:
+        raise StoreError(f"{results}: no runs to report on; `zimage sweep EXPERIMENT.yaml` makes some")
+    pages = dashboard.build(store, None, single_file=single_file)
+    findings = {name: dashboard.findings(store, name) for name in names}
+    content = {"pages": [str(page) for page in pages], "findings": findings}
+    _print(content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(_link, pages)])
+
+
+@cli.command()
+@_as_json
+@_results
+def doctor(as_json: bool, results: Path) -> int:
+    """Check this machine: device, libraries, and how fast they are."""
+    from dataclasses import asdict
+
+    from zimage import backend
+
+    checks = backend.doctor(results)
+    signs = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
+    width = max(len(check.name) for check in checks)
+
+    def lines() -> list[str]:
+        text = []
+        for check in checks:
+            text.append(f"{signs[check.status]}  {check.name:{width}}  {check.value}")
+            if check.advice:
+                text.append(f"      {'':{width}}  -> {check.advice}")
+        return text
+
+    _print([asdict(check) for check in checks], as_json, lines)
+    return 1 if any(check.status == "fail" for check in checks) else 0
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def lab(options: tuple[str, ...]) -> None:
+    """Open JupyterLab on notebooks/; OPTIONS go to JupyterLab."""
+    from importlib.util import find_spec
+
+    if find_spec("jupyterlab") is None:
+        raise ExperimentError(f"JupyterLab is not installed for {sys.executable}: pip install jupyterlab")
+    here = Path.cwd()
+    folder = next((f / "notebooks" for f in (here, *here.parents) if (f / "notebooks").is_dir()), None)
+    if folder is None:
+        raise ExperimentError(f"{here}: no notebooks/ folder here or above; go to the project's folder first")
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(folder), *options])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Every error a user can cause is one line and an exit status."""
+    if os.name == "nt":
+        print("zimage: MLX does not run on Windows itself; install zimage inside WSL2 (Ubuntu)", file=sys.stderr)
+        return 2
+    try:
+        status = cli.main(arguments, prog_name="zimage", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "zimage"
+        _complain(f"{' '.join(error.format_message().split())} (see {path} -h)")
+        return 2
+    except ZImageError as error:
+        _complain(str(error))
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _complain("stopped")
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _execute(
+    jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool, again: str, note: Callable[[], None]
+) -> int:
+    """Do the jobs, build the page, say what came out."""
+    import time
+
+    from zimage.lab import dashboard, sweep
+    from zimage.lab.progress import Teller, span
+
+    name = jobs[0].experiment
+    estimates = _say_beforehand(jobs, store, facts, fresh)
+    started = time.monotonic()
+    note()
+    try:
+        with _farewells(), Teller(jobs, estimates) as teller:
+            outcome = sweep.sweep(jobs, store, facts, teller, fresh)
+    except KeyboardInterrupt:
+        done = len(jobs) - len(sweep.missing(jobs, store))
+        _complain(f"stopped: {done} of {len(jobs)} runs are done; `{again}` picks up there")
+        return 1
+    except StoreError as error:
+        _complain(str(error))
+        return 1
+    failed = len(outcome.failed)
+    took = f" in {span(time.monotonic() - started)}" if outcome.completed or failed else ""
+    already = f", {len(outcome.found)} done before" if outcome.found else ""
+    click.echo(f"{name}: {len(outcome.completed)} completed, {failed} failed{already}{took}")
+    pages = dashboard.build(store, [name])
+    click.echo(dashboard.findings(store, name))
+    click.echo(f"page: {_link(pages[0])}")
+    return 1 if failed else 0
+
+
+@contextmanager
+def _farewells() -> Iterator[None]:
+    """Let a batch system's or a closing terminal's signal end things as tidily as Ctrl-C."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_beforehand(jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool) -> Any:
+    from zimage.lab import sweep
+    from zimage.lab.progress import forecast
+
+    estimates = sweep.Estimates(store, facts["device"])
+    to_do = sweep.missing(jobs, store, fresh)
+    runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
+    what = (
+        f"{len(to_do)} to do, {forecast(estimates, to_do)}" if to_do else "all done already (--fresh runs them again)"
+    )
+    done = f"{len(jobs) - len(to_do)} done already, " if to_do and len(to_do) < len(jobs) else ""
+    click.echo(f"{jobs[0].experiment}: {runs}, {done}{what}")
+    return estimates
+
+
+def _once(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, text in pairs:
+        if name in values:
+            raise ExperimentError(f"{option} {name} is given twice; keep one")
+        values[name] = text
+    return values
+
+
+def _source(what: str, no_run: StoreError) -> Any:
+    from zimage import sources
+
+    try:
+        return sources.describe(what)
+    except ZImageError as error:
+        looks_like_run = "/" not in what and set(what) <= set("0123456789abcdef")
+        raise (no_run if looks_like_run else error) from None
+
+
+def _print(content: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else "\n".join(lines()))
+
+
+def _link(page: Path) -> str:
+    """A path, or on a terminal an address to click on."""
+    return page.resolve().as_uri() if sys.stdout.isatty() else str(page)
+
+
+def _complain(line: str) -> None:
+    click.echo(f"zimage: {' '.join(line.splitlines())}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What the store holds, as data for programs and as lines for people."""
+
+import math
+from typing import Any
+
+from zimage.lab.progress import span
+from zimage.lab.runner import describe_failure
+from zimage.lab.store import Run, Store
+
+
+def store_content(store: Store) -> dict[str, Any]:
+    """The experiments with their runs, and a line for everything unreadable."""
+    experiments, problems = [], []
+    for name in store.experiments():
+        runs, unreadable = store.scan(name)
+        problems += unreadable
+        asked = set() if unreadable and not runs else {run.key for run in _current(store, name, runs)}
+        experiments.append(
+            {
+                "name": name,
+                "question": _question(store, name),
+                "runs": [{**_summary(run), "current": run.key in asked} for run in runs],
+            }
+        )
+    return {"results": str(store.root), "experiments": experiments, "problems": problems}
+
+
+def store_lines(store: Store, content: dict[str, Any]) -> list[str]:
+    """`store_content` for a terminal: one line a run, with the parameters that tell runs apart."""
+    lines: list[str] = []
+    for experiment in content["experiments"]:
+        runs = experiment["runs"]
+        done = sum(run["status"] == "completed" for run in runs)
+        failed = len(runs) - done
+        lines.append(f"{experiment['name']}: {done} completed{f', {failed} failed' if failed else ''}")
+        if experiment["question"]:
+            lines.append(f"  {experiment['question']}")
+        telling = _telling(runs)
+        for run in runs:
+            shown = " ".join(f"{k}={v}" for k, v in run["parameters"].items() if k in telling)
+            state = "" if run["current"] else " (superseded)"
+            tail = f"{run['device']}  {run['started'][:16].replace('T', ' ')}  {span(run['duration_s'])}"
+            lines.append(f"  {run['key']}  {run['status']:9}  {run['notebook']}  {shown}  {tail}{state}")
+    return lines or [f"{store.root}: no runs yet; `zimage sweep EXPERIMENT.yaml` or `zimage run NOTEBOOK` makes some"]
+
+
+def run_content(run: Run) -> dict[str, Any]:
+    """One run: its run.json, and what it kept."""
+    tables = {name: len(run.table(name)) for name in run.tables()}
+    pictures = [{"name": p.name, "path": str(p.path), "caption": p.caption} for p in run.pictures()]
+    return {**run.meta, "path": str(run.path), "tables": tables, "pictures": pictures}
+
+
+def run_lines(run: Run) -> list[str]:
+    """One run for a terminal."""
+    meta, content = run.meta, run_content(run)
+    weights = meta.get("weights")
+    lines = [
+        f"{run.experiment}/{run.key}: {run.status}",
+        f"  notebook    {run.notebook} (as executed: {run.path / 'notebook.ipynb'})",
+        f"  parameters  {', '.join(f'{k}={v}' for k, v in run.parameters.items()) or 'none'}",
+        f"  weights     {weights['source']} ({weights['kind']}, {weights['digest'][:16]})" if weights else "",
+        f"  device      {run.device}, MLX {meta['environment'].get('mlx', 'unknown')}",
+        f"  started     {meta['started']}, took {span(meta['duration_s'])}",
+        f"  tables      {', '.join(f'{name} ({rows} rows)' for name, rows in content['tables'].items()) or 'none'}",
+        f"  pictures    {', '.join(picture['path'] for picture in content['pictures'])}" if content["pictures"] else "",
+        f"  error       {describe_failure(run)}" if not run.completed else "",
+    ]
+    return [line for line in lines if line]
+
+
+def source_content(info: Any) -> dict[str, Any]:
+    """A checkpoint source (zimage.sources.SourceInfo) without its tensors' values."""
+    shapes = [tensor.shape for tensor in info.tensors.values()]
+    return {
+        "source": info.source,
+        "kind": info.kind,
+        "config": info.config.to_dict(),
+        "quantization": info.quantization,
+        "tensors": len(shapes),
+        "values": sum(math.prod(shape) for shape in shapes),
+        "dtypes": list(info.dtypes),
+        "bytes": info.bytes,
+        "digest": info.digest,
+    }
+
+
+def source_lines(content: dict[str, Any]) -> list[str]:
+    """`source_content` for a terminal."""
+    stored = f"{content['tensors']} tensors, {content['values']:,} values, {content['bytes']:,} bytes"
+    return [
+        f"{content['source']}: {content['kind']} weights",
+        f"  stored      {stored if content['tensors'] else 'nothing: the weights are made from a seed'}",
+        f"  dtypes      {', '.join(content['dtypes']) or 'as asked for when loading'}",
+        f"  quantized   {content['quantization'] or 'no'}",
+        f"  digest      {content['digest']}",
+        "  config",
+        *(f"    {name}: {value}" for name, value in content["config"].items()),
+    ]
+
+
+def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:
+    from zimage.errors import StoreError
+
+    try:
+        return store.current(name)
+    except StoreError:  # experiment.json is unreadable, and `scan` has said so
+        return runs
+
+
+def _question(store: Store, name: str) -> str:
+    from zimage.errors import StoreError
+
+    try:
+        return str(store.experiment(name).get("question", ""))
+    except StoreError:
+        return ""
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    return {
+        "key": run.key,
+        "status": run.status,
+        "notebook": run.notebook,
+        "parameters": run.parameters,
+        "device": run.device,
+        "started": run.meta["started"],
+        "duration_s": run.meta["duration_s"],
+        "error": run.meta.get("error"),
+    }
+
+
+def _telling(runs: list[dict[str, Any]]) -> set[str]:
+    """Names of the parameters that are not the same in all runs of one notebook."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        for name, value in run["parameters"].items():
+            seen.setdefault((run["notebook"], name), set()).add(repr(value))
+    return {name for (_, name), values in seen.items() if len(values) > 1}
