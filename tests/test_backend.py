@@ -1,0 +1,306 @@
+"""What MLX is here, how it is prepared, and what is recorded about the machine."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from zimage import backend, blas, doctor
+from zimage.errors import BackendError
+
+
+def _site(folder: Path, *distributions: str, library: bool = True) -> Path:
+    """A site-packages folder that holds MLX's bindings, these distributions, and its library or not."""
+    (folder / "mlx" / "lib").mkdir(parents=True)
+    (folder / "mlx" / "core.cpython-311-x86_64-linux-gnu.so").touch()
+    if library:
+        (folder / "mlx" / "lib" / "libmlx.so").touch()
+    for name in distributions:
+        (folder / f"{name}.dist-info").mkdir()
+    return folder
+
+
+def _only(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(site)])
+    monkeypatch.setattr(sys, "platform", "linux")
+    sys.path_importer_cache.pop(str(site), None)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda_12", "cuda_13", "metal"])
+def test_build_is_read_from_the_installed_distributions(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build and version come from the distributions beside MLX, without importing it."""
+    _only(monkeypatch, _site(tmp_path, "mlx-0.32.4", f"mlx_{kind}-0.32.4"))
+    build = backend.find_build()
+    assert (build.kind, build.version, build.folder) == (kind.replace("_", "-"), "0.32.4", tmp_path / "mlx")
+
+
+def test_two_builds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-cpu beside mlx-cuda is one line that names both and the commands that mend it."""
+    _only(monkeypatch, _site(tmp_path, "mlx-0.32.4", "mlx_cpu-0.32.4", "mlx_cuda_13-0.32.4"))
+    with pytest.raises(BackendError, match=r"mlx-cpu and mlx-cuda-13 are both installed.*pip uninstall.*zimage\[cpu\]"):
+        backend.find_build()
+
+
+def test_bindings_without_library_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain `pip install mlx` on Linux is one line with the command that brings the library."""
+    _only(monkeypatch, _site(tmp_path, "mlx-0.32.4", library=False))
+    with pytest.raises(BackendError, match=r'without its library libmlx: pip install "zimage\[cpu\]"'):
+        backend.find_build()
+
+
+def test_missing_mlx_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MLX there is one line with the command that brings it."""
+    _only(monkeypatch, tmp_path)
+    with pytest.raises(BackendError, match=r'not installed for .*: pip install "zimage\[cpu\]"'):
+        backend.find_build()
+
+
+def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows the one line says WSL2."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BackendError, match="WSL2"):
+        backend.find_build()
+
+
+def _prepare_as(kind: str, monkeypatch: pytest.MonkeyPatch, late: bool) -> backend.Prepared:
+    monkeypatch.setattr(backend, "find_build", lambda: backend.MLXBuild(kind, "0.32.4", None))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "load", lambda: blas.Outcome(None, ("none",)))
+    monkeypatch.setattr(blas, "in_global_scope", lambda: None)
+    modules = {name: module for name, module in sys.modules.items() if not name.startswith("mlx")}
+    if late:
+        modules["mlx.core"] = types.ModuleType("mlx.core")
+    monkeypatch.setattr(sys, "modules", modules)
+    return backend._prepare()
+
+
+def test_cuda_caches_are_enlarged_but_not_over_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA build gets large graph and attention caches; a variable the user set stays."""
+    for name in backend.CUDA_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what is set below is undone afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLX_CUDA_SDPA_CACHE_SIZE", "99")
+    prepared = _prepare_as("cuda-13", monkeypatch, late=False)
+    assert os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"] == "20000"
+    assert os.environ["MLX_CUDA_SDPA_CACHE_SIZE"] == "99"
+    assert "MLX_CUDA_GRAPH_CACHE_SIZE" in prepared.variables_set
+    assert "MLX_CUDA_SDPA_CACHE_SIZE" not in prepared.variables_set
+
+
+def test_cpu_build_sets_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU build needs none of the CUDA variables and gets none."""
+    before = dict(os.environ)
+    assert _prepare_as("cpu", monkeypatch, late=False).variables_set == ()
+    assert dict(os.environ) == before
+
+
+def test_mlx_imported_first_is_said_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When MLX was imported before, prepare() warns and remembers it instead of being slow in silence."""
+    monkeypatch.delenv("ZIMAGE_BLAS", raising=False)
+    with pytest.warns(RuntimeWarning, match="mlx was imported before zimage"):
+        prepared = _prepare_as("cpu", monkeypatch, late=True)
+    assert prepared.late
+    assert doctor._import_order(prepared).status == "warn"
+
+
+def test_late_import_with_a_loaded_blas_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BLAS that LD_PRELOAD brought serves MLX whoever imported it, so there is nothing to warn of."""
+    preloaded = blas.Loaded("OpenBLAS", "0.3", 2, Path("libopenblas.so.0"))
+    monkeypatch.setattr(backend, "find_build", lambda: backend.MLXBuild("cpu", "0.32.4", None))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "in_global_scope", lambda: preloaded)
+    monkeypatch.setitem(sys.modules, "mlx.core", types.ModuleType("mlx.core"))
+    prepared = backend._prepare()
+    assert (prepared.blas, prepared.late) == (preloaded, False)
+
+
+def test_importing_backend_does_not_import_mlx() -> None:
+    """`import zimage.backend` loads neither MLX nor pandas."""
+    code = "import sys, zimage.backend; print([n for n in ('mlx', 'mlx.core', 'pandas') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("device_type", "name", "short"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("gpu", "Apple M3 Max", "apple-m3-max"),
+        ("cpu", "AMD EPYC", "cpu-amd-epyc-2c"),
+        ("cpu", "AMD EPYC 7B13 64-Core Processor", "cpu-amd-epyc-7b13-2c"),
+        ("cpu", "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu-intel-xeon-platinum-8481c-2c"),
+        ("cpu", "11th Gen Intel(R) Core(TM) i7-1185G7 @ 3.00GHz", "cpu-intel-core-i7-1185g7-2c"),
+    ],
+)
+def test_short_device_name(device_type: str, name: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device names become short, stable file names."""
+    monkeypatch.setattr(backend, "_cpu_name", lambda: name)
+    assert backend.short_device_name(device_type, name, cores=2) == short
+
+
+def test_facts_are_strings_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fact is a non-empty string, `MLX_*` variables are among them, and `device` is a file name."""
+    monkeypatch.setenv("MLX_SOMETHING", "7")
+    facts = backend.device_facts()
+    assert all(isinstance(value, str) and value for value in facts.values())
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["MLX_SOMETHING"] == "7"
+    assert facts["device"] == facts["device"].lower().replace(" ", "-")
+    assert {"mlx", "driver", "blas", "os", "python", "memory_bytes", "commit", "zimage", "clock"} <= facts.keys()
+
+
+def test_module_prints_the_facts() -> None:
+    """`python -m zimage.backend` prints the same facts as JSON."""
+    done = subprocess.run([sys.executable, "-m", "zimage.backend"], capture_output=True, text=True, check=True)
+    printed, here = json.loads(done.stdout), backend.device_facts()
+    assert {name: printed[name] for name in ("device", "mlx", "python")} == {
+        name: here[name] for name in ("device", "mlx", "python")
+    }
+
+
+def test_module_says_in_one_line_that_mlx_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a usable MLX the command exits with 2 and one line."""
+
+    def missing() -> dict[str, str]:
+        raise BackendError("MLX is not installed: pip install it")
+
+    monkeypatch.setattr(backend, "device_facts", missing)
+    assert backend.main() == 2
+    assert capsys.readouterr().err == "zimage: MLX is not installed: pip install it\n"
+
+
+def test_nvidia_facts_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Driver, CUDA version and power limit are read from nvidia-smi's output; a CPU build does not ask it."""
+    header = "| NVIDIA-SMI 580.95.05    Driver Version: 580.95.05    CUDA Version: 13.0     |"
+
+    def output(*command: str, folder: Path | None = None) -> str:  # noqa: ARG001
+        return "580.95.05, 700.00\n580.95.05, 700.00" if len(command) > 1 else header
+
+    monkeypatch.setattr(backend, "_output", output)
+    found = backend._nvidia(backend.MLXBuild("cuda-13", "0.32.4", None))
+    assert found == {"driver": "580.95.05", "cuda": "13.0", "power_limit_w": "700.00"}
+    assert set(backend._nvidia(backend.MLXBuild("cpu", "0.32.4", None)).values()) == {"unknown"}
+    monkeypatch.setattr(backend, "_output", lambda *_, **__: "")
+    assert set(backend._nvidia(backend.MLXBuild("cuda-13", "0.32.4", None)).values()) == {"unknown"}
+
+
+def test_mac_power_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power source and low-power mode are read from pmset's output, and are unknown without it."""
+    replies = {
+        ("pmset", "-g", "batt"): "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t81%; discharging",
+        ("pmset", "-g"): "System-wide power settings:\nCurrently in use:\n lowpowermode         1\n sleep 1",
+    }
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(backend, "_output", lambda *command, **_: replies[command])
+    assert (backend._power_source(), backend._low_power_mode()) == ("Battery Power", "on")
+    monkeypatch.setattr(backend, "_output", lambda *_, **__: "")
+    assert (backend._power_source(), backend._low_power_mode()) == ("unknown", "unknown")
+
+
+def test_commands_that_fail_give_nothing() -> None:
+    """A command that is missing or exits with an error is no output, not an exception."""
+    assert backend._output("zimage-has-no-such-command") == ""
+    assert backend._output(sys.executable, "-c", "print('text'); raise SystemExit(3)") == ""
+
+
+def test_commit_tells_a_changed_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is read from the package's own checkout, marked when changed; elsewhere it is unknown."""
+    package = tmp_path / "zimage"
+    package.mkdir()
+    monkeypatch.setattr(backend, "__file__", str(package / "backend.py"))
+    (package / "errors.py").write_text("a = 1\n")
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    assert backend._commit() == "unknown"  # a repository around the package that does not hold it
+    git("add", "zimage/errors.py")
+    git("commit", "-q", "-m", "one")
+    clean = backend._commit()
+    assert len(clean) >= 12
+    assert "-dirty" not in clean
+    (package / "errors.py").write_text("a = 2\n")
+    assert backend._commit() == f"{clean}-dirty"
+
+
+def test_default_dtype_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on a CPU, bfloat16 on a GPU."""
+    monkeypatch.setattr(backend, "_device_type", lambda: "cpu")
+    assert backend.default_dtype() == "float32"
+    monkeypatch.setattr(backend, "_device_type", lambda: "gpu")
+    assert backend.default_dtype() == "bfloat16"
+
+
+def test_doctor_of_this_machine(tmp_path: Path) -> None:
+    """The doctor measures this machine: every check has a value, and advice exactly when it is not ok."""
+    found = {check.name: check for check in backend.doctor(tmp_path / "not" / "yet")}
+    assert {"MLX", "Device", "BLAS", "Matmul float32", "Copy bandwidth", "Memory", "Disk", "Notebooks"} <= found.keys()
+    assert all(check.value and (check.advice == "") == (check.status == "ok") for check in found.values())
+    assert "FLOP/s" in found["Matmul float32"].value
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_mends_the_reference_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference BLAS the doctor warns, says why and gives the command that mends it."""
+    build = backend.MLXBuild("cpu", "0.32.4", None)
+    prepared = backend.Prepared(build, None, ("openblas: it does not run on this CPU",), False, ())
+    monkeypatch.setattr(sys, "platform", "linux")
+    check = doctor._blas(prepared, {"blas": " ".join(backend._blas(prepared)).strip()})
+    assert check.status == "warn"
+    assert "does not run on this CPU" in check.value
+    assert "zimage[cpu]" in check.advice
+
+
+def test_doctor_of_a_broken_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A broken MLX is a failed check with its advice, and the other checks still run."""
+
+    def broken() -> backend.Prepared:
+        raise BackendError('MLX is installed without its library libmlx: pip install "zimage[cpu]"')
+
+    monkeypatch.setattr(backend, "prepare", broken)
+    found = {check.name: check for check in doctor.checks(tmp_path)}
+    assert found["MLX"].status == "fail"
+    assert found["MLX"].advice == 'pip install "zimage[cpu]"'
+    assert "Disk" in found
+
+
+def test_doctor_finds_a_cuda_build_without_gpu() -> None:
+    """A CUDA build that runs on the CPU is a failure with the way out."""
+    facts = {"device_name": "AMD EPYC", "device": "cpu-amd-epyc-2c", "cores": "2"}
+    check = doctor._device(facts | {"device_type": "cpu", "mlx_build": "cuda-13"})
+    assert check.status == "fail"
+    assert "nvidia-smi" in check.advice
+
+
+def test_doctor_warns_of_battery_and_slow_products() -> None:
+    """Battery power and a matmul rate that only a reference BLAS has are warnings."""
+    assert doctor._power({"power_source": "Battery Power", "low_power_mode": "off"}).status == "warn"
+    build = backend.MLXBuild("cpu", "0.32.4", None)
+    peaks: dict[str, float | str] = {
+        "dtype": "float32",
+        "float32_matmul_flops_per_s": 3e9,
+        "float32_matmul_size": 512,
+        "copy_bytes_per_s": 1e10,
+        "copy_bytes": 2**27,
+    }
+    slow = doctor._speed(peaks, backend.Prepared(build, None, (), False, ()), {"device_type": "cpu"})
+    assert slow[0].status == "warn"
+    assert slow[0].value == "3 GFLOP/s at 512 cubed"
+
+
+def test_measured_peaks_are_plausible() -> None:
+    """Peaks are positive rates, larger than what any working machine stays below."""
+    peaks = doctor.measure_peaks()
+    assert peaks["dtype"] in ("float32", "bfloat16")
+    assert float(peaks["float32_matmul_flops_per_s"]) > 1e8
+    assert float(peaks["copy_bytes_per_s"]) > 1e8
