@@ -136,7 +136,9 @@ def add_experiment(root: Path, name: str, question: str, keys: list[str]) -> Non
 def quickstart(root: Path) -> Path:
     """All three notebooks on digits in one experiment, as experiments/quickstart.yaml leaves them."""
     size = {"arm": "baseline", "metric": "peak_bytes"}
-    memory = pd.DataFrame([{**size, "stage": s, "bytes": b} for s, b in (("step", 21_000_000), ("layers.1", 9_000_000))])
+    memory = pd.DataFrame(
+        [{**size, "stage": s, "bytes": b} for s, b in (("step", 21_000_000), ("layers.1", 9_000_000))]
+    )
     add_run(root, "quickstart", "aa11aa11aa11", {"stages": stages(), "samples": samples("baseline"), "memory": memory})
     error = pd.DataFrame([{"arm": "fused_qkv", "metric": "relative_l2_error", "value": 3.1e-7}])
     tables = {"ablation": qkv(), "samples": samples("separate_qkv", "fused_qkv"), "quality": error}

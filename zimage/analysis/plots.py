@@ -82,7 +82,7 @@ def stages(frame: pd.DataFrame) -> go.Figure:
     label = f"time ({unit})" + (f", whole step {units.seconds(whole)}" if whole is not None else "")
     # About 30 px a bar; long profiles pack closer so that a whole model still fits a screen or two.
     pitch = 28 if len(names) <= 16 else 20
-    _finish(figure, height=110 + pitch * max(len(names), 1) * (len(arms) if several else 1))
+    _finish(figure, height=92 + pitch * max(len(names), 1) * (len(arms) if several else 1))
     figure.update_layout(barmode="group" if several else "overlay", bargap=0.28, margin={"r": 64})
     figure.update_xaxes(title_text=label, zeroline=True)
     figure.update_yaxes(categoryorder="array", categoryarray=_plain(names)[::-1], showgrid=False)
@@ -118,12 +118,12 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
             customdata=[[_interval(row)] for row in records(group)],
             hovertemplate="<b>%{y}</b><br>" + verdict + ", ratio %{x:.3f}%{customdata[0]}<extra></extra>",
         )
-    _finish(figure, height=120 + 38 * max(len(labels), 1))
+    _finish(figure, height=104 + 38 * max(len(labels), 1))
     figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
     figure.add_vline(x=1, line={"color": INK, "width": 1.5})
     ends = [float(v) for c in ("ratio", "ratio_low", "ratio_high") for v in frame[c].dropna()] + [1 - delta, 1 + delta]
     pad = 0.08 * (max(ends) - min(ends))
-    figure.update_xaxes(title_text="time ratio to the baseline (below 1: less time)", zeroline=False, nticks=6)
+    figure.update_xaxes(title_text="time ratio to the baseline", zeroline=False, nticks=6)
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
     figure.update_yaxes(categoryorder="array", categoryarray=_plain(labels)[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])
@@ -245,8 +245,8 @@ def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
             ticktext=[f"{n}  <b>{t}</b>" for n, t in zip(_plain(labels), _plain(texts), strict=True)],
         )  # fmt: skip
         figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, row=1, col=place)
-    _finish(figure, height=84 + 34 * longest)
-    figure.update_layout(bargap=0.34, margin={"t": 34})
+    _finish(figure, height=64 + 34 * longest)
+    figure.update_layout(bargap=0.34, margin={"t": 34, "b": 22}, showlegend=False)
     figure.update_annotations(font={"size": 13})
     if titles and not several:
         corner = {"x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 8, "l": 0}}
@@ -261,7 +261,7 @@ def _finish(figure: go.Figure, height: int) -> None:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": INK},
-        margin={"l": 8, "r": 12, "t": 36, "b": 44},
+        margin={"l": 8, "r": 12, "t": 36, "b": 40},
         showlegend=True,
         legend={
             "orientation": "h",

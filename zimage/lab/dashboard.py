@@ -29,6 +29,7 @@ from zimage.lab.store import Run, Store
 WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where it is not the verdict itself
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
+ON_A_PAGE = 10
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
@@ -184,6 +185,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "facts": facts,
         "caveat": _SYNTHETIC if "synthetic" in kinds else "",
         "findings": lines,
+        "most": ON_A_PAGE,
         "problems": problems,
         "problems_title": "Not everything worked" if page.cases else "Nothing has completed yet",
         "groups": [_group(f"g{i}", n, c, several) for i, (n, c) in enumerate(page.groups.items())],
@@ -197,11 +199,13 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
 
 
 def _group(id: str, notebook: str, cases: list[Case], several: bool) -> dict[str, Any]:
+    compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
+    overview = [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
         shown = [Shown(p.name, _href(p.path, one.run), p.caption) for p in one.run.pictures()]
-        sections, folds = case(one.tables, shown, key)
+        sections, folds = case(one.tables, shown, key, compared=not overview)
         parts.append(
             {
                 "id": key,
@@ -212,8 +216,6 @@ def _group(id: str, notebook: str, cases: list[Case], several: bool) -> dict[str
                 "links": _links(one.run),
             }
         )
-    compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
-    overview = [verdicts(pd.concat(compared), f"{id}-all", "All parameters at a glance")] if len(compared) > 1 else []
     title = _stem(notebook) if several else "Results"
     return {"id": id, "title": title, "cases": parts, "overview": overview}
 
@@ -309,15 +311,22 @@ def _runs(number: int, word: str) -> str:
     return f"{number} run{'' if number == 1 else 's'} {word}"
 
 
+def _opening(text: str) -> str:
+    """A clause as the start of a line: names of arms and stages stay as they are."""
+    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ")) else text
+
+
 @cache
 def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("zimage.lab"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["opening"] = _opening
+    return environment
 
 
 def _render(template: str, **values: Any) -> str:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class Chart:
     json: Markup
     alt: str
     height: int
+    title: str = ""
     legend: tuple[Key, ...] = ()
 
 
@@ -98,25 +100,29 @@ def script_json(text: str) -> Markup:
 def chart(figure: go.Figure, id: str, alt: str) -> Chart:
     """A plotly figure made ready for a page. NaN becomes null, so that the JSON is strict.
 
-    The legend leaves the figure and becomes text of the page, which wraps on a narrow screen as plotly's does not.
+    Title and legend leave the figure and become text of the page, which wraps on a narrow screen as plotly's does not.
     """
     content: dict[str, Any] = json.loads(figure.to_json())
     layout = content["layout"]
     layout.pop("template", None)
+    title = html.unescape(re.sub(r"</?b>", "", layout.pop("title", {}).get("text", "")))
     legend: tuple[Key, ...] = ()
     if layout.get("showlegend"):
-        named = [trace for trace in figure.data if trace.name and trace.showlegend is not False]
+        named = [t for t in content["data"] if t.get("name") and t.get("showlegend", True)]
         legend = tuple(
-            Key(html.unescape(t.name), str(t.marker.color), _GLYPHS.get(t.marker.symbol or "", "\u25a0")) for t in named
+            Key(html.unescape(t["name"]), t["marker"]["color"], _GLYPHS.get(t["marker"].get("symbol", ""), "\u25a0"))
+            for t in named
         )
-        layout["showlegend"] = False
+    layout["showlegend"] = False
+    if title or legend:
         layout["height"] -= layout["margin"]["t"] - 8
         layout["margin"]["t"] = 8
-    return Chart(id, script_json(json.dumps(content, allow_nan=False)), alt, int(layout["height"]), legend)
+    return Chart(id, script_json(json.dumps(content, allow_nan=False)), alt, int(layout["height"]), title, legend)
 
 
-def verdicts(frame: pd.DataFrame, id: str, title: str = "What the arms cost in time") -> Section:
+def verdicts(frame: pd.DataFrame, id: str) -> Section:
     """Forest plot and verdict table of an `ablation` table; a column `case` tells several parameter sets apart."""
+    title = "What the arms cost in time"
     labels = reading.ablation_labels(frame)
     rows = reading.records(frame)
     spread = [_spread(row) for row in rows]
@@ -246,10 +252,13 @@ def samples(frame: pd.DataFrame, id: str) -> Section | None:
     return Section("Samples", note, [chart(plots.samples(frame), f"{id}-samples", f"Spread of samples: {counts}")])
 
 
-def case(tables: Tables, pictures: list[Shown], id: str) -> tuple[list[Section], list[Section]]:
-    """The open and the collapsed sections of one run's tables, most telling first."""
+def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) -> tuple[list[Section], list[Section]]:
+    """The open and the collapsed sections of one run's tables, most telling first.
+
+    Without `compared` the verdicts are left to an overview of several runs.
+    """
     shown: list[Section] = []
-    if (frame := _some(tables, "ablation")) is not None:
+    if compared and (frame := _some(tables, "ablation")) is not None:
         shown.append(verdicts(frame, id))
     if (part := by_arm(tables, id)) is not None:
         shown.append(part)

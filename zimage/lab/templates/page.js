@@ -22,6 +22,9 @@
     const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
     const options = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
     plot.dataset.drawn = "yes";
+    for (const trace of figure.data) {
+      if (trace.type === "bar" && trace.error_x) trace.error_x.color = css("--ink");
+    }
     return window.Plotly.react(plot, figure.data, dressed(figure.layout), options);
   }
 
