@@ -133,7 +133,7 @@ def test_attention_gets_no_mask_when_none_is_needed(
 
 @DTYPES
 def test_masks_are_additive_views_in_the_activations_dtype(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a ragged batch captions and joint sequences are masked by [B, 1, 1, L] in the activations' dtype, images not."""
+    """In a ragged batch captions and joint sequences have masks [B, 1, 1, L] in the activations' dtype, images none."""
     masks = _masks_given(monkeypatch, Transformer(CONFIG, dtype=dtype), _inputs(5, 40))
     assert masks[0] is None
     assert [mask.shape for mask in masks[1:]] == [(2, 1, 1, 64), (2, 1, 1, 96), (2, 1, 1, 96)]
