@@ -71,14 +71,13 @@ def run_lines(run: Run) -> list[str]:
 
 def source_content(info: Any) -> dict[str, Any]:
     """A checkpoint source (zimage.sources.SourceInfo) without its tensors' values."""
-    shapes = [tensor.shape for tensor in info.tensors.values()]
     return {
         "source": info.source,
         "kind": info.kind,
         "config": info.config.to_dict(),
         "quantization": info.quantization,
-        "tensors": len(shapes),
-        "values": sum(math.prod(shape) for shape in shapes),
+        "parameters": _parameters(info),
+        "tensors": len(info.tensors),
         "dtypes": list(info.dtypes),
         "bytes": info.bytes,
         "digest": info.digest,
@@ -87,9 +86,10 @@ def source_content(info: Any) -> dict[str, Any]:
 
 def source_lines(content: dict[str, Any]) -> list[str]:
     """`source_content` for a terminal."""
-    stored = f"{content['tensors']} tensors, {content['values']:,} values, {content['bytes']:,} bytes"
+    stored = f"{content['tensors']} tensors, {content['bytes']:,} bytes"
     return [
         f"{content['source']}: {content['kind']} weights",
+        f"  parameters  {content['parameters']:,}",
         f"  stored      {stored if content['tensors'] else 'nothing: the weights are made from a seed'}",
         f"  dtypes      {', '.join(content['dtypes']) or 'as asked for when loading'}",
         f"  quantized   {content['quantization'] or 'no'}",
@@ -97,6 +97,30 @@ def source_lines(content: dict[str, Any]) -> list[str]:
         "  config",
         *(f"    {name}: {value}" for name, value in content["config"].items()),
     ]
+
+
+def _parameters(info: Any) -> int:
+    """How many parameters the model has, those of quantized tensors counted unpacked."""
+    if not info.tensors:  # made from a seed: MLX is lazy, so a model that nobody evaluates costs nothing
+        from mlx.utils import tree_flatten
+
+        import zimage
+
+        return sum(int(array.size) for _, array in tree_flatten(zimage.Transformer(info.config).parameters()))
+    count = 0
+    for name, tensor in info.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        scales = info.tensors.get(f"{path}.scales")
+        if scales is None:
+            count += math.prod(tensor.shape)
+        elif leaf == "scales":  # one scale a group
+            entry = info.quantization or {}
+            own = entry.get(path)
+            size = (own if isinstance(own, dict) else entry).get("group_size", entry.get("group_size", 64))
+            count += math.prod(tensor.shape) * int(size)
+        elif leaf == "bias":
+            count += math.prod(tensor.shape)
+    return count
 
 
 def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:
