@@ -87,11 +87,12 @@ def stages(frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text=label, zeroline=True)
     figure.update_yaxes(categoryorder="array", categoryarray=_plain(names)[::-1], showgrid=False)
     if whole and not several:
-        for row in records(rows):
-            figure.add_annotation(
-                x=1, xref="paper", xanchor="left", xshift=10, y=_plain([row["stage"]])[0], showarrow=False,
-                text=units.percent(row["time_s"] / whole), font={"size": 12},
-            )  # fmt: skip
+        shares = [
+            {"y": _plain([row["stage"]])[0], "text": units.percent(row["time_s"] / whole), "font": {"size": 12},
+             "x": 1, "xref": "paper", "xanchor": "left", "xshift": 10, "showarrow": False}
+            for row in records(rows)
+        ]  # fmt: skip
+        figure.update_layout(annotations=shares)
     return figure
 
 

@@ -116,7 +116,7 @@ def findings(store: Store, experiment: str) -> str:
 
 def weights_kind(run: Run) -> str:
     """`trained`, `synthetic`, or "" where the run did not say."""
-    kind = (run.meta.get("weights") or {}).get("kind")
+    kind = _mapping(run, "weights").get("kind")
     return kind if kind in ("trained", "synthetic") else ""
 
 
@@ -250,10 +250,9 @@ def _environment(page: Experiment) -> Section:
     """What all runs recorded of their machine; a fact in which they differ shows every value."""
     values: dict[str, dict[str, None]] = {}
     for run in page.runs:
-        for source in (run.meta["environment"], run.meta.get("versions") or {}, run.meta.get("weights") or {}):
-            for name, value in source.items():
-                key = f"weights {name}" if source is run.meta.get("weights") else str(name)
-                values.setdefault(key, {})[str(value)] = None
+        for part, prefix in (("environment", ""), ("versions", "version of "), ("weights", "weights ")):
+            for name, value in _mapping(run, part).items():
+                values.setdefault(f"{prefix}{name}", {})[str(value)] = None
     rows = [[Cell(name), Cell(" | ".join(several), "free")] for name, several in sorted(values.items())]
     return Section("Environment", table=Table("Environment", [Head("Fact"), Head("Value")], rows))
 
@@ -297,6 +296,12 @@ def _stem(notebook: str) -> str:
     words = [ACRONYMS.get(word, word) for word in Path(notebook).stem.split("_")]
     text = " ".join(words).strip()
     return text[:1].upper() + text[1:] or "Notebook"
+
+
+def _mapping(run: Run, name: str) -> dict[str, Any]:
+    """A part of run.json that is a mapping where it was recorded at all."""
+    part = run.meta.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _one_line(text: object) -> str:

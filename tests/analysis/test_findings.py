@@ -1,0 +1,151 @@
+"""Findings say what the tables say and no more."""
+
+import pandas as pd
+import pytest
+
+from tests.lab import fabricated
+from zimage.analysis.findings import baseline_arm, findings, sentence, time_phrase
+from zimage.analysis.tables import conform
+
+
+def stored(**tables: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The frames as they come back from a store, every column there and null where it was not given."""
+    return {name: conform(name, frame).to_pandas() for name, frame in tables.items()}
+
+
+def one(*row: object, **columns: object) -> dict[str, pd.DataFrame]:
+    return stored(ablation=fabricated.ablation(row).assign(**columns))  # type: ignore[arg-type]
+
+
+def test_where_the_time_goes() -> None:
+    """The largest part and the stage that stands out are named with their shares of the whole step."""
+    (found,) = findings(stored(stages=fabricated.stages()))
+    assert found.text == "the 3 main layers take 71 % of a step and layers.1 alone takes 32 %"
+    assert found.evidence == ("a step takes 10.8 ms",)
+
+
+def test_no_stage_stands_out_within_the_intervals() -> None:
+    """A stage whose interval touches another's is not called the largest."""
+    table = fabricated.stages()
+    table.loc[table["stage"] == "layers.1", ["time_low_s", "time_high_s"]] = [0.001, 0.006]
+    (found,) = findings(stored(stages=table))
+    assert "layers.1" not in found.text
+    assert "main layers" in found.text
+
+
+def test_no_stage_stands_out_without_intervals() -> None:
+    """Without intervals nobody can tell which stage is the largest, and it is not said."""
+    (found,) = findings(stored(stages=fabricated.stages().drop(columns=["time_low_s", "time_high_s"])))
+    assert "alone" not in found.text
+
+
+def test_no_share_without_a_whole_step() -> None:
+    """Without the whole step's time there is no share to speak of."""
+    table = fabricated.stages()
+    assert findings(stored(stages=table[table["view"] != "whole"])) == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict", "text"),
+    [
+        (0.95, "faster", "a takes 5.0 % less time than b per step"),
+        (1.121, "slower", "a takes 12.1 % more time than b per step"),
+        (0.998, "equivalent", "a is equivalent in time to b per step"),
+        (0.93, "inconclusive", "whether a is faster than b per step is undecided"),
+    ],
+)
+def test_verdicts(ratio: float, verdict: str, text: str) -> None:
+    """Each verdict has its own words, and the ratio with its interval stands beside it."""
+    (found,) = findings(one("a", "b", "step", ratio, ratio - 0.01, ratio + 0.01, verdict))
+    assert (found.text, found.verdict) == (text, verdict)
+    assert found.evidence[0] == f"ratio {ratio:.3f}, 95 % interval {ratio - 0.01:.3f} to {ratio + 0.01:.3f}"
+
+
+@pytest.mark.parametrize("verdict", ["inconclusive", "better", None])
+def test_an_undecided_verdict_is_no_claim(verdict: str | None) -> None:
+    """Inconclusive, unknown and missing verdicts never read as less or more time, in the long form or the short."""
+    (found,) = findings(one("a", "b", "step", 0.5, 0.2, 1.4, verdict))
+    for text in (found.text, found.short, *found.evidence):
+        assert "less time" not in text
+        assert "more time" not in text
+    assert "undecided" in found.text
+    assert found.verdict == "inconclusive"
+
+
+def test_a_missing_ratio_is_not_measured() -> None:
+    """A verdict without a ratio behind it claims nothing."""
+    (found,) = findings(one("a", "b", "step", None, None, None, "faster"))
+    assert found.text == "the time of a against b per step was not measured"
+    assert found.verdict == "inconclusive"
+
+
+def test_an_untested_interval_has_no_level() -> None:
+    """Without a p-value the interval is not called a 95 % one."""
+    (found,) = findings(one("a", "b", "step", 0.9, 0.8, 0.95, "faster", p_value=None))
+    assert found.evidence == ("ratio 0.900, interval 0.800 to 0.950",)
+
+
+def test_only_the_widest_scope_is_in_the_short_form() -> None:
+    """A gain in a part of the step is a finding, but the sentence for the terminal speaks of the step."""
+    found = findings(stored(ablation=fabricated.qkv()))
+    assert [line.verdict for line in found] == ["faster", "inconclusive", "equivalent"]
+    shorts = [line.short for line in found if line.short]
+    assert shorts == [
+        "fused_qkv is equivalent in time to separate_qkv per step (ratio 0.998, 95 % interval 0.994 to 1.003)"
+    ]
+
+
+def test_memory_and_quality_join_the_verdict() -> None:
+    """One line an arm holds its time, size, error and accuracy, the last three beside the baseline's where it tells."""
+    found = {line.text.split()[0]: line for line in findings(stored(**fabricated.quantization()))}
+    assert list(found) == ["8bit", "4bit"]
+    assert found["4bit"].evidence[1:] == (
+        "weights 84 % smaller (2.11 MB against 12.8 MB)",
+        "peak memory 50 % smaller (10.4 MB against 21.0 MB)",
+        "relative L2 error 0.0813",
+        "digit accuracy 96.0 % against 98.4 %",
+    )
+    assert found["8bit"].evidence[-1] == "digit accuracy 98.2 % against 98.4 % (intervals overlap)"
+
+
+def test_quality_alone() -> None:
+    """A table of quality without times is still a finding, with no verdict."""
+    tables = stored(quality=fabricated.quantization()["quality"])
+    found = findings(tables)
+    assert [line.text for line in found] == ["8bit: relative L2 error 0.00540", "4bit: relative L2 error 0.0813"]
+    assert {line.verdict for line in found} == {""}
+
+
+def test_the_last_step_counts() -> None:
+    """Of a quality measured at several steps the last one is reported, whatever the order of the rows."""
+    rows = [{"arm": "4bit", "metric": "psnr_db", "step": s, "value": v} for s, v in ((19, 31.0), (0, 50.0))]
+    (found,) = findings(stored(quality=pd.DataFrame(rows)))
+    assert found.text == "4bit: PSNR (dB) 31.0"
+
+
+def test_nothing_recorded() -> None:
+    """No tables, or empty ones, give no finding and a sentence that says so."""
+    empty = stored(**{name: pd.DataFrame() for name in ("stages", "ablation", "memory", "quality")})
+    assert findings({}) == findings(empty) == []
+    assert sentence([], "cpu", None) == "On cpu: nothing was recorded that a finding could rest on."
+
+
+def test_the_sentence() -> None:
+    """The sentence names device and kind of weights and ends in one full stop."""
+    assert sentence(["a", "b"], "cpu", "synthetic") == "On cpu, with synthetic weights: a; b."
+
+
+def test_baseline() -> None:
+    """The ablation names the baseline; without it a well-known arm is taken, and no arm is guessed."""
+    tables = fabricated.quantization()
+    assert baseline_arm(stored(**tables)) == "float32"
+    assert baseline_arm(stored(memory=tables["memory"])) == "float32"
+    assert baseline_arm(stored(memory=tables["memory"].query("arm != 'float32'"))) is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(0.95, "5.0 % less time"), (1.3, "30.0 % more time"), (1.0002, "the same time to 0.1 %")]
+)
+def test_time_phrase(ratio: float, text: str) -> None:
+    """A ratio is told as a change of time, and as none where it rounds to none."""
+    assert time_phrase(ratio) == text

@@ -1,0 +1,346 @@
+"""Pages are assembled from stores made by hand, so nothing here runs a model."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas as pd
+import pytest
+
+from tests.lab import fabricated
+from zimage.errors import StoreError
+from zimage.lab import dashboard
+from zimage.lab.store import Store
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """What a browser would find on a page: elements with their attributes, texts, and scripts by type."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.elements, self.text = path, [], ""
+        self.scripts: list[tuple[dict[str, Any], str]] = []
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["script"]:
+            attrs, text = self.scripts[-1]
+            self.scripts[-1] = (attrs, text + data)
+        elif self.open[-1:] != ["style"]:
+            self.text += data
+
+    def links(self) -> list[str]:
+        found = [a.get("href") or a.get("src") for _, a in self.elements if a.get("href") or a.get("src")]
+        return [link for link in found if not link.startswith(("#", "data:"))]
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        return {a["id"]: json.loads(text) for a, text in self.scripts if a.get("type") == "application/json"}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return fabricated.quickstart(tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two experiments and its pages, for tests that only look."""
+    root = fabricated.swept(fabricated.quickstart(tmp_path_factory.mktemp("built")))
+    dashboard.build(Store(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def quickstart(built: Path) -> Page:
+    return Page(built / "quickstart" / "index.html")
+
+
+@pytest.fixture(scope="module")
+def swept(built: Path) -> Page:
+    return Page(built / "turbo_sizes" / "index.html")
+
+
+def page_of(root: Path, experiment: str = "quickstart") -> Page:
+    dashboard.build(Store(root))
+    return Page(root / experiment / "index.html")
+
+
+def test_build_writes_pages_index_and_script(results: Path) -> None:
+    """A build gives a page an experiment, then the index, and plotly's script once."""
+    fabricated.swept(results)
+    pages = dashboard.build(Store(results))
+    assert pages == [results / name / "index.html" for name in ("quickstart", "turbo_sizes")] + [results / "index.html"]
+    assert all(page.is_file() for page in pages)
+    assert [path.name for path in results.rglob("*.js")] == ["plotly.min.js"]
+    assert not list(results.rglob("*.part"))
+
+
+def test_build_of_one_experiment_keeps_the_index_whole(results: Path) -> None:
+    """Building one experiment's page leaves the others in the index."""
+    fabricated.swept(results)
+    pages = dashboard.build(Store(results), ["turbo_sizes"])
+    assert [page.parent.name for page in pages] == ["turbo_sizes", "results"]
+    assert "Where does a step's time go" in Page(results / "index.html").text
+
+
+def test_every_link_leads_to_a_file(built: Path) -> None:
+    """Each link, script and picture of every page is a relative path to a file that is there."""
+    for path in built.rglob("index.html"):
+        links = Page(path).links()
+        assert links
+        for link in links:
+            assert (path.parent / unquote(link)).is_file(), link
+
+
+def test_pages_ask_for_nothing_elsewhere(built: Path) -> None:
+    """No page names an address on a network."""
+    for path in built.rglob("index.html"):
+        assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", path.read_text(encoding="utf-8"))
+
+
+def test_a_number_leads_to_its_run(quickstart: Page) -> None:
+    """Each run behind the page is linked with its notebook and its run.json."""
+    links = quickstart.links()
+    for key in ("aa11aa11aa11", "bb22bb22bb22", "cc33cc33cc33"):
+        assert f"{key}/notebook.ipynb" in links
+        assert f"{key}/run.json" in links
+
+
+def test_the_page_says_what_was_found(quickstart: Page) -> None:
+    """Question, device, kind of weights and the findings with their numbers stand on the page."""
+    text = " ".join(quickstart.text.split())
+    for part in (
+        "does fusing QKV help",
+        fabricated.DEVICE,
+        "trained",
+        "24 Nov 2026, 04:12 UTC",
+        "3 runs completed",
+        "The 3 main layers take 71 % of a step and layers.1 alone takes 32 %",
+        "fused_qkv is equivalent in time to separate_qkv per step",
+        "Whether fused_qkv is faster than separate_qkv per block is undecided",
+        "4bit takes 12.1 % more time than float32 per step",
+        "digit accuracy 96.0 % against 98.4 %",
+    ):
+        assert part in text
+
+
+def test_charts_hold_the_tables_values(quickstart: Page) -> None:
+    """The figures on the page carry the numbers that the runs recorded."""
+    figures = quickstart.figures()
+    stages = next(f for name, f in figures.items() if name.endswith("-stages"))
+    found = {y: x for trace in stages["data"] for y, x in zip(trace["y"], trace["x"], strict=True)}
+    assert found["layers.1"] == pytest.approx(3.5)
+    forests = [f for name, f in figures.items() if name.endswith("-forest")]
+    assert [x for f in forests for trace in f["data"] for x in trace["x"]] == [0.931, 0.998, 0.988, 1.284, 1.121]
+    panels = [name for name in figures if "-panel-" in name]
+    assert len(panels) == 6  # peak memory by stage; time, weights, peak memory, error and accuracy by arm
+
+
+def test_every_chart_and_picture_has_words(quickstart: Page) -> None:
+    """Charts and pictures have alternative texts, charts with their values."""
+    elements = quickstart.elements
+    plots = [a for _, a in elements if a.get("class") == "plot"]
+    assert len(plots) >= 10
+    assert all(a["role"] == "img" and a["aria-label"] for a in plots)
+    assert any("fused_qkv · step 0.998, equivalent" in a["aria-label"] for a in plots)
+    images = [a for tag, a in elements if tag == "img"]
+    assert [a["src"] for a in images] == [f"cc33cc33cc33/pictures/digits_{a}.png" for a in ("float32", "8bit", "4bit")]
+    assert all("20 Euler steps" in a["alt"] for a in images)
+
+
+def test_document_basics(built: Path) -> None:
+    """Every page has a language, a title, a viewport and one first heading."""
+    for path in built.rglob("index.html"):
+        page = Page(path)
+        tags = [tag for tag, _ in page.elements]
+        assert ("html", {"lang": "en"}) in page.elements
+        assert tags.count("h1") == tags.count("title") == tags.count("main") == 1
+        assert any(a.get("name") == "viewport" for tag, a in page.elements if tag == "meta")
+
+
+def test_swept_parameters_can_be_chosen(swept: Page) -> None:
+    """Runs of several parameters have a selector, one view each, and one forest over all of them."""
+    options = [a["value"] for tag, a in swept.elements if tag == "option"]
+    cases = [a["id"] for _, a in swept.elements if a.get("class") == "case"]
+    assert options == cases == ["g0-c0", "g0-c1"]
+    (forest,) = [f for name, f in swept.figures().items() if name.endswith("-forest")]
+    assert "fused_qkv · step · height=1024" in [y for trace in forest["data"] for y in trace["y"]]
+    assert "height=512" in swept.text
+
+
+def test_failed_runs_are_told(swept: Page, built: Path) -> None:
+    """A failed run is counted and its one-line error stands on the page with a link to its notebook."""
+    assert "BackendError: out of memory at layers.17: use a smaller height" in swept.text
+    assert "3d3d3d3d3d3d/notebook.ipynb" in swept.links()
+    assert "1 failed" in Page(built / "index.html").text
+    assert dashboard.findings(Store(built), "turbo_sizes").endswith("; 1 of 3 runs failed.")
+
+
+def test_runs_of_an_earlier_sweep_are_not_shown(swept: Page) -> None:
+    """What the last sweep did not ask for takes no part in figures or findings."""
+    assert not any("4d4d4d4d4d4d" in link for link in swept.links())
+    assert "a step takes 10.8 ms" not in swept.text
+
+
+def test_synthetic_weights_are_prominent(swept: Page, built: Path) -> None:
+    """Synthetic weights are marked on the page and the index, and the page says what they are worth."""
+    assert ("span", {"class": "tag synthetic"}) in swept.elements
+    assert "errors and pictures mean little" in swept.text
+    assert "synthetic weights" in Page(built / "index.html").text
+    assert "with synthetic weights" in dashboard.findings(Store(built), "turbo_sizes")
+
+
+def test_of_two_runs_alike_the_newest_counts(tmp_path: Path) -> None:
+    """Without a sweep on record the newest completed run of the same parameters is shown, the other only listed."""
+    fabricated.add_run(tmp_path, "e", "a1", {"stages": fabricated.stages(2.0)}, started="2026-11-20T00:00:00+00:00")
+    fabricated.add_run(tmp_path, "e", "b2", {"stages": fabricated.stages()}, started="2026-11-21T00:00:00+00:00")
+    page = page_of(tmp_path, "e")
+    assert "a step takes 10.8 ms" in page.text
+    assert "a step takes 21.6 ms" not in page.text
+    assert "completed, superseded" in page.text
+    assert "a1/run.json" in page.links()
+
+
+def test_two_devices_are_told_apart(tmp_path: Path) -> None:
+    """Runs on two devices are two views, labelled with the device."""
+    for key, device in (("a1", "apple-m3-max"), ("b2", "nvidia-h100-80gb-hbm3")):
+        fabricated.add_run(tmp_path, "e", key, {"stages": fabricated.stages()}, device=device)
+    page = page_of(tmp_path, "e")
+    assert len([1 for tag, _ in page.elements if tag == "option"]) == 2
+    assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e")
+
+
+def test_single_file(results: Path) -> None:
+    """With single_file the page carries plotly's script itself and refers to none."""
+    (path, _) = dashboard.build(Store(results), single_file=True)
+    page = Page(path)
+    assert not (results / "assets").exists()
+    assert not [a for a, _ in page.scripts if a.get("src")]
+    assert any(len(text) > 1_000_000 for _, text in page.scripts)
+
+
+def hostile_store(root: Path) -> Path:
+    """A run in which every text that a run can supply is an attack."""
+    tables = {
+        "stages": fabricated.stages().assign(stage=HOSTILE, arm=HOSTILE),
+        "ablation": fabricated.qkv().assign(
+            arm=HOSTILE, scope=HOSTILE, baseline=HOSTILE, verdict=HOSTILE, reason=HOSTILE
+        ),
+        "memory": fabricated.quantization()["memory"].assign(stage=HOSTILE, metric=HOSTILE),
+        "quality": fabricated.quantization()["quality"].assign(metric=HOSTILE),
+        "samples": fabricated.samples(HOSTILE),
+    }
+    strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)
+    facts = {HOSTILE: HOSTILE}
+    for key, status in (("a1", "completed"), ("b2", "completed"), ("c3", "failed")):
+        meta = {"parameters": {HOSTILE: HOSTILE, "n": key}, "environment": facts, "versions": facts, "error": HOSTILE}
+        drawn = {"p": (fabricated.picture(0, 0.0), HOSTILE)}
+        fabricated.add_run(root, "e", key, tables, drawn, status=status, weights=facts, **strings, **meta)
+    fabricated.add_experiment(root, "e", HOSTILE, ["a1", "b2", "c3"])
+    return root
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    """No text of a run becomes an element, an attribute, a script or a template."""
+    hostile_store(tmp_path)
+    for path in dashboard.build(Store(tmp_path)):
+        page = Page(path)
+        assert HOSTILE.partition("{{")[0] in page.text
+        assert "7*7" in page.text
+        assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+        assert [a["src"] for tag, a in page.elements if tag == "img" and a["src"] == "x"] == []
+        assert not [text for a, text in page.scripts if text.strip().startswith("alert")]
+        for figure in page.figures().values():
+            assert "<script" not in json.dumps(figure)
+
+
+@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples"])
+@pytest.mark.parametrize("rows", [[], [{"arm": "a"}], [{"arm": None}]])
+def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table without rows, or whose rows say next to nothing, still gives a page and a sentence."""
+    frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["arm"])
+    fabricated.add_run(tmp_path, "e", "a1", {name: frame})
+    assert "nan" not in page_of(tmp_path, "e").text.lower().split()
+    assert dashboard.findings(Store(tmp_path), "e").startswith(f"On {fabricated.DEVICE}")
+
+
+def test_broken_files_are_told_and_the_rest_is_shown(results: Path) -> None:
+    """An unreadable table and an unreadable run.json are named on the page; what can be read is shown."""
+    (results / "quickstart/bb22bb22bb22/tables/ablation.parquet").write_bytes(b"PAR1 no more")
+    (results / "quickstart/aa11aa11aa11/run.json").write_text("{")
+    text = page_of(results).text
+    assert "ablation.parquet: not readable" in text
+    assert "run.json: not valid JSON" in text
+    assert "4bit takes 12.1 % more time" in text
+
+
+def test_only_failures(tmp_path: Path) -> None:
+    """An experiment whose every run failed says so instead of showing nothing."""
+    fabricated.add_run(tmp_path, "e", "a1", status="failed", error="ZeroDivisionError: division by zero")
+    text = page_of(tmp_path, "e").text
+    assert "Nothing has completed yet" in text
+    assert "ZeroDivisionError: division by zero" in text
+    expected = f"On {fabricated.DEVICE}, with trained weights: 1 of 1 run failed."
+    assert dashboard.findings(Store(tmp_path), "e") == expected
+
+
+def test_an_empty_store_has_an_index(tmp_path: Path) -> None:
+    """A store without experiments gives an index that says how to begin."""
+    assert dashboard.build(Store(tmp_path)) == [tmp_path / "index.html"]
+    assert "No experiment has run yet" in Page(tmp_path / "index.html").text
+
+
+def test_unknown_experiment(results: Path) -> None:
+    """A name that the store does not hold is refused with those it holds, and nothing is written."""
+    with pytest.raises(StoreError, match=r"no experiment 'nope'; there are: quickstart"):
+        dashboard.build(Store(results), ["nope"])
+    assert not (results / "index.html").exists()
+
+
+def test_the_sentence_is_one_plain_line(built: Path) -> None:
+    """The terminal's sentence is one line without markup, with each notebook's finding about the whole step."""
+    text = dashboard.findings(Store(built), "quickstart")
+    assert text.startswith(f"On {fabricated.DEVICE}, with trained weights: the 3 main layers take 71 % of a step")
+    assert "fused_qkv is equivalent in time to separate_qkv per step" in text
+    assert "weights 84 % smaller, peak memory 50 % smaller, relative L2 error 0.0813" in text
+    assert "\n" not in text
+    assert "<" not in text
+
+
+def test_pages_are_the_same_twice(results: Path) -> None:
+    """A rebuild of an unchanged store changes no byte."""
+    first = [path.read_bytes() for path in dashboard.build(Store(results))]
+    assert [path.read_bytes() for path in dashboard.build(Store(results))] == first
+
+
+def test_no_mlx(results: Path) -> None:
+    """Pages are built where MLX cannot be imported."""
+    code = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'mlx': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from zimage.lab.store import Store; from zimage.lab import dashboard\n"
+        f"print(len(dashboard.build(Store({str(results)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("2\n", "")
