@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zimage.lab.runner import Job
     from zimage.lab.store import Store
 
+_WINDOWS = os.name == "nt"
 _results = click.option(
     "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR",
     help="Folder of the results.",
@@ -200,13 +201,13 @@ def lab(options: tuple[str, ...]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point. Every error a user can cause is one line and an exit status."""
-    if os.name == "nt":
+    if _WINDOWS:
         print("zimage: MLX does not run on Windows itself; install zimage inside WSL2 (Ubuntu)", file=sys.stderr)
         return 2
     try:
         status = cli.main(arguments, prog_name="zimage", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+    except (BrokenPipeError, SystemExit):  # `| head` has seen enough; click makes an exit of it, and only of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except click.ClickException as error:
@@ -248,8 +249,8 @@ def _execute(
     failed = len(outcome.failed)
     took = f" in {span(time.monotonic() - started)}" if outcome.completed or failed else ""
     already = f", {len(outcome.found)} done before" if outcome.found else ""
+    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
     click.echo(f"{name}: {len(outcome.completed)} completed, {failed} failed{already}{took}")
-    pages = dashboard.build(store, [name])
     click.echo(dashboard.findings(store, name))
     click.echo(f"page: {_link(pages[0])}")
     return 1 if failed else 0

@@ -1,8 +1,15 @@
 """Small projects, notebooks and runs for the lab's tests."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+import pytest
+
+from zimage.lab import keys, runner
+from zimage.lab.recording import append_rows
 
 FACTS = {"device": "cpu-test-2c", "mlx": "0.32.4", "driver": "unknown", "blas": "test", "MLX_X": "1"}
 PARAMETERS = """batch: int = 1
@@ -46,3 +53,23 @@ def meta(key: str = "aa11", **changes: Any) -> dict[str, Any]:
         "parameters": {"batch": 1}, "device": "cpu-test-2c", "environment": FACTS, "weights": None, "digests": {},
         "started": "2026-01-01T00:00:00+00:00", "duration_s": 2.0, "versions": {}, "error": None, "failed_cell": None,
     } | changes  # fmt: skip
+
+
+def fake_kernels(monkeypatch: pytest.MonkeyPatch, act: Callable[[runner.Job], object] | None = None) -> list[int]:
+    """Let runs happen without kernels or a device; collects their batches. A ValueError of `act` is a run's error."""
+    ran: list[int] = []
+
+    def execute(job: runner.Job, partial: Path, *_: object) -> str | None:
+        ran.append(job.parameters["batch"])
+        frame = pd.DataFrame({"run_key": [job.key], "arm": ["x"], "step": [0], "metric": ["m"], "value": [1.0]})
+        append_rows(partial, "quality", frame)
+        try:
+            if act is not None:
+                act(job)
+        except ValueError as error:
+            return f"ValueError: {error}"
+        return None
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(keys, "device_facts", lambda: FACTS)
+    return ran

@@ -1,0 +1,284 @@
+"""The command line: what it prints, and its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lab.making import RECORDS, fake_kernels, write_experiment, write_notebook
+from zimage import cli
+from zimage.lab.runner import Job
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS)
+    write_experiment(tmp_path, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [1]}}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def zimage(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    status = cli.main(arguments)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+SWEEP = ("sweep", "experiments/demo.yaml")
+
+
+def test_sweep_says_what_it_does_and_found(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep says how many runs, then what came out, what it found and where the page is."""
+    fake_kernels(monkeypatch)
+    status, out, err = zimage(capsys, *SWEEP)
+    assert (status, err) == (0, "")
+    first, second, *found, last = out.splitlines()
+    assert first == "demo: 3 runs, 3 to do, time not known yet"
+    assert second.startswith("demo: 3 completed, 0 failed in ")
+    assert len(found) == 1
+    assert last == "page: results/demo/index.html"
+    assert (project / "results" / "demo" / "index.html").is_file()
+    status, out, _ = zimage(capsys, *SWEEP)
+    assert status == 0
+    assert out.startswith(
+        "demo: 3 runs, all done already (--fresh runs them again)\ndemo: 0 completed, 0 failed, 3 done"
+    )
+
+
+def test_sweep_options(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--quick, --set, --fresh and --results do what they say, and what is done already is not counted again."""
+    ran = fake_kernels(monkeypatch)
+    assert zimage(capsys, *SWEEP, "--quick")[0] == 0
+    assert ran == [1]
+    assert zimage(capsys, *SWEEP)[1].startswith("demo: 3 runs, 1 done already, 2 to do, about ")
+    assert ran == [1, 2, 3]
+    assert zimage(capsys, *SWEEP, "--set", "batch=9", "--set", "label=7")[0] == 0
+    assert ran == [1, 2, 3, 9]
+    assert zimage(capsys, *SWEEP, "--fresh", "--quick")[0] == 0
+    assert ran == [1, 2, 3, 9, 1]
+    assert zimage(capsys, *SWEEP, "--quick", "--results", "elsewhere")[0] == 0
+    assert (project / "elsewhere" / "index.html").is_file()
+
+
+def test_dry_run(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run lists the runs and what is done, runs nothing and writes nothing."""
+    ran = fake_kernels(monkeypatch)
+    status, out, _ = zimage(capsys, *SWEEP, "--dry-run")
+    assert (status, ran, out.count(" to do "), (project / "results").exists()) == (0, [], 4 - 1, False)
+    zimage(capsys, *SWEEP, "--quick")
+    lines = zimage(capsys, *SWEEP, "--dry-run")[1].splitlines()
+    assert ["done" in line for line in lines[1:]] == [True, False, False]
+    assert "batch=1 scale=1.0" in lines[1]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failed run gives exit 1 and one line; the others happen and the page is built."""
+
+    def act(job: Job) -> None:
+        if job.parameters["batch"] == 2:
+            raise ValueError("no good")
+
+    ran = fake_kernels(monkeypatch, act)
+    status, out, err = zimage(capsys, *SWEEP)
+    assert (status, ran) == (1, [1, 2, 3])
+    assert "demo: 2 completed, 1 failed" in out
+    assert err.startswith("failed: notebooks/a.ipynb: ValueError: no good (as executed: results/demo/")
+    assert "page: " in out
+
+
+@pytest.mark.usefixtures("project")
+def test_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C gives exit 1 and a line that says how to go on."""
+
+    def act(job: Job) -> None:
+        if job.parameters["batch"] == 2:
+            raise KeyboardInterrupt
+
+    fake_kernels(monkeypatch, act)
+    status, _, err = zimage(capsys, *SWEEP)
+    assert status == 1
+    assert err == "zimage: stopped: 1 of 3 runs are done; `zimage sweep experiments/demo.yaml` picks up there\n"
+
+
+@pytest.mark.usefixtures("project")
+def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`zimage run` stores one run under the notebook's name, with its parameters."""
+    ran = fake_kernels(monkeypatch)
+    status, out, _ = zimage(capsys, "run", "notebooks/a.ipynb", "-p", "batch", "5", "-p", "label", "7")
+    assert (status, ran) == (0, [5])
+    assert out.splitlines()[-1] == "page: results/a/index.html"
+    found = json.loads(zimage(capsys, "list", "--json")[1])["experiments"]
+    assert [(one["name"], one["runs"][0]["parameters"]["label"]) for one in found] == [("a", "7")]
+
+
+def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`list` and `show` tell what is stored, for people and as JSON, and skip with a line what is unreadable."""
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    status, out, err = zimage(capsys, "list")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[:2] == ["demo: 3 completed", "  Does it work?"]
+    runs = json.loads(zimage(capsys, "list", "--json")[1])["experiments"][0]["runs"]
+    assert [run["parameters"]["batch"] for run in runs] == [1, 2, 3]
+    key = runs[1]["key"]
+    for what in (key, key[:12], f"demo/{key[:12]}"):
+        status, out, _ = zimage(capsys, "show", what)
+        assert status == 0
+        assert out.startswith(f"demo/{key}: completed\n")
+    shown = json.loads(zimage(capsys, "show", key, "--json")[1])
+    assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": 5})
+    (project / "results" / "demo" / key / "run.json").write_text("{")
+    status, out, err = zimage(capsys, "list")
+    assert status == 0
+    assert out.startswith("demo: 2 completed")
+    assert err.startswith("zimage: skipped: results/demo/")
+
+
+def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`report` builds the pages again and says where they are."""
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    (project / "results" / "index.html").unlink()
+    status, out, _ = zimage(capsys, "report", "--json")
+    content = json.loads(out)
+    assert (status, list(content["findings"])) == (0, ["demo"])
+    assert content["pages"] == ["results/demo/index.html", "results/index.html"]
+    assert (project / "results" / "index.html").is_file()
+    assert zimage(capsys, "report", "--single-file")[0] == 0
+
+
+@pytest.mark.usefixtures("project")
+def test_show_a_source(capsys: pytest.CaptureFixture[str]) -> None:
+    """`show` describes a checkpoint source: config, size, kind and digest."""
+    status, out, _ = zimage(capsys, "show", "synthetic:tiny", "--json")
+    content = json.loads(out)
+    assert status == 0
+    assert content["kind"] == "synthetic"
+    assert content["config"]["dim"] == 64
+    assert content["parameters"] > 100_000
+    assert len(content["digest"]) == 64
+    assert zimage(capsys, "show", "synthetic:tiny")[1].startswith("synthetic:tiny: synthetic weights\n")
+
+
+WRONG = {
+    "no such command": (["swep"], "No such command 'swep'"),
+    "no such option": ([*SWEEP, "--quik"], "No such option '--quik'"),
+    "no experiment": (["sweep"], "Missing argument"),
+    "no such experiment": (["sweep", "nope.yaml"], "nope.yaml: no such file"),
+    "set without value": ([*SWEEP, "--set", "batch"], "--set batch: write NAME=VALUE"),
+    "set twice": ([*SWEEP, "--set", "batch=1", "--set", "batch=2"], "--set batch is given twice"),
+    "set unknown": ([*SWEEP, "--set", "bacth=1"], "did you mean 'batch'?"),
+    "set of wrong type": ([*SWEEP, "--set", "batch=x"], "parameter 'batch' takes int, not str 'x'"),
+    "no such notebook": (["run", "nope.ipynb"], "nope.ipynb: no such notebook"),
+    "parameter unknown": (["run", "notebooks/a.ipynb", "-p", "x", "1"], "has no parameter 'x'"),
+    "parameter without value": (["run", "notebooks/a.ipynb", "-p", "batch"], "requires 2 arguments"),
+    "timeout": (["run", "notebooks/a.ipynb", "--timeout", "0"], "'--timeout'"),
+    "show nothing": (["show", "abc123"], "no run 'abc123'"),
+    "show no source": (["show", "no/such"], "no/such"),
+    "results a file": (["list", "--results", "experiments/demo.yaml"], "is not a folder"),
+    "report on nothing": (["report"], "no runs to report on"),
+}
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("case", WRONG)
+def test_asked_wrongly(capsys: pytest.CaptureFixture[str], case: str) -> None:
+    """A wrong question gives exit 2 and one line on standard error that starts with the command's name."""
+    arguments, message = WRONG[case]
+    status, out, err = zimage(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("zimage: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "run", "sweep", "list", "show", "report", "doctor", "lab"])
+def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """-h works everywhere."""
+    status, out, _ = zimage(capsys, *filter(None, [command]), "-h")
+    assert status == 0
+    assert out.startswith(f"Usage: zimage {command}".strip())
+
+
+def test_lab_needs_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lab` starts JupyterLab on the nearest notebooks/ and says so if there is none."""
+    monkeypatch.chdir(tmp_path)
+    assert zimage(capsys, "lab")[0] == 2
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, arguments: started.append(arguments))
+    (tmp_path / "notebooks" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks" / "deep")
+    assert zimage(capsys, "lab", "--no-browser")[0] == 0
+    assert started == [[sys.executable, "-m", "jupyterlab", str(tmp_path / "notebooks"), "--no-browser"]]
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`doctor` shows each check with its advice, and exits with 1 if one fails."""
+    from zimage import backend
+    from zimage.doctor import Check
+
+    checks = [Check("python", "ok", "3.11"), Check("BLAS", "warn", "reference", "install zimage[cpu]")]
+    monkeypatch.setattr(backend, "doctor", lambda _: checks)
+    status, out, _ = zimage(capsys, "doctor")
+    assert (status, out) == (0, "ok    python  3.11\nnote  BLAS    reference\n              -> install zimage[cpu]\n")
+    checks.append(Check("MLX", "fail", "missing", "install it"))
+    status, out, _ = zimage(capsys, "doctor", "--json")
+    assert (status, [one["status"] for one in json.loads(out)]) == (1, ["ok", "warn", "fail"])
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On Windows one line says WSL2."""
+    monkeypatch.setattr(cli, "_WINDOWS", True)
+    status, out, err = zimage(capsys, "list")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "WSL2" in err
+
+
+def test_help_is_light() -> None:
+    """`zimage -h` loads neither pandas, pydantic, jupyter nor MLX."""
+    code = "import sys; from zimage.cli import main; main(['-h']); print([m for m in %r if m in sys.modules])"
+    heavy = ["pandas", "numpy", "pydantic", "papermill", "jupyter_client", "mlx.core", "plotly", "rich", "yaml"]
+    done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_closed_pipe(project: Path) -> None:
+    """A reader that has seen enough (`| head -1`) causes no traceback."""
+    command = [sys.executable, "-m", "zimage.cli", "show", "synthetic:tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(project: Path, number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM end a real run within seconds, leave no trace of it, and say how to go on."""
+    write_notebook(project / "notebooks" / "a.ipynb", RECORDS, "import time; time.sleep(600)")
+    command = [sys.executable, "-m", "zimage.cli", *SWEEP, "--quick"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list((project / "results").glob("demo/.*.partial/tables/quality.parquet")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert out == "demo: 1 run, 1 to do, time not known yet\n"
+    assert err.startswith("zimage: stopped: 0 of 1 runs are done; ")
+    assert err.count("\n") == 1
+    assert [path.name for path in (project / "results" / "demo").iterdir()] == ["experiment.json"]
