@@ -1,8 +1,9 @@
 """The hyper-parameters of a Z-Image transformer."""
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from zimage.errors import ConfigError
@@ -104,8 +105,8 @@ class TransformerConfig:
         """Latent rows and columns of an image of `height` x `width` pixels. Raises ConfigError if they don't divide."""
         step = self.pixels_per_latent
         for name, pixels in (("height", height), ("width", width)):
-            if pixels < 1 or pixels % step:
-                raise ConfigError(f"{name} {pixels} is not a positive multiple of {step} pixels per latent")
+            if not isinstance(pixels, int) or pixels < 1 or pixels % step:
+                raise ConfigError(f"{name} {pixels!r} is not a positive multiple of {step} pixels per latent")
         return height // step, width // step
 
     @classmethod
@@ -142,6 +143,13 @@ class TransformerConfig:
         )  # fmt: skip
 
     @classmethod
+    def small(cls) -> Self:
+        """The turbo architecture at a size for CPUs: 24 million parameters, the same patches and latents."""
+        return replace(
+            cls.turbo(), dim=384, n_layers=6, n_heads=6, n_kv_heads=6, cap_feat_dim=256, axes_dims=(16, 24, 24)
+        )
+
+    @classmethod
     def tiny(cls, **changes: Any) -> Self:
         """A model for tests that runs in milliseconds; `changes` replace single values."""
         values: dict[str, Any] = dict(
@@ -169,6 +177,6 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
 
 def _positive(name: str, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value < math.inf or value > sys.float_info.max:
         raise ConfigError(f"{name} must be a positive number, found {value!r}")
     return float(value)

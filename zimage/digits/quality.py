@@ -1,0 +1,64 @@
+"""How good generated digits are, against the real ones: recognised, as varied, and not copied."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from zimage.digits.data import Digits, Images, real
+
+
+@dataclass(frozen=True)
+class DigitQuality:
+    """accuracy: the share of digits that a logistic regression fitted on all real images reads as their label.
+
+    variance_ratio [10]: pixel variance within each class, generated / real. nearest_ratio: the median distance to the
+    nearest training image, generated / held-out; well under 1 means copies, well over 1 means no digits.
+    """
+
+    accuracy: float
+    variance_ratio: NDArray[np.float64]
+    nearest_ratio: float
+
+
+@lru_cache(maxsize=1)
+def _classifier() -> LogisticRegression:
+    both = _together(*real())
+    return LogisticRegression(max_iter=2000).fit(_rows(both.images), both.labels)
+
+
+def recognised(generated: Digits) -> NDArray[np.bool_]:
+    """For every digit, whether the classifier reads it as its label: [N]."""
+    found: NDArray[np.bool_] = _classifier().predict(_rows(generated.images)) == generated.labels
+    return found
+
+
+def quality(generated: Digits) -> DigitQuality:
+    """Judge generated digits that hold every label at least twice."""
+    train, held_out = real()
+    both = _together(train, held_out)
+    variances = [
+        _variance(generated.images[generated.labels == k]) / _variance(both.images[both.labels == k]) for k in range(10)
+    ]
+    nearest = _nearest(generated.images, train.images) / _nearest(held_out.images, train.images)
+    return DigitQuality(float(recognised(generated).mean()), np.array(variances), nearest)
+
+
+def _together(a: Digits, b: Digits) -> Digits:
+    return Digits(np.concatenate([a.images, b.images]), np.concatenate([a.labels, b.labels]))
+
+
+def _rows(images: Images) -> Images:
+    return images.reshape(len(images), -1)
+
+
+def _variance(images: Images) -> float:
+    return float(images.var(axis=0).mean())
+
+
+def _nearest(images: Images, others: Images) -> float:
+    a, b = _rows(images).astype(np.float64), _rows(others).astype(np.float64)
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return float(np.median(np.sqrt(np.maximum(squared.min(axis=1), 0))))

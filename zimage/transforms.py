@@ -1,0 +1,255 @@
+"""Levers an ablation pulls: functions model -> model.
+
+Each returns a new model that shares the arrays it did not touch, and leaves its argument as it was.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from zimage.errors import InputError
+from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
+
+_T = TypeVar("_T")
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+class FusedQKVAttention(Attention):
+    """Attention whose three projections are one matrix product: `to_qkv` holds the rows of to_q, to_k and to_v."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, attention, without=("to_q", "to_k", "to_v"))
+        self.to_qkv = _stack_rows([attention.to_q, attention.to_k, attention.to_v])
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        B, L, _ = x.shape
+        heads = self.to_qkv(x).reshape(B, L, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
+        q, k, v = mx.split(heads, [self.n_heads, self.n_heads + self.n_kv_heads], axis=2)
+        return q, k, v
+
+    def unfused(self) -> Attention:
+        """The same attention with three projections again."""
+        plain = Attention.__new__(Attention)
+        _adopt(plain, self, without=("to_qkv",))
+        rows = [self.n_heads * self.head_dim, *[self.n_kv_heads * self.head_dim] * 2]
+        plain.to_q, plain.to_k, plain.to_v = _split_rows(self.to_qkv, rows)
+        return plain
+
+
+class FusedGateUpFeedForward(FeedForward):
+    """SwiGLU whose gate and up projections are one matrix product: `w13` holds the rows of w1 and w3."""
+
+    def __init__(self, feed_forward: FeedForward) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, feed_forward, without=("w1", "w3"))
+        self.w13 = _stack_rows([feed_forward.w1, feed_forward.w3])
+
+    def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        gate, up = mx.split(self.w13(x), 2, axis=-1)
+        return gate, up
+
+    def unfused(self) -> FeedForward:
+        """The same feed-forward with separate gate and up projections again."""
+        plain = FeedForward.__new__(FeedForward)
+        _adopt(plain, self, without=("w13",))
+        plain.w1, plain.w3 = _split_rows(self.w13, [self.w13.weight.shape[0] // 2] * 2)
+        return plain
+
+
+def fuse_qkv(model: Transformer) -> Transformer:
+    """One QKV projection in every block instead of three. Exact up to rounding, also on quantized weights.
+
+    Raises InputError where the three projections are quantized differently.
+    """
+    fused = clone(model)
+    for _, block in blocks(fused):
+        if not isinstance(block.attention, FusedQKVAttention):
+            block.attention = FusedQKVAttention(block.attention)
+    mx.eval(fused.parameters())
+    return fused
+
+
+def fuse_gate_up(model: Transformer) -> Transformer:
+    """One gate-and-up projection in every SwiGLU instead of two. Exact up to rounding, also on quantized weights.
+
+    Raises InputError where the two projections are quantized differently.
+    """
+    fused = clone(model)
+    for _, block in blocks(fused):
+        if not isinstance(block.feed_forward, FusedGateUpFeedForward):
+            block.feed_forward = FusedGateUpFeedForward(block.feed_forward)
+    mx.eval(fused.parameters())
+    return fused
+
+
+def unfuse(model: Transformer) -> Transformer:
+    """The model with the published, separate projections again, bit for bit."""
+    plain = clone(model)
+    for _, block in blocks(plain):
+        if isinstance(block.attention, FusedQKVAttention):
+            block.attention = block.attention.unfused()
+        if isinstance(block.feed_forward, FusedGateUpFeedForward):
+            block.feed_forward = block.feed_forward.unfused()
+    return plain
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are packed: MLX's `mode`, bits a weight, and how many weights of a row share one scale."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+    @classmethod
+    def parse(cls, name: str) -> "Quantization":
+        """From a name such as "4bit", "8bit-g32" or "mxfp4". Raises InputError for any other."""
+        fixed = {"mxfp4": ("mxfp4", 4, 32), "nvfp4": ("nvfp4", 4, 16), "mxfp8": ("mxfp8", 8, 32)}
+        if name in fixed:
+            return cls(*fixed[name])
+        match = re.fullmatch(r"([234568])bit(?:-g(32|64|128))?", name)
+        if match is None:
+            raise InputError(
+                f"unknown quantization {name!r}; known are 2bit, 3bit, 4bit, 5bit, 6bit, 8bit (group 64, or with -g32, "
+                "-g64, -g128), mxfp4, nvfp4, mxfp8"
+            )
+        return cls("affine", int(match[1]), int(match[2] or 64))
+
+
+def quantize(model: Transformer, quantization: str) -> Transformer:
+    """The linear layers of all blocks with packed weights; embedders, norms and the final layer stay as they are.
+
+    `quantization` is a name: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and "4bit-g128" for other
+    groups), "mxfp4", "nvfp4" or "mxfp8". Raises InputError for other names, for a model that is quantized already, and where a
+    layer's input width is not divisible by the group size.
+    """
+    wanted = Quantization.parse(quantization)
+    quantized = clone(model)
+    for path, block in blocks(quantized):
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.QuantizedLinear):
+                raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
+            if isinstance(linear, nn.Linear) and linear.weight.shape[1] % wanted.group_size:
+                raise InputError(
+                    f"{path}.{name}: input width {linear.weight.shape[1]} is not divisible by the group size "
+                    f"{wanted.group_size} of {quantization}; use a smaller group"
+                )
+        nn.quantize(
+            block,
+            wanted.group_size,
+            wanted.bits,
+            mode=wanted.mode,
+            class_predicate=lambda _, module: isinstance(module, nn.Linear),
+        )
+    mx.eval(quantized.parameters())
+    return quantized
+
+
+def cast(model: Transformer, dtype: str) -> Transformer:
+    """The model with every floating-point array in `dtype`, "bfloat16" or "float32". Raises InputError for another.
+
+    float16 is refused: the published weights overflow in it, in the feed-forward and in the attention's output.
+    """
+    target = parse_dtype(dtype)
+    changed = clone(model)
+    changed.update(
+        tree_map(lambda a: a.astype(target) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters())
+    )
+    return changed
+
+
+def parse_dtype(name: str) -> mx.Dtype:
+    """The MLX dtype called `name`. Raises InputError unless it is "bfloat16" or "float32"."""
+    if name in DTYPES:
+        return DTYPES[name]
+    reason = ": Z-Image's activations overflow in it" if name == "float16" else ""
+    raise InputError(f"dtype {name!r} is not supported{reason}; use bfloat16 or float32")
+
+
+def blocks(model: Transformer) -> Iterator[tuple[str, TransformerBlock]]:
+    """Every transformer block with its module path."""
+    for part in ("noise_refiner", "context_refiner", "layers"):
+        for i, block in enumerate(model[part]):
+            yield f"{part}.{i}", block
+
+
+def clone(value: _T) -> _T:
+    """A copy of a module, or of a list or dict of modules, whose arrays are the same objects."""
+    if isinstance(value, nn.Module):
+        new = value.__class__.__new__(value.__class__)
+        dict.update(new, {k: clone(v) for k, v in value.items()})
+        new.__dict__.update({k: set(v) if isinstance(v, set) else v for k, v in value.__dict__.items()})
+        return new
+    if isinstance(value, dict):
+        return {k: clone(v) for k, v in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [clone(v) for v in value]  # type: ignore[return-value]
+    return value
+
+
+def _adopt(new: nn.Module, old: nn.Module, without: tuple[str, ...]) -> None:
+    """Make `new`, an empty module, have the attributes and children of `old` but for some."""
+    new.__dict__.update(clone(old).__dict__)
+    dict.update(new, {name: child for name, child in old.items() if name not in without})
+
+
+def _stack_rows(layers: list[Any]) -> Any:
+    """One linear layer whose output is the outputs of `layers`, one after the other."""
+    first = layers[0]
+    for other in layers[1:]:
+        if _kind(other) != _kind(first):
+            raise InputError(
+                "projections of one fused group must be stored alike, "
+                f"found {_kind(first)} beside {_kind(other)}; quantize them the same way or not at all"
+            )
+    fused = clone(first)
+    for name, array in first.items():
+        if isinstance(array, mx.array):
+            fused[name] = mx.concatenate([layer[name] for layer in layers], axis=0)
+    return fused
+
+
+def _split_rows(fused: Any, rows: list[int]) -> list[Any]:
+    """The linear layers that `_stack_rows` made one of, with `rows` outputs each."""
+    ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+    layers = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        layer = clone(fused)
+        for name, array in fused.items():
+            if isinstance(array, mx.array):
+                layer[name] = array[start:end]
+        layers.append(layer)
+    return layers
+
+
+def _kind(layer: Any) -> str:
+    if isinstance(layer, nn.QuantizedLinear):
+        return f"{layer.mode} {layer.bits} bits, group {layer.group_size}"
+    return str(layer.weight.dtype).removeprefix("mlx.core.")
+
+
+def quantization_of(model: Transformer) -> dict[str, Any] | None:
+    """The `quantization` entry of a saved model's config, as mlx-lm writes it: one for all layers, or an entry a layer.
+
+    None where no layer is quantized.
+    """
+    found = {
+        path: {"group_size": m.group_size, "bits": m.bits, "mode": m.mode}
+        for path, m in model.named_modules()
+        if isinstance(m, nn.QuantizedLinear)
+    }
+    if not found:
+        return None
+    common = next(iter(found.values()))
+    return {**common, **{path: entry for path, entry in found.items() if entry != common}}
+
+
+def tensors(model: Transformer) -> dict[str, mx.array]:
+    """The model's arrays by published name; quantized layers add `.scales` and `.biases`."""
+    return dict(tree_flatten(unfuse(model).parameters()))
