@@ -65,15 +65,18 @@ def test_euler_lands_on_the_data(steps: int, shift: float) -> None:
     assert model.timesteps == [pytest.approx(pair, abs=1e-6) for pair in wanted]
 
 
-def test_a_step_adds_the_velocity() -> None:
+@pytest.mark.parametrize("given", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("computed", [mx.float32, mx.bfloat16], ids=["model_float32", "model_bfloat16"])
+def test_a_step_adds_the_velocity(given: mx.Dtype, computed: mx.Dtype) -> None:
     """The model's velocity points from noise to data: a step adds (sigma - next_sigma) times it, in latents' dtype."""
 
     def ones(latents: mx.array, _timestep: mx.array, _captions: Any) -> mx.array:
-        return mx.ones(latents.shape, dtype=mx.bfloat16)
+        return mx.ones(latents.shape, dtype=computed)
 
-    moved = scheduler.step(ones, mx.zeros((1, 4, 2, 2)), CAPTIONS[:1], 0.75, 0.5)  # type: ignore[arg-type]
-    assert moved.dtype == mx.float32
-    assert np.array_equal(np.array(moved), np.full((1, 4, 2, 2), 0.25))
+    latents = mx.zeros((1, 4, 2, 2), dtype=given)
+    moved = scheduler.step(ones, latents, CAPTIONS[:1], 0.75, 0.5)  # type: ignore[arg-type]
+    assert moved.dtype == given
+    assert np.array_equal(np.array(moved.astype(mx.float32)), np.full((1, 4, 2, 2), 0.25))
 
 
 def test_an_items_noise_does_not_depend_on_its_batch() -> None:

@@ -80,6 +80,21 @@ def test_the_residual_stream_keeps_its_dtype(captions: tuple[int, ...], given: m
         assert {array.dtype for array in state.arrays()} == {dtype}, stage.name
 
 
+def test_the_timestep_is_embedded_before_it_is_rounded() -> None:
+    """A bf16 model takes the timestep in fp32: two that are equal in bf16 embed as far apart as in an fp32 model."""
+    latents, _, captions = _inputs(5, 5)
+    timestep = mx.array([0.5, 0.501])
+    assert timestep.astype(mx.bfloat16)[0] == timestep.astype(mx.bfloat16)[1]
+    apart = []
+    for dtype in (mx.float32, mx.bfloat16):
+        stages = Transformer(CONFIG, dtype=dtype).stages(latents, timestep, captions)
+        temb = stages[0](State(latents, timestep, captions)).temb
+        assert temb is not None
+        apart.append(np.linalg.norm(np.array((temb[0] - temb[1]).astype(mx.float32))))
+    assert apart[0] > 0.1
+    assert 0.5 < apart[1] / apart[0] < 2
+
+
 def test_a_state_holds_only_what_later_stages_need(model: Transformer) -> None:
     """After the first main block image and caption are gone, and at the end only the velocity is left."""
     inputs = _inputs(5)
