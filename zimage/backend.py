@@ -334,4 +334,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from zimage import backend  # noqa: PLW0406 - the module that `import zimage` prepared, not this second copy of it
+
+    sys.exit(backend.main())
