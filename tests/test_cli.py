@@ -106,7 +106,7 @@ def test_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     fake_kernels(monkeypatch, act)
     status, _, err = zimage(capsys, *SWEEP)
     assert status == 1
-    assert err == "zimage: stopped: 1 of 3 runs are done; `zimage sweep experiments/demo.yaml` picks up there\n"
+    assert err == "zimage: stopped: 1 of 3 runs are done; the same command picks up there\n"
 
 
 @pytest.mark.usefixtures("project")
@@ -129,6 +129,7 @@ def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert out.splitlines()[:2] == ["demo: 3 completed", "  Does it work?"]
     runs = json.loads(zimage(capsys, "list", "--json")[1])["experiments"][0]["runs"]
     assert [run["parameters"]["batch"] for run in runs] == [1, 2, 3]
+    assert zimage(capsys, "show", "demo")[1] == out
     key = runs[1]["key"]
     for what in (key, key[:12], f"demo/{key[:12]}"):
         status, out, _ = zimage(capsys, "show", what)

@@ -62,8 +62,7 @@ def run(notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fres
     name, store = check_name(notebook.stem), Store(results)
     facts = keys.device_facts()
     jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout, facts)
-    again = f"zimage run {notebook}"
-    return _execute(jobs, store, facts, fresh, again, lambda: sweep.note_single(store, jobs[0]))
+    return _execute(jobs, store, facts, fresh, lambda: sweep.note_single(store, jobs[0]))
 
 
 @cli.command(name="sweep")
@@ -99,8 +98,7 @@ def sweep_command(
             shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
             click.echo(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
         return 0
-    again = f"zimage sweep {experiment}"
-    return _execute(jobs, store, facts, fresh, again, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
+    return _execute(jobs, store, facts, fresh, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
 
 
 @cli.command(name="list")
@@ -124,11 +122,15 @@ def list_command(as_json: bool, results: Path) -> None:
 @_as_json
 @_results
 def show(what: str, as_json: bool, results: Path) -> None:
-    """Show WHAT: a run (its key or the start of it, or experiment/key), or a checkpoint source."""
+    """Show WHAT: a run (its key or the start of it, or experiment/key), an experiment, or a checkpoint source."""
     from zimage.lab import listing
     from zimage.lab.store import Store
 
     store = Store(results)
+    if what in store.experiments():
+        content = listing.store_content(store, [what])
+        _print(content, as_json, lambda: listing.store_lines(store, content))
+        return
     try:
         found = store.find(what)
     except StoreError as no_run:
@@ -223,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _execute(
-    jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool, again: str, note: Callable[[], None]
-) -> int:
+def _execute(jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool, note: Callable[[], None]) -> int:
     """Do the jobs, build the page, say what came out."""
     import time
 
@@ -241,7 +241,9 @@ def _execute(
             outcome = sweep.sweep(jobs, store, facts, teller, fresh)
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
-        _complain(f"stopped: {done} of {len(jobs)} runs are done; `{again}` picks up there")
+        _complain(
+            f"stopped: {done} of {len(jobs)} runs are done; the same command {'without --fresh ' * fresh}picks up there"
+        )
         return 1
     except StoreError as error:
         _complain(str(error))

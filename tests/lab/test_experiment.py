@@ -68,6 +68,12 @@ def test_quick_merges_parameters_and_replaces_axes(project: Path) -> None:
     assert len(found.plan()) == 5
 
 
+def test_quick_needs_a_quick_part(project: Path) -> None:
+    """--quick for a file that has none is refused instead of running it all."""
+    with pytest.raises(ExperimentError, match="has no 'quick'"):
+        read(project, "grid: {batch: [1, 2]}\n").plan(quick=True)
+
+
 def test_quick_axis_wins_over_wide_parameter(project: Path) -> None:
     """An axis that quick brings wins over a parameter of the wide file."""
     found = read(project, "parameters: {batch: 1}\nquick: {grid: {batch: [3, 4]}}\n")
@@ -130,8 +136,9 @@ BAD = {
     "int for text or null": ("parameters: {label: 3}", 5, "'label' takes str | None, not int 3"),
     "wrong list item": ("parameters: {sizes: [8, x]}", 5, "'sizes' takes list[int]"),
     "int beyond float": (f"parameters: {{scale: 1{'0' * 400}}}", 5, "'scale' takes float"),
-    "infinite": ("parameters: {scale: .inf}", 5, "not a finite number"),
-    "nan": ("grid:\n  scale:\n  - 1\n  - .nan", 8, "not a finite number"),
+    "infinite": ("parameters: {scale: .inf}", 5, "inf is not finite"),
+    "no text": ('parameters: {dtype: "a\\ud800"}', 5, "no valid text"),
+    "nan": ("grid:\n  scale:\n  - 1\n  - .nan", 8, "nan is not finite"),
     "wrong type on an axis": ("grid:\n  batch:\n  - 1\n  - x", 8, "'batch' takes int, not str 'x'"),
     "wrong type in quick": ("quick:\n  parameters:\n    batch: x", 7, "'batch' takes int"),
     "axis no list": ("grid: {batch: 1}", 5, "'grid.batch': input should be a valid list, got int 1"),

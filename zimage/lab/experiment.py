@@ -101,6 +101,8 @@ class Experiment:
         overrides: parameters that win over everything the file says about them. Raises ExperimentError for overrides
         that no notebook accepts, and for a plan that is empty or has more than MAX_RUNS runs.
         """
+        if quick and self.file.quick is None:
+            raise ExperimentError(f"{self.document.path}: has no 'quick' part; write one or leave --quick out")
         forced = overrides or {}
         for name, value in forced.items():
             check_value(self.notebooks, name, value)

@@ -8,10 +8,10 @@ from zimage.lab.runner import describe_failure
 from zimage.lab.store import Run, Store
 
 
-def store_content(store: Store) -> dict[str, Any]:
-    """The experiments with their runs, and a line for everything unreadable."""
+def store_content(store: Store, names: list[str] | None = None) -> dict[str, Any]:
+    """The experiments (default: all) with their runs, and a line for everything unreadable."""
     experiments, problems = [], []
-    for name in store.experiments():
+    for name in store.experiments() if names is None else names:
         runs, unreadable = store.scan(name)
         problems += unreadable
         asked = set() if unreadable and not runs else {run.key for run in _current(store, name, runs)}

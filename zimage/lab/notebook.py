@@ -43,8 +43,8 @@ class Parameter:
             raise ExperimentError(
                 f"parameter {self.name!r} takes {self.type}, not {type(value).__name__} {value!r:.60}"
             )
-        if not _finite(value):
-            raise ExperimentError(f"parameter {self.name!r}: {value} is not a finite number")
+        if not _storable(value):
+            raise ExperimentError(f"parameter {self.name!r}: {value!r:.60} is not finite, or no valid text")
         return value
 
 
@@ -235,9 +235,12 @@ def _either(tests: list[Callable[[Any], bool]]) -> Callable[[Any], bool]:
     return lambda value: any(test(value) for test in tests)
 
 
-def _finite(value: Any) -> bool:
+def _storable(value: Any) -> bool:
+    """Whether strict JSON in UTF-8 can hold it: no NaN, no infinity, no lone surrogate."""
     if isinstance(value, float):
         return math.isfinite(value)
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return not isinstance(value, list) or all(map(_finite, value))
+        return all(map(_storable, value)) and all(map(_storable, value.values()))
+    return not isinstance(value, list) or all(map(_storable, value))

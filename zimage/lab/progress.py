@@ -6,6 +6,7 @@ from types import TracebackType
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from zimage.lab.runner import Job, describe_failure
@@ -105,4 +106,4 @@ class Teller:
 
 def _label(job: Job) -> str:
     shown = ", ".join(f"{name}={value}" for name, value in list(job.parameters.items())[:3])
-    return f"{job.notebook.path.stem} [dim]{shown.replace('[', '(')[:50]}"
+    return f"{escape(job.notebook.path.stem)} [dim]{escape(shown[:50])}"
