@@ -87,7 +87,8 @@ def _weights(source: str, root: Path) -> Weights:
 @functools.cache
 def device_facts() -> dict[str, str]:
     """The facts about this machine, asked of another process so that this one need not load MLX."""
-    command = [sys.executable, "-m", "zimage.backend"]
+    # Where warnings are errors, runpy's remark that the package has loaded the module already would be one.
+    command = [sys.executable, "-W", "ignore", "-m", "zimage.backend"]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=_FACTS_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
