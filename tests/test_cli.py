@@ -155,6 +155,11 @@ def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert content["pages"] == ["results/demo/index.html", "results/index.html"]
     assert (project / "results" / "index.html").is_file()
     assert zimage(capsys, "report", "--single-file")[0] == 0
+    run = next((project / "results" / "demo").glob("*/run.json"))
+    run.write_text("{")
+    status, _, err = zimage(capsys, "report")
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith(f"zimage: skipped: {run.relative_to(project)}: not valid JSON")
 
 
 @pytest.mark.usefixtures("project")

@@ -112,9 +112,7 @@ def list_command(as_json: bool, results: Path) -> None:
     store = Store(results)
     content = listing.store_content(store)
     _print(content, as_json, lambda: listing.store_lines(store, content))
-    if not as_json:
-        for problem in content["problems"]:
-            click.echo(f"zimage: skipped: {problem}", err=True)
+    _skipped(content["problems"])
 
 
 @cli.command()
@@ -158,6 +156,7 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
     pages = dashboard.build(store, None, single_file=single_file)
     findings = {name: dashboard.findings(store, name) for name in names}
     content = {"pages": [str(page) for page in pages], "findings": findings}
+    _skipped([problem for name in names for problem in store.scan(name)[1]])
     _print(content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(_link, pages)])
 
 
@@ -306,6 +305,11 @@ def _source(what: str, no_run: StoreError) -> Any:
 
 def _print(content: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
     click.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else "\n".join(lines()))
+
+
+def _skipped(problems: Sequence[str]) -> None:
+    for problem in problems:
+        _complain(f"skipped: {problem}")
 
 
 def _link(page: Path) -> str:
