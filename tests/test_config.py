@@ -54,8 +54,10 @@ WRONG = [
 
 
 def test_the_published_config_loads_as_it_is() -> None:
-    """The published config.json gives the turbo preset, its underscored keys ignored."""
+    """The published config.json gives the turbo preset, and every key that starts with an underscore is ignored."""
+    assert "_class_name" in PUBLISHED
     assert TransformerConfig.from_dict(PUBLISHED) == TransformerConfig.turbo()
+    assert TransformerConfig.from_dict({**PUBLISHED, "_diffusers_version": "0.36.0"}) == TransformerConfig.turbo()
 
 
 def test_what_may_be_absent_is_null_and_eight() -> None:

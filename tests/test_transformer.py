@@ -274,6 +274,17 @@ def test_grouped_queries_equal_repeated_keys_and_values(n_kv_heads: int) -> None
         assert relative_l2(array, wanted[name]) <= 2e-6, name
 
 
+def test_the_final_norm_has_its_own_epsilon() -> None:
+    """The final LayerNorm's epsilon is 1e-6 whatever norm_eps is, which shows in activations near a thousandth."""
+    config = TransformerConfig.tiny(norm_eps=0.01)
+    final = Transformer(config).all_final_layer["2-1"]
+    x = 1e-3 * np.random.default_rng(0).standard_normal((1, 3, config.dim)).astype(np.float32)
+    temb = mx.zeros((1, config.temb_dim))
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    wanted = final.linear(mx.array(normed) * (1 + final.adaLN_modulation[1].bias))
+    assert _error(final(mx.array(x), temb), wanted) <= 1e-5
+
+
 def test_weights_follow_the_seed() -> None:
     """Two models of one seed have equal weights, two seeds differ in every tensor, and what is no seed is refused."""
     first, again, other = (dict(tree_flatten(Transformer(CONFIG, seed=s).parameters())) for s in (0, 0, 1))
