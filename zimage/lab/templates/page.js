@@ -21,14 +21,15 @@
   function draw(plot) {
     const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
     const options = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
-    plot.dataset.drawn = "yes";
+    plot.dataset.drawn = "begun";
     for (const trace of figure.data) {
       if (trace.type === "bar" && trace.error_x) trace.error_x.color = css("--ink");
     }
-    return window.Plotly.react(plot, figure.data, dressed(figure.layout), options);
+    window.Plotly.react(plot, figure.data, dressed(figure.layout), options).then(() => { plot.dataset.drawn = "yes"; });
   }
 
-  const visible = (plot) => plot.getClientRects().length > 0;
+  // What lies in a closed <details> has a box and yet cannot be seen, nor measured.
+  const visible = (plot) => plot.checkVisibility ? plot.checkVisibility() : plot.getClientRects().length > 0;
   function drawVisible() {
     if (!window.Plotly) {
       for (const plot of document.querySelectorAll(".plot")) {
@@ -38,8 +39,8 @@
     }
     for (const plot of document.querySelectorAll(".plot")) {
       if (!visible(plot)) continue;
-      if (plot.dataset.drawn) window.Plotly.Plots.resize(plot);
-      else draw(plot);
+      if (plot.dataset.drawn === "yes") window.Plotly.Plots.resize(plot);
+      else if (!plot.dataset.drawn) draw(plot);
     }
   }
 
