@@ -45,7 +45,7 @@ class Page(HTMLParser):
             attrs, text = self.scripts[-1]
             self.scripts[-1] = (attrs, text + data)
         elif self.open[-1:] != ["style"]:
-            self.text += data
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def links(self) -> list[str]:
         found = [a.get("href") or a.get("src") for _, a in self.elements if a.get("href") or a.get("src")]

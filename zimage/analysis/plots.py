@@ -128,6 +128,9 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
     figure.update_yaxes(categoryorder="array", categoryarray=_plain(labels)[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])
+    figure.update_yaxes(
+        tickmode="array", tickvals=_plain(labels), ticktext=[_wrapped(label) for label in _plain(labels)]
+    )
     return figure
 
 
@@ -277,8 +280,8 @@ def _finish(figure: go.Figure, height: int) -> None:
         dragmode=False,
     )
     figure.update_xaxes(
-        gridcolor=GRID, zerolinecolor=INK, zerolinewidth=1, showline=False, automargin=True, fixedrange=True,
-        title_font={"size": 12}, title_standoff=10, tickfont={"size": 12},
+        gridcolor=GRID, zerolinecolor=INK, zerolinewidth=1, tickangle=0, showline=False, automargin=True,
+        fixedrange=True, title_font={"size": 12}, title_standoff=10, tickfont={"size": 12},
     )  # fmt: skip
     figure.update_yaxes(
         gridcolor=GRID, zeroline=False, showline=False, automargin=True, fixedrange=True, type="category",
@@ -312,6 +315,12 @@ def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
 def _plain(texts: Iterable[object]) -> list[str]:
     """Texts that plotly draws as they are written: it reads a small HTML in labels, which data must not reach."""
     return [html.escape(str(text), quote=False).replace("$", "&#36;") for text in texts]
+
+
+def _wrapped(label: str) -> str:
+    """A label of several parts on two lines where it is long."""
+    head, joint, tail = label.rpartition(" · ")
+    return f"{head}<br>{tail}" if joint and len(label) > 20 else label
 
 
 def _interval(row: dict[str, float]) -> str:

@@ -316,6 +316,11 @@ def _runs(number: int, word: str) -> str:
     return f"{number} run{'' if number == 1 else 's'} {word}"
 
 
+def _tight(text: str) -> str:
+    """No line breaks between a number and its percent sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
     return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ")) else text
@@ -330,7 +335,8 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["opening"] = _opening
+    environment.filters["opening"] = lambda text: _tight(_opening(text))
+    environment.filters["tight"] = _tight
     return environment
 
 

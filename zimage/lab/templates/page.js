@@ -4,7 +4,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   // Figures come in neutral greys; here they take the page's own ink, in the scheme the reader has.
-  function dressed(layout) {
+  function dressed(layout, width) {
     const result = structuredClone(layout);
     result.font = { ...result.font, color: css("--ink") };
     result.hoverlabel = { ...result.hoverlabel, bgcolor: css("--surface"), bordercolor: css("--line"),
@@ -12,6 +12,7 @@
     for (const key of Object.keys(result)) {
       if (/^[xy]axis\d*$/.test(key)) {
         result[key].gridcolor = css("--grid");
+        if (/^x/.test(key) && width < 480) result[key].nticks = Math.min(result[key].nticks || 4, 4);
         if (/^x/.test(key)) result[key].tickfont = { ...result[key].tickfont, color: css("--ink-2") };
       }
     }
@@ -25,7 +26,7 @@
     for (const trace of figure.data) {
       if (trace.type === "bar" && trace.error_x) trace.error_x.color = css("--ink");
     }
-    window.Plotly.react(plot, figure.data, dressed(figure.layout), options).then(() => { plot.dataset.drawn = "yes"; });
+    window.Plotly.react(plot, figure.data, dressed(figure.layout, plot.clientWidth), options).then(() => { plot.dataset.drawn = "yes"; });
   }
 
   // What lies in a closed <details> has a box and yet cannot be seen, nor measured.
