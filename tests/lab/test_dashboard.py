@@ -10,11 +10,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from tests.lab import fabricated
 from zimage.errors import StoreError
 from zimage.lab import dashboard
+from zimage.lab.sections import chart
 from zimage.lab.store import Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
@@ -270,6 +272,14 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
         assert not [text for a, text in page.scripts if text.strip().startswith("alert")]
         for figure in page.figures().values():
             assert "<script" not in json.dumps(figure)
+
+
+def test_a_figures_json_cannot_leave_its_script() -> None:
+    """Whatever text a figure holds, its JSON on the page has no character of markup and reads back the same."""
+    figure = go.Figure(layout={"height": 100, "margin": {"t": 20}, "annotations": [{"text": HOSTILE + "<!--\u2028"}]})
+    made = chart(figure, "id", "alt")
+    assert not set(made.json) & set("<>&\u2028")
+    assert json.loads(made.json)["layout"]["annotations"][0]["text"] == HOSTILE + "<!--\u2028"
 
 
 @pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples"])
