@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from zimage import kernels
 from zimage.config import (
     FINAL_NORM_EPS,
     QK_NORM_EPS,
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        out = kernels.attention(q, k, v, self.head_dim**-0.5, mask)
         return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(B, L, D))
 
 
@@ -108,7 +109,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.gate_and_up(x)
-        return self.w2(nn.silu(gate) * up)
+        return self.w2(kernels.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

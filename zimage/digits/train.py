@@ -68,7 +68,7 @@ def loss(trainee: Trainee, data: mx.array, labels: mx.array, noise: mx.array, ti
 
 
 def train(
-    steps: int = 6000,
+    steps: int = 5000,
     batch: int = 256,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
@@ -148,7 +148,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     save(train(steps=args.steps, seed=args.seed, report=_show), args.out)

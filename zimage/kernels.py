@@ -1,0 +1,41 @@
+"""Operations with more than one way to compute them, each way giving the same answer up to rounding.
+
+On a CPU in fp32, MLX evaluates `exp` one scalar at a time but `power` in vectors, so softmax and SiLU go through powers
+of two there; elsewhere MLX's own fused operations are used.
+"""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_LOG2E = math.log2(math.e)
+
+
+def _fp32_on_cpu(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x), any shape."""
+    if _fp32_on_cpu(x):
+        return x / (1 + mx.power(2.0, x * -_LOG2E))
+    return nn.silu(x)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """softmax(q k^T * scale + mask) v for q [B, N, L, D], k and v [B, N_kv, L, D] with N a multiple of N_kv.
+
+    mask is additive, of q's dtype, and broadcasts to [B, N, L, L].
+    """
+    if not _fp32_on_cpu(q):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, N, L, D = q.shape
+    groups = (B, k.shape[1], N // k.shape[1], L)
+    queries = (q * (scale * _LOG2E)).reshape(*groups, D)
+    scores = queries @ k[:, :, None].swapaxes(-1, -2)
+    if mask is not None:
+        scores = scores + mask[:, :, None] * _LOG2E
+    weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+    out = (weights @ v[:, :, None]) / weights.sum(axis=-1, keepdims=True)
+    return out.reshape(B, N, L, D)
