@@ -22,7 +22,7 @@ ROWS = (
     {"transformer"},
     {"transforms"},
     {"weights", "sources"},
-    {"pipeline", "digits", "scheduler"},
+    {"pipeline", "digits", "scheduler", "inputs"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

@@ -22,6 +22,8 @@ _MODULES = (
     "config",
     "digits",
     "errors",
+    "inputs",
+    "kernels",
     "lab",
     "measure",
     "patchify",

@@ -145,6 +145,17 @@ def default_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if _device_type() == "gpu" else "float32"
 
 
+def use_device(name: str) -> None:
+    """Make MLX's default device "cpu", "gpu", or the best there is ("auto"). Raises BackendError if it isn't there."""
+    mx = _mlx()
+    if name not in ("auto", "cpu", "gpu"):
+        raise BackendError(f"device {name!r} is not known; use auto, cpu or gpu")
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise BackendError("no GPU that MLX can use here; use device auto or cpu, and see `zimage doctor`")
+    if name != "auto":
+        mx.set_default_device(mx.Device(mx.gpu if name == "gpu" else mx.cpu))
+
+
 def _mlx() -> Any:
     prepare()
     try:

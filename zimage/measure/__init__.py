@@ -1,0 +1,1 @@
+"""Timings and how they are judged. Knows callables, not models; nothing else in the project takes a timing."""

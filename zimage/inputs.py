@@ -1,0 +1,46 @@
+"""Seeded inputs for one step of a model, as the notebooks and the tests of timings use them."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from zimage import digits
+from zimage.errors import InputError
+from zimage.transformer import Captions, Transformer, random_key
+
+
+class Inputs(NamedTuple):
+    """What a model is called with: latents [B, C, H, W], timestep [B], caption features."""
+
+    latents: mx.array
+    timestep: mx.array
+    captions: Captions
+
+
+def example(
+    model: Transformer, source: str, height: int, width: int, batch: int, caption_tokens: int, seed: int
+) -> Inputs:
+    """Evaluated inputs for images of `height` x `width` pixels: noise, timesteps spread over (0, 1), and captions.
+
+    Captions are the labels 0, 1, 2, ... of the digits model, and else noise of `caption_tokens` tokens. Raises
+    InputError or ConfigError for sizes the model cannot take.
+    """
+    if batch < 1 or caption_tokens < 1:
+        raise InputError(f"batch and caption_tokens must be at least 1, found {batch} and {caption_tokens}")
+    if source == "digits" and caption_tokens != 1:
+        raise InputError(
+            f"a caption of the digits model has one token, its label; found caption_tokens {caption_tokens}"
+        )
+    config = model.config
+    size = config.latent_size(height, width)
+    latent_key, caption_key = mx.random.split(random_key(seed))
+    latents = mx.random.normal((batch, config.in_channels, *size), dtype=model.dtype, key=latent_key)
+    timestep = (mx.arange(batch) + 0.5) / batch
+    captions: Captions
+    if source == "digits":
+        captions = digits.captions([i % 10 for i in range(batch)])
+    else:
+        shape = (batch, caption_tokens, config.cap_feat_dim)
+        captions = mx.random.normal(shape, dtype=model.dtype, key=caption_key)
+    mx.eval(latents, timestep, captions)
+    return Inputs(latents, timestep, captions)

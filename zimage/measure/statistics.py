@@ -1,0 +1,74 @@
+"""The exact signed-rank test over quads, and the verdict drawn from it. NumPy only.
+
+A quad gives one difference of mean log times, arm minus baseline. Its Walsh averages (means of all pairs, each with
+itself included) carry both the test and the interval: a shift is rejected when too few of them lie on one side of it,
+"too few" being read off the exact distribution of the signed-rank statistic. The interval is the set of shifts that
+are not rejected, so that test and interval always agree.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+LOOKS = (10, 20, 30, 40)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A time ratio arm / baseline with its interval, and the p-value of a ratio of one at a single look."""
+
+    ratio: float
+    low: float
+    high: float
+    p: float
+
+
+@lru_cache(maxsize=64)
+def _cumulative(n: int) -> Floats:
+    """P(W <= k) for k = 0 .. n(n+1)/2 of the signed-rank statistic of n quads without ties."""
+    ways = np.ones(1)
+    for rank in range(1, n + 1):
+        ways = np.concatenate([ways, np.zeros(rank)]) + np.concatenate([np.zeros(rank), ways])
+    return np.cumsum(ways / 2.0**n)
+
+
+def walsh_averages(differences: Floats) -> Floats:
+    """The n(n+1)/2 means of all pairs of `differences` [n], sorted."""
+    i, j = np.triu_indices(len(differences))
+    return np.sort((differences[i] + differences[j]) / 2)
+
+
+def analyse(differences: Floats, level: float) -> Estimate:
+    """Estimate from the quads' log differences [n]; the interval rejects at `level`, two-sided.
+
+    With too few quads for any rejection at this level the interval is 0 to infinity.
+    """
+    n = len(differences)
+    walsh = walsh_averages(differences)
+    cumulative = _cumulative(n)
+    fewest = min(int((walsh <= 0).sum()), int((walsh >= 0).sum()))
+    p = min(1.0, 2 * float(cumulative[fewest]))
+    # the largest count on one side of a shift that still rejects it
+    critical = int(np.searchsorted(2 * cumulative, level, side="right")) - 1
+    low, high = (walsh[critical + 1], walsh[-critical - 2]) if critical >= 0 else (-math.inf, math.inf)
+    return Estimate(math.exp(float(np.median(walsh))), math.exp(float(low)), math.exp(float(high)), p)
+
+
+def verdict(estimate: Estimate, delta: float, noise_floor: float | None) -> tuple[str, str]:
+    """(verdict, reason): equivalent, faster, slower or inconclusive, decided in that order.
+
+    Equivalent when the whole interval lies within a ratio of 1 +- delta, even if it excludes 1. Faster or slower when
+    it excludes 1 and the estimate lies beyond the noise floor, a |log ratio|, where one was measured.
+    """
+    low, high = estimate.low, estimate.high
+    if 1 - delta <= low and high <= 1 + delta:
+        return "equivalent", f"the whole interval lies within {delta:.1%} of 1"
+    if low <= 1 <= high:
+        return "inconclusive", "the interval is too wide: it holds 1 and reaches beyond the band of equivalence"
+    if noise_floor is not None and abs(math.log(estimate.ratio)) <= noise_floor:
+        return "inconclusive", f"the difference is within the noise floor of {noise_floor:.1%}"
+    return ("faster", "the interval lies below 1") if high < 1 else ("slower", "the interval lies above 1")
