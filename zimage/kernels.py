@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 _LOG2E = math.log2(math.e)
+_LARGEST_EXPONENT = 126.0  # of a power of two whose gradient is still finite in fp32
 
 
 def _fp32_on_cpu(x: mx.array) -> bool:
@@ -19,14 +20,14 @@ def _fp32_on_cpu(x: mx.array) -> bool:
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), any shape."""
     if _fp32_on_cpu(x):
-        return x / (1 + mx.power(2.0, x * -_LOG2E))
+        return x / (1 + mx.power(2.0, mx.minimum(x * -_LOG2E, _LARGEST_EXPONENT)))
     return nn.silu(x)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     """softmax(q k^T * scale + mask) v for q [B, N, L, D], k and v [B, N_kv, L, D] with N a multiple of N_kv.
 
-    mask is additive, of q's dtype, and broadcasts to [B, N, L, L].
+    mask is additive, of q's dtype, the same for all heads, and broadcasts to [B, 1, L, L].
     """
     if not _fp32_on_cpu(q):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -35,7 +36,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     queries = (q * (scale * _LOG2E)).reshape(*groups, D)
     scores = queries @ k[:, :, None].swapaxes(-1, -2)
     if mask is not None:
-        scores = scores + mask[:, :, None] * _LOG2E
+        scores = scores + mask[..., None, :, :] * _LOG2E
     weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
     out = (weights @ v[:, :, None]) / weights.sum(axis=-1, keepdims=True)
     return out.reshape(B, N, L, D)

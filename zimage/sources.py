@@ -6,7 +6,9 @@ Nothing here imports MLX or reads tensor values, except to compute a digest.
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -22,6 +24,9 @@ _ITEM_BYTES = {
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_LARGEST_OFFSET = 2**48
+_MOST_AXES = 16
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 _SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _PRESETS = {
     "turbo": TransformerConfig.turbo,
@@ -81,29 +86,57 @@ class SourceInfo:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the config and every tensor's name, dtype, shape and bytes, whichever files hold them."""
+        """SHA-256 over the config and every tensor's name, dtype, shape and bytes, whichever files hold them.
+
+        Raises WeightsError where a file can no longer be read.
+        """
         total = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        if self.quantization is not None:
+            total.update(json.dumps(self.quantization, sort_keys=True).encode())
         if not self.tensors:
             total.update(self.source.encode())
-        for name, digest in sorted(_tensor_digests(self.tensors)):
-            total.update(f"\n{name} {self.tensors[name].dtype} {list(self.tensors[name].shape)} {digest}".encode())
+        with _readable(self.source):
+            digests = sorted(_tensor_digests(self.tensors))
+        for name, digest in digests:
+            line = f"\n{name} {self.tensors[name].dtype} {list(self.tensors[name].shape)} {digest}"
+            total.update(line.encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
 
 def describe(source: str | Path) -> SourceInfo:
-    """Find `source` and read its config and headers. Raises WeightsError or ConfigError when it is not a checkpoint."""
+    """Find `source` and read its config and headers. Raises WeightsError or ConfigError when it is not a checkpoint.
+
+    "digits" and the synthetic sources are what they say in every folder; a folder called digits is "./digits".
+    """
     text = str(source)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return _folder(text, path)
-    if path.is_file():
-        return _file(text, path)
-    if text == "digits":
-        return _folder(text, Path(str(files("zimage") / "digits" / "weights")))
-    scheme, _, preset = text.partition(":")
-    if scheme == "synthetic" and preset in _PRESETS:
-        return SourceInfo(text, "synthetic", _PRESETS[preset](), {})
+    with _readable(text):
+        scheme, _, preset = text.partition(":")
+        if scheme == "synthetic" and preset in _PRESETS:
+            return SourceInfo(text, "synthetic", _PRESETS[preset](), {})
+        if text == "digits":
+            return _folder(text, Path(str(files("zimage") / "digits" / "weights")))
+        path = Path(os.path.expanduser(text))
+        if text.strip() and path.is_dir():
+            return _folder(text, path)
+        if path.is_file():
+            return _file(text, path)
     raise WeightsError(f"no checkpoint at {text!r}: a source is {KNOWN_SOURCES}")
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn what the operating system refuses into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(f"{plain(error.filename or source)}: cannot be read: {error.strerror or error}") from None
+
+
+def plain(name: object) -> str:
+    """A name out of a file, fit for a line of text: without line breaks or odd characters, and not endless."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _folder(source: str, folder: Path) -> SourceInfo:
@@ -116,16 +149,21 @@ def _folder(source: str, folder: Path) -> SourceInfo:
         if len(indexes) > 1:
             raise WeightsError(f"{folder}: two indexes, {indexes[0].name} and {indexes[1].name}; keep one")
         return _info(source, folder, _sharded(indexes[0]))
-    found = [folder / n for n in _SINGLE_FILES if (folder / n).is_file()] or sorted(folder.glob("*.safetensors"))
+    found = [folder / n for n in _SINGLE_FILES if (folder / n).is_file()]
+    found = found or sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise WeightsError(f"{folder}: expected one .safetensors file or an index of several, found {names}")
+        others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+        names = ", ".join([path.name for path in found] or others) or "none"
+        hint = "; zimage reads no pickles and no GGUF" if others and not found else ""
+        raise WeightsError(
+            f"{folder}: expected one .safetensors file or an index of several, found {plain(names)}{hint}"
+        )
     return _info(source, folder, read_header(found[0]))
 
 
 def _file(source: str, path: Path) -> SourceInfo:
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: not a .safetensors file; zimage reads no pickles, GGUF or other formats")
+        raise WeightsError(f"{path}: not a .safetensors file; zimage reads no pickles and no GGUF")
     if not (path.parent / "config.json").is_file():
         raise WeightsError(f"{path}: no config.json beside it; put the transformer's published config.json there")
     return _info(source, path.parent, read_header(path))
@@ -138,11 +176,11 @@ def _info(source: str, folder: Path, tensors: dict[str, TensorInfo]) -> SourceIn
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     quantization = values.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(f"{path}: quantization must be an object, found {quantization!r}")
+        raise ConfigError(f"{path}: quantization must be an object, found {plain(repr(quantization))}")
     try:
         config = TransformerConfig.from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {plain(error)}") from None
     kind: Literal["trained", "synthetic"] = "synthetic" if values.get("_weights_kind") == "synthetic" else "trained"
     return SourceInfo(source, kind, config, tensors, quantization, folder)
 
@@ -156,18 +194,24 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise WeightsError(f"{index}: tensor {name} lies in {file!r}, which is not a .safetensors file name")
+            raise WeightsError(
+                f"{index}: tensor {plain(name)} lies in {plain(repr(file))}, which is not a .safetensors file name"
+            )
         if file not in headers:
             if not (index.parent / file).is_file():
-                raise WeightsError(f"{index}: names {file}, which is not there; download the missing shard")
+                raise WeightsError(f"{index}: names {plain(file)}, which is not there; download the missing shard")
             headers[file] = read_header(index.parent / file)
         if name not in headers[file]:
-            raise WeightsError(f"{index.parent / file}: tensor {name} is missing, though {index.name} says it is here")
+            raise WeightsError(
+                f"{index.parent / file}: tensor {plain(name)} is missing, though {index.name} says it is here"
+            )
         tensors[name] = headers[file][name]
     for file, header in headers.items():
         for name in header:
             if weight_map.get(name) != file:
-                raise WeightsError(f"{index.parent / file}: tensor {name} is not listed for this file in {index.name}")
+                raise WeightsError(
+                    f"{index.parent / file}: tensor {plain(name)} is not listed for this file in {index.name}"
+                )
     return tensors
 
 
@@ -187,7 +231,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:
-            raise WeightsError(f"{path}: tensor {name} starts at byte {tensor.start}, expected {end}: overlap or gap")
+            raise WeightsError(
+                f"{path}: tensor {plain(name)} starts at byte {tensor.start}, expected {end}: an overlap or a gap"
+            )
         end = tensor.end
     if end != size:
         raise WeightsError(f"{path}: {size} bytes long, expected {end}; download it again")
@@ -197,22 +243,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _ITEM_BYTES:
-        raise WeightsError(f"{path}: tensor {name} has the unknown dtype {dtype!r}")
+    where = f"{path}: tensor {plain(name)}"
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise WeightsError(f"{where} has the unknown dtype {plain(repr(dtype))}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise WeightsError(
-            f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}; the header is damaged"
+            f"{where} has shape {plain(repr(shape))} and data_offsets {plain(repr(offsets))}; the header is damaged"
         )
-    expected = prod(shape) * _ITEM_BYTES[dtype]
-    if offsets[1] - offsets[0] != expected:
-        raise WeightsError(
-            f"{path}: tensor {name} takes {offsets[1] - offsets[0]} bytes, expected {expected} for {dtype} {shape}"
-        )
+    found, expected = offsets[1] - offsets[0], prod(shape) * _ITEM_BYTES[dtype]
+    if found != expected:
+        raise WeightsError(f"{where} takes {found} bytes, expected {expected} for {dtype} {shape}")
     return TensorInfo(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    """Whether a header's list holds sizes or offsets that a real file can have."""
+    return (
+        isinstance(values, list)
+        and len(values) <= _MOST_AXES
+        and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _LARGEST_OFFSET for v in values)
+    )
 
 
 def _json(path: Path) -> Any:
@@ -224,7 +274,7 @@ def _parse(raw: bytes, path: Path) -> Any:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                raise WeightsError(f"{path}: the name {name!r} stands twice in one JSON object")
+                raise WeightsError(f"{path}: the name {plain(name)} stands twice in one JSON object")
             values[name] = value
         return values
 

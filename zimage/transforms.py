@@ -111,9 +111,9 @@ class Quantization:
     def parse(cls, name: str) -> "Quantization":
         """From a name such as "4bit", "8bit-g32" or "mxfp4". Raises InputError for any other."""
         fixed = {"mxfp4": ("mxfp4", 4, 32), "nvfp4": ("nvfp4", 4, 16), "mxfp8": ("mxfp8", 8, 32)}
-        if name in fixed:
+        if isinstance(name, str) and name in fixed:
             return cls(*fixed[name])
-        match = re.fullmatch(r"([234568])bit(?:-g(32|64|128))?", name)
+        match = re.fullmatch(r"([234568])bit(?:-g(32|64|128))?", name) if isinstance(name, str) else None
         if match is None:
             raise InputError(
                 f"unknown quantization {name!r}; known are 2bit, 3bit, 4bit, 5bit, 6bit, 8bit (group 64, or with -g32, "
@@ -126,8 +126,8 @@ def quantize(model: Transformer, quantization: str) -> Transformer:
     """The linear layers of all blocks with packed weights; embedders, norms and the final layer stay as they are.
 
     `quantization` is a name: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and "4bit-g128" for other
-    groups), "mxfp4", "nvfp4" or "mxfp8". Raises InputError for other names, for a model that is quantized already, and where a
-    layer's input width is not divisible by the group size.
+    groups), "mxfp4", "nvfp4" or "mxfp8". Raises InputError for other names, for a model that is
+    quantized already, and where a layer's input width is not divisible by the group size.
     """
     wanted = Quantization.parse(quantization)
     quantized = clone(model)
@@ -154,21 +154,25 @@ def quantize(model: Transformer, quantization: str) -> Transformer:
 def cast(model: Transformer, dtype: str) -> Transformer:
     """The model with every floating-point array in `dtype`, "bfloat16" or "float32". Raises InputError for another.
 
-    float16 is refused: the published weights overflow in it, in the feed-forward and in the attention's output.
+    The new arrays are computed when they are first used. float16 is refused: the published weights overflow in it, in
+    the feed-forward and in the attention's output.
     """
     target = parse_dtype(dtype)
+
+    def converted(array: mx.array) -> mx.array:
+        wanted = mx.issubdtype(array.dtype, mx.floating) and array.dtype != target
+        return array.astype(target) if wanted else array
+
     changed = clone(model)
-    changed.update(
-        tree_map(lambda a: a.astype(target) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters())
-    )
+    changed.update(tree_map(converted, model.parameters()))
     return changed
 
 
 def parse_dtype(name: str) -> mx.Dtype:
     """The MLX dtype called `name`. Raises InputError unless it is "bfloat16" or "float32"."""
-    if name in DTYPES:
+    if isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
-    reason = ": Z-Image's activations overflow in it" if name == "float16" else ""
+    reason = ": Z-Image's activations overflow in it" if isinstance(name, str) and name == "float16" else ""
     raise InputError(f"dtype {name!r} is not supported{reason}; use bfloat16 or float32")
 
 
@@ -230,8 +234,12 @@ def _split_rows(fused: Any, rows: list[int]) -> list[Any]:
 
 def _kind(layer: Any) -> str:
     if isinstance(layer, nn.QuantizedLinear):
-        return f"{layer.mode} {layer.bits} bits, group {layer.group_size}"
-    return str(layer.weight.dtype).removeprefix("mlx.core.")
+        return f"{layer.mode} {layer.bits} bits, group {layer.group_size}, scales {_dtype(layer.scales)}"
+    return _dtype(layer.weight)
+
+
+def _dtype(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def quantization_of(model: Transformer) -> dict[str, Any] | None:
