@@ -1,7 +1,7 @@
 """The machine MLX runs on: prepare it before MLX is imported, and say what it is.
 
-`prepare()` comes before the first `import mlx.core` in every module of this package. `python -m zimage.backend` prints
-the device facts as JSON, for a process that must not load MLX itself. Checks and measured peaks are in `doctor`.
+`prepare()` comes before the first `import mlx.core` in every module of this package. `python -m zimage.backend [DEVICE]`
+prints the device facts as JSON, for a process that must not load MLX itself. Checks and measured peaks are in `doctor`.
 """
 
 import json
@@ -335,8 +335,9 @@ def doctor(results: Path = Path("results")) -> "list[Check]":
 
 
 def main() -> int:
-    """Print the device facts as JSON; exit 2 with one line when MLX cannot be used."""
+    """Print the facts as JSON, of the device in the first argument if any; exit 2 with one line without MLX."""
     try:
+        use_device(*sys.argv[1:2] or ["auto"])
         print(json.dumps(device_facts(), indent=2))
     except BackendError as error:
         print(f"zimage: {error}", file=sys.stderr)

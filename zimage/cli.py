@@ -51,8 +51,8 @@ def cli(context: click.Context) -> None:
 @_results
 def run(notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, results: Path) -> int:
     """Execute one NOTEBOOK into the results, under its own name."""
-    from zimage.lab import keys, sweep
     from zimage.lab import notebook as notebooks
+    from zimage.lab import sweep
     from zimage.lab.experiment import Planned, value_from_text
     from zimage.lab.store import Store, check_name
 
@@ -60,9 +60,8 @@ def run(notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fres
     found = notebooks.read(notebook, root)
     values = {name: value_from_text((found,), name, text) for name, text in _once("-p", given).items()}
     name, store = check_name(notebook.stem), Store(results)
-    facts = keys.device_facts()
-    jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout, facts)
-    return _execute(jobs, store, facts, fresh, lambda: sweep.note_single(store, jobs[0]))
+    jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout)
+    return _execute(jobs, store, fresh, lambda: sweep.note_single(store, jobs[0]))
 
 
 @cli.command(name="sweep")
@@ -78,7 +77,7 @@ def sweep_command(
 ) -> int:
     """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped."""
     from zimage.lab import experiment as experiments
-    from zimage.lab import keys, sweep
+    from zimage.lab import sweep
     from zimage.lab.store import Store
 
     asked = experiments.read(experiment)
@@ -89,16 +88,15 @@ def sweep_command(
     texts = _once("--set", [(pair[0], pair[-1]) for pair in pairs])
     forced = {name: experiments.value_from_text(asked.notebooks, name, text) for name, text in texts.items()}
     planned, store = asked.plan(quick=quick, overrides=forced), Store(results)
-    facts = keys.device_facts()
-    jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s, facts)
+    jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s)
     if dry_run:
-        _say_beforehand(jobs, store, facts, fresh)
+        _say_beforehand(jobs, store, fresh)
         to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
         for job in jobs:
             shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
             click.echo(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
         return 0
-    return _execute(jobs, store, facts, fresh, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
+    return _execute(jobs, store, fresh, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
 
 
 @cli.command(name="list")
@@ -224,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _execute(jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool, note: Callable[[], None]) -> int:
+def _execute(jobs: "list[Job]", store: "Store", fresh: bool, note: Callable[[], None]) -> int:
     """Do the jobs, build the page, say what came out."""
     import time
 
@@ -232,12 +230,12 @@ def _execute(jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bo
     from zimage.lab.progress import Teller, span
 
     name = jobs[0].experiment
-    estimates = _say_beforehand(jobs, store, facts, fresh)
+    estimates = _say_beforehand(jobs, store, fresh)
     started = time.monotonic()
     note()
     try:
         with _farewells(), Teller(jobs, estimates) as teller:
-            outcome = sweep.sweep(jobs, store, facts, teller, fresh)
+            outcome = sweep.sweep(jobs, store, teller, fresh)
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
         _complain(
@@ -269,11 +267,11 @@ def _farewells() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_beforehand(jobs: "list[Job]", store: "Store", facts: dict[str, str], fresh: bool) -> Any:
+def _say_beforehand(jobs: "list[Job]", store: "Store", fresh: bool) -> Any:
     from zimage.lab import sweep
     from zimage.lab.progress import forecast
 
-    estimates = sweep.Estimates(store, facts["device"])
+    estimates = sweep.Estimates(store)
     to_do = sweep.missing(jobs, store, fresh)
     runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
     what = (

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from zimage.lab import keys, runner
+from zimage.lab import runner
 from zimage.lab.recording import append_rows
 
 FACTS = {"device": "cpu-test-2c", "mlx": "0.32.4", "driver": "unknown", "blas": "test", "MLX_X": "1"}
@@ -71,5 +71,4 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch, act: Callable[[runner.Job], ob
         return None
 
     monkeypatch.setattr(runner, "_execute", execute)
-    monkeypatch.setattr(keys, "device_facts", lambda: FACTS)
     return ran

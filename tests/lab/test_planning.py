@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.lab.making import FACTS, fake_kernels, meta, write_experiment, write_
 from tests.lab.test_sweep import Silent, jobs_in
 from zimage.errors import BackendError, WeightsError
 from zimage.lab import experiment, keys, notebook, sweep
+from zimage.lab.keys import device_facts
 from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Run, Store
@@ -26,11 +28,11 @@ def project(tmp_path: Path) -> Path:
 def test_a_second_sweep_finds_everything_done(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is completed is not run again, unless asked for afresh; then the new run takes the old one's place."""
     ran, store, jobs = fake_kernels(monkeypatch), Store(project / "r"), jobs_in(project)
-    assert len(sweep.sweep(jobs, store, FACTS, Silent()).completed) == 3
-    assert len(sweep.sweep(jobs, store, FACTS, Silent()).found) == 3
+    assert len(sweep.sweep(jobs, store, Silent()).completed) == 3
+    assert len(sweep.sweep(jobs, store, Silent()).found) == 3
     assert ran == [1, 2, 3]
     assert sweep.missing(jobs, store) == []
-    assert len(sweep.sweep(jobs, store, FACTS, Silent(), fresh=True).completed) == 3
+    assert len(sweep.sweep(jobs, store, Silent(), fresh=True).completed) == 3
     assert ran == [1, 2, 3, 1, 2, 3]
     assert len(store.runs("demo")) == 3
 
@@ -44,10 +46,10 @@ def test_a_failure_does_not_stop_the_others_and_is_tried_again(project: Path, mo
             raise ValueError("no")
 
     ran, store, jobs = fake_kernels(monkeypatch, act), Store(project / "r"), jobs_in(project)
-    outcome = sweep.sweep(jobs, store, FACTS, Silent())
+    outcome = sweep.sweep(jobs, store, Silent())
     assert ([r.parameters["batch"] for r in outcome.completed], len(outcome.failed)) == ([1, 3], 1)
     broken[0] = False
-    outcome = sweep.sweep(jobs, store, FACTS, Silent())
+    outcome = sweep.sweep(jobs, store, Silent())
     assert (len(outcome.completed), len(outcome.found)) == (1, 2)
     assert ran == [1, 2, 3, 2]
     assert all(run.completed for run in store.runs("demo"))
@@ -60,7 +62,7 @@ def test_two_sweeps_at_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     store, jobs = Store(project / "r"), jobs_in(project)
     outcomes: list[sweep.Outcome] = []
     threads = [
-        threading.Thread(target=lambda: outcomes.append(sweep.sweep(jobs, Store(store.root), FACTS, Silent())))
+        threading.Thread(target=lambda: outcomes.append(sweep.sweep(jobs, Store(store.root), Silent())))
         for _ in range(3)
     ]
     for thread in threads:
@@ -82,13 +84,14 @@ def test_an_interrupted_run_leaves_nothing(project: Path, monkeypatch: pytest.Mo
     fake_kernels(monkeypatch, act)
     store, jobs = Store(project / "r"), jobs_in(project)
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(jobs, store, FACTS, Silent())
+        sweep.sweep(jobs, store, Silent())
     assert [path.name for path in (store.root / "demo").iterdir()] == [jobs[0].key]
 
 
 def key_of(root: Path, facts: dict[str, str] = FACTS, **given: Any) -> str:
     found = notebook.read(root / "notebooks" / "a.ipynb", root)
-    return keys.identify(found, found.resolve(given), facts, root).key
+    with patch.object(keys, "device_facts", lambda _device: facts):
+        return keys.identify(found, found.resolve(given), root).key
 
 
 def test_what_the_key_depends_on(project: Path) -> None:
@@ -129,19 +132,19 @@ def test_the_weights_are_in_the_key(project: Path) -> None:
     """A notebook with a source has its weights' kind and digest with the run; a source that is none is refused."""
     path = write_notebook(project / "notebooks" / "a.ipynb", parameters='source: str = "synthetic:tiny"')
     found = notebook.read(path, project)
-    identity = keys.identify(found, found.resolve({}), FACTS, project)
+    identity = keys.identify(found, found.resolve({}), project)
     assert identity.weights is not None
     assert (identity.weights.kind, len(identity.weights.digest)) == ("synthetic", 64)
     assert identity.digests["weights"] == identity.weights.digest
     with pytest.raises(WeightsError):
-        keys.identify(found, found.resolve({"source": "synthetic:nope"}), FACTS, project)
+        keys.identify(found, found.resolve({"source": "synthetic:nope"}), project)
 
 
 def test_a_device_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the device's facts cannot be had, one line says why."""
     monkeypatch.setattr(keys.sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="the device cannot be asked"):
-        keys.device_facts.__wrapped__()
+        device_facts.__wrapped__("auto")
 
 
 def run_of(notebook_name: str, seconds: float, **parameters: Any) -> Run:
@@ -151,7 +154,7 @@ def run_of(notebook_name: str, seconds: float, **parameters: Any) -> Run:
 def test_estimates(project: Path) -> None:
     """A run is expected to take as long as the same one did, or else as its notebook's median; else nothing is said."""
     store, jobs = Store(project / "r"), jobs_in(project)
-    estimates = sweep.Estimates(store, "cpu-test-2c")
+    estimates = sweep.Estimates(store)
     assert forecast(estimates, jobs) == "time not known yet"
     for seconds, batch in [(10.0, 7), (20.0, 8), (60.0, 9)]:
         estimates.learn(run_of("notebooks/a.ipynb", seconds, batch=batch))
@@ -178,7 +181,7 @@ def test_what_is_on_record(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (found["question"], found["run_keys"]) == ("Does it work?", [job.key for job in jobs])
     assert "batch" not in found["parameters"]
     assert found["parameters"]["dtype"] == "float32"
-    sweep.sweep(jobs[:1], store, FACTS, Silent())
+    sweep.sweep(jobs[:1], store, Silent())
     sweep.note_single(store, jobs[0])
     assert store.experiment("demo")["run_keys"] == [jobs[1].key, jobs[2].key, jobs[0].key]
 
@@ -194,8 +197,8 @@ def test_progress_in_a_pipe_is_quiet(
             raise ValueError("no [bold]good[/]")
 
     fake_kernels(monkeypatch, act)
-    with Teller(jobs, sweep.Estimates(store, "cpu-test-2c")) as teller:
-        sweep.sweep(jobs, store, FACTS, teller)
+    with Teller(jobs, sweep.Estimates(store)) as teller:
+        sweep.sweep(jobs, store, teller)
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.startswith("failed: notebooks/a.ipynb: ValueError: no [bold]good[/] (as executed: ")
@@ -209,7 +212,7 @@ def test_progress_on_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     store, jobs = Store(project / "r"), jobs_in(project)
     fake_kernels(monkeypatch)
-    estimates = sweep.Estimates(store, "cpu-test-2c")
+    estimates = sweep.Estimates(store)
     estimates.learn(run_of("notebooks/a.ipynb", 60.0, batch=9))
     teller = Teller(jobs, estimates)
     with teller:

@@ -50,7 +50,7 @@ class Silent:
 
 def jobs_in(project: Path, **options: Any) -> list[Job]:
     asked = experiment.read(project / "experiments" / "demo.yaml")
-    return sweep.jobs_of(asked.name, asked.plan(**options), asked.root, asked.timeout_s, FACTS)
+    return sweep.jobs_of(asked.name, asked.plan(**options), asked.root, asked.timeout_s)
 
 
 def kernels_of(marker: str) -> list[str]:
@@ -79,7 +79,7 @@ def swept(project: Path) -> Store:
     """The store after one sweep of the four runs."""
     store = Store(project / "results {}")
     jobs = [replace(job, timeout_s=TIMEOUT_S) if job.parameters["batch"] == 3 else job for job in jobs_in(project)]
-    outcome = sweep.sweep(jobs, store, FACTS, Silent())
+    outcome = sweep.sweep(jobs, store, Silent())
     assert (len(outcome.completed), len(outcome.failed), len(outcome.found)) == (1, 3, 0)
     return store
 
@@ -136,10 +136,11 @@ def test_kill_and_resume(project: Path) -> None:
     store = Store(project / "killed results")
     code = (
         "import sys; from pathlib import Path; from tests.lab import test_sweep as t; from zimage.lab import *\n"
-        "from zimage.lab import experiment, sweep; from zimage.lab.store import Store\n"
+        "from zimage.lab import experiment, keys, sweep; from zimage.lab.store import Store\n"
+        "keys.device_facts = lambda _device: t.FACTS\n"
         "asked = experiment.read(Path(sys.argv[1]))\n"
-        "jobs = sweep.jobs_of(asked.name, asked.plan(), asked.root, 60, t.FACTS)\n"
-        "sweep.sweep(jobs, Store(sys.argv[2]), t.FACTS, t.Silent())\n"
+        "jobs = sweep.jobs_of(asked.name, asked.plan(), asked.root, 60)\n"
+        "sweep.sweep(jobs, Store(sys.argv[2]), t.Silent())\n"
     )
     command = [sys.executable, "-c", code, str(project / "experiments" / "killed.yaml"), str(store.root)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
@@ -156,7 +157,7 @@ def test_kill_and_resume(project: Path) -> None:
         assert time.monotonic() < deadline, "the killed sweep's kernel lives on"
         time.sleep(0.1)
     asked = experiment.read(project / "experiments" / "killed.yaml")
-    jobs = sweep.jobs_of(asked.name, asked.plan(overrides={"batch": 1}), asked.root, 60, FACTS)
-    outcome = sweep.sweep(jobs, store, FACTS, Silent())
+    jobs = sweep.jobs_of(asked.name, asked.plan(overrides={"batch": 1}), asked.root, 60)
+    outcome = sweep.sweep(jobs, store, Silent())
     assert len(outcome.completed) == 1
     assert [path.name for path in (store.root / "killed").iterdir()] == [jobs[0].key]

@@ -35,14 +35,16 @@ class Identity:
     key: str
     digests: dict[str, str]
     weights: Weights | None
+    facts: dict[str, str]  # about the device that the run is for
 
 
-def identify(notebook: Notebook, parameters: dict[str, Any], facts: dict[str, str], root: Path) -> Identity:
-    """The identity of the run of `notebook` with all its `parameters` on the device that `facts` describe.
+def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Identity:
+    """The identity of the run of `notebook` with all its `parameters`, on the device that its `device` asks for.
 
     root: the folder that the run will work in, so that a relative `source` means the same here. Raises WeightsError for
-    a source that cannot be had.
+    a source that cannot be had, and BackendError for a device.
     """
+    facts = device_facts(str(parameters.get("device", "auto")))
     source = parameters.get("source")
     weights = _weights(source, root) if isinstance(source, str) else None
     digests = {"notebook": _digest(*notebook.code), "sources": sources_digest()}
@@ -50,7 +52,9 @@ def identify(notebook: Notebook, parameters: dict[str, Any], facts: dict[str, st
         digests["weights"] = weights.digest
     chosen = {k: v for k, v in facts.items() if k in ("device", "mlx", "driver", "blas") or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
-    return Identity(_digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH], digests, weights)
+    return Identity(
+        _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH], digests, weights, facts
+    )
 
 
 def weights_meta(weights: Weights | None) -> dict[str, str] | None:
@@ -85,10 +89,10 @@ def _weights(source: str, root: Path) -> Weights:
 
 
 @functools.cache
-def device_facts() -> dict[str, str]:
-    """The facts about this machine, asked of another process so that this one need not load MLX."""
+def device_facts(device: str = "auto") -> dict[str, str]:
+    """The facts about this machine and `device`, asked of another process so that this one need not load MLX."""
     # Where warnings are errors, runpy's remark that the package has loaded the module already would be one.
-    command = [sys.executable, "-W", "ignore", "-m", "zimage.backend"]
+    command = [sys.executable, "-W", "ignore", "-m", "zimage.backend", device]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=_FACTS_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL

@@ -42,8 +42,12 @@ class Job:
     def key(self) -> str:
         return self.identity.key
 
+    @property
+    def facts(self) -> dict[str, str]:
+        return self.identity.facts
 
-def run(job: Job, store: Store, facts: dict[str, str], tick: Callable[[], None] = lambda: None) -> Run:
+
+def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
     """Execute `job` and put it into `store`; a failed run is kept too, with its error. The caller holds its lock.
 
     tick is called a few times a second meanwhile. Raises StoreError when the store cannot be written. On Ctrl-C the
@@ -53,10 +57,10 @@ def run(job: Job, store: Store, facts: dict[str, str], tick: Callable[[], None] 
     started, clock = datetime.now(UTC), time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="zimage-", ignore_cleanup_errors=True) as scratch:
-            error = _execute(job, partial, Path(scratch), facts, tick)
+            error = _execute(job, partial, Path(scratch), tick)
         duration = time.monotonic() - clock
         failed_cell = _tidy_notebook(job, partial / "notebook.ipynb")
-        _keep_environment(job, partial, facts)
+        _keep_environment(job, partial)
         meta = {
             "schema": SCHEMA_VERSION,
             "status": "completed" if error is None else "failed",
@@ -64,8 +68,8 @@ def run(job: Job, store: Store, facts: dict[str, str], tick: Callable[[], None] 
             "run_key": job.key,
             "notebook": job.notebook.name,
             "parameters": job.parameters,
-            "device": facts["device"],
-            "environment": facts,
+            "device": job.facts["device"],
+            "environment": job.facts,
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
             "started": started.isoformat(timespec="seconds"),
@@ -85,7 +89,7 @@ def describe_failure(run: Run) -> str:
     return f"{run.notebook}{f', cell {cell}' if cell else ''}: {run.meta.get('error')}"
 
 
-def _execute(job: Job, partial: Path, scratch: Path, facts: dict[str, str], tick: Callable[[], None]) -> str | None:
+def _execute(job: Job, partial: Path, scratch: Path, tick: Callable[[], None]) -> str | None:
     """Run the worker to its end or the time limit. None if all went well, else what did not, in one line."""
     result, log = scratch / "result.json", scratch / "log.txt"
     order = {
@@ -100,7 +104,7 @@ def _execute(job: Job, partial: Path, scratch: Path, facts: dict[str, str], tick
     with log.open("wb") as said:
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=job.root, start_new_session=True,
-            env=_environment(job, partial, facts),
+            env=_environment(job, partial),
         )  # fmt: skip
         assert worker.stdin is not None
         try:
@@ -142,13 +146,13 @@ def _tidy_notebook(job: Job, output: Path) -> int | None:
     return running
 
 
-def _environment(job: Job, partial: Path, facts: dict[str, str]) -> dict[str, str]:
+def _environment(job: Job, partial: Path) -> dict[str, str]:
     """This process's environment, with what `record` needs and the same zimage first in reach."""
     ours = {
         "ZIMAGE_RUN_DIR": str(partial.resolve()),
         "ZIMAGE_RUN_KEY": job.key,
         "ZIMAGE_EXPERIMENT": job.experiment,
-        "ZIMAGE_DEVICE": facts["device"],
+        "ZIMAGE_DEVICE": job.facts["device"],
     }
     home = str(Path(zimage.__file__).resolve().parents[1])
     if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
@@ -195,14 +199,14 @@ def _last_line(log: Path) -> str:
     return one_line(lines[-1]) if lines else ""
 
 
-def _keep_environment(job: Job, partial: Path, facts: dict[str, str]) -> None:
+def _keep_environment(job: Job, partial: Path) -> None:
     """The table `environment`, unless the notebook kept one."""
     import pandas as pd
 
     if (partial / "tables" / "environment.parquet").exists():
         return
-    frame = pd.DataFrame({"key": list(facts), "value": list(facts.values())})
+    frame = pd.DataFrame({"key": list(job.facts), "value": list(job.facts.values())})
     append_rows(
         partial, "environment",
-        frame.assign(run_key=job.key, experiment=job.experiment, device=facts["device"]),
+        frame.assign(run_key=job.key, experiment=job.experiment, device=job.facts["device"]),
     )  # fmt: skip

@@ -37,13 +37,11 @@ class Outcome:
     found: list[Run] = field(default_factory=list)
 
 
-def jobs_of(
-    experiment: str, planned: Sequence[Planned], root: Path, timeout_s: float, facts: dict[str, str]
-) -> list[Job]:
+def jobs_of(experiment: str, planned: Sequence[Planned], root: Path, timeout_s: float) -> list[Job]:
     """The planned runs with their keys, each once. Raises WeightsError for a source that cannot be had."""
     jobs: dict[str, Job] = {}
     for one in planned:
-        identity = keys.identify(one.notebook, one.parameters, facts, root)
+        identity = keys.identify(one.notebook, one.parameters, root)
         jobs.setdefault(identity.key, Job(experiment, one.notebook, one.parameters, identity, root, timeout_s))
     return list(jobs.values())
 
@@ -53,7 +51,7 @@ def missing(jobs: Sequence[Job], store: Store, fresh: bool = False) -> list[Job]
     return [job for job in jobs if fresh or store.done(job.experiment, job.key) is None]
 
 
-def sweep(jobs: Sequence[Job], store: Store, facts: dict[str, str], reporter: Reporter, fresh: bool = False) -> Outcome:
+def sweep(jobs: Sequence[Job], store: Store, reporter: Reporter, fresh: bool = False) -> Outcome:
     """Do the jobs that the store lacks, in order; those that another process is at come last, and are waited for.
 
     A failed run is kept with its error and the others go on. Raises StoreError if the store cannot be written.
@@ -61,17 +59,15 @@ def sweep(jobs: Sequence[Job], store: Store, facts: dict[str, str], reporter: Re
     outcome = Outcome()
     for name in dict.fromkeys(job.experiment for job in jobs):
         store.tidy(name)
-    busy = [job for job in jobs if not _do(job, store, facts, reporter, fresh, outcome, wait=False)]
+    busy = [job for job in jobs if not _do(job, store, reporter, fresh, outcome, wait=False)]
     for job in busy:
         reporter.waits(job)
         # What the other process has just done is as fresh as it gets.
-        _do(job, store, facts, reporter, False, outcome, wait=True)
+        _do(job, store, reporter, False, outcome, wait=True)
     return outcome
 
 
-def _do(
-    job: Job, store: Store, facts: dict[str, str], reporter: Reporter, fresh: bool, outcome: Outcome, *, wait: bool
-) -> bool:
+def _do(job: Job, store: Store, reporter: Reporter, fresh: bool, outcome: Outcome, *, wait: bool) -> bool:
     """Do one job unless it is done. False if another process is at it."""
     with store.lock(job.experiment, job.key, wait=wait) as mine:
         if not mine:
@@ -82,7 +78,7 @@ def _do(
             reporter.ends(job, found, new=False)
             return True
         reporter.begins(job)
-        run = runner.run(job, store, facts, reporter.tick)
+        run = runner.run(job, store, reporter.tick)
     (outcome.completed if run.completed else outcome.failed).append(run)
     reporter.ends(job, run, new=True)
     return True
@@ -122,28 +118,28 @@ def note_single(store: Store, job: Job) -> None:
 
 
 class Estimates:
-    """How long runs take, from earlier ones on this device: with the same parameters, or else of the same notebook."""
+    """How long runs take, from earlier ones on their device: with the same parameters, or else of the same notebook."""
 
-    def __init__(self, store: Store, device: str) -> None:
-        self._exact: dict[tuple[str, str], float] = {}
-        self._notebook: dict[str, list[float]] = {}
+    def __init__(self, store: Store) -> None:
+        self._exact: dict[tuple[str, str, str], float] = {}
+        self._notebook: dict[tuple[str, str], list[float]] = {}
         for name in store.experiments():
             for run in store.runs(name):
-                if run.completed and run.device == device:
+                if run.completed:
                     self.learn(run)
 
     def learn(self, run: Run) -> None:
         """Take account of a run that has ended."""
         seconds = float(run.meta["duration_s"])
-        self._exact[run.notebook, repr(sorted(run.parameters.items()))] = seconds
-        self._notebook.setdefault(run.notebook, []).append(seconds)
+        self._exact[run.device, run.notebook, repr(sorted(run.parameters.items()))] = seconds
+        self._notebook.setdefault((run.device, run.notebook), []).append(seconds)
 
     def of(self, job: Job) -> float | None:
         """Seconds that `job` may take, or None if nothing is known."""
-        exact = self._exact.get((job.notebook.name, repr(sorted(job.parameters.items()))))
+        exact = self._exact.get((job.facts["device"], job.notebook.name, repr(sorted(job.parameters.items()))))
         if exact is not None:
             return exact
-        known = self._notebook.get(job.notebook.name)
+        known = self._notebook.get((job.facts["device"], job.notebook.name))
         return statistics.median(known) if known else None
 
     def total(self, jobs: Sequence[Job]) -> tuple[float, int]:

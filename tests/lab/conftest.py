@@ -1,0 +1,16 @@
+"""What the lab's tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.making import FACTS
+from zimage.lab import keys
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _known_device() -> Iterator[None]:
+    """No test of the lab asks the real device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "device_facts", lambda _device="auto": FACTS)
+        yield
