@@ -4,15 +4,22 @@ The architecture is the published one at another size: one latent channel of 8 x
 the learned embedding of the label. `train` says how it was trained; the weights lie in `weights/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Integral
 
 import mlx.core as mx
+import numpy as np
 
+from zimage import scheduler
+from zimage.digits.data import SIZE, Digits, to_images
 from zimage.errors import InputError
+from zimage.transformer import Transformer
 
 LABELS = range(10)
+STEPS = 20
+_BATCH = 50
 
 
 @lru_cache(maxsize=1)
@@ -22,9 +29,52 @@ def _table() -> mx.array:
     return loaded["captions"].astype(mx.float32)
 
 
-def captions(labels: Sequence[int]) -> list[mx.array]:
+def captions(labels: Iterable[int]) -> list[mx.array]:
     """Caption features of digits 0 to 9: a list of [1, F], one for each label. Raises InputError for other labels."""
-    unknown = [label for label in labels if label not in LABELS]
-    if unknown:
-        raise InputError(f"the digits model draws 0 to 9, found {unknown[0]!r}")
-    return [_table()[label][None] for label in labels]
+    return [_table()[label][None] for label in _checked(labels)]
+
+
+def labels_in(text: str) -> list[int]:
+    """The digits that a text such as "7", "7 3 1" or "0123456789" asks for. Raises InputError for other texts."""
+    letters = "".join(text.split())
+    if not letters or any(letter not in "0123456789" for letter in letters):
+        raise InputError(f"the digits model draws digits such as 7 or 0123456789, found {text!r}")
+    return [int(letter) for letter in letters]
+
+
+def draw(
+    model: Transformer,
+    labels: Iterable[int],
+    steps: int = STEPS,
+    shift: float = 1.0,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+    table: mx.array | None = None,
+) -> Digits:
+    """Digits drawn by Euler steps: images [N, 8, 8] in 0..1 and their labels [N].
+
+    `seed + i` is the seed of digit i, so a digit doesn't depend on how many are drawn. `on_step()` is called after each
+    step of each batch, of which there are `batches(N)`. `table` [10, F] replaces the label embeddings that ship. Raises
+    InputError for other labels, steps, shifts or seeds.
+    """
+    wanted = _checked(labels)
+    embeddings = _table() if table is None else table
+    images = [np.zeros((0, *SIZE), np.float32)]
+    for start in range(0, len(wanted), _BATCH):
+        features = embeddings[mx.array(wanted[start : start + _BATCH])][:, None]
+        latents = scheduler.sample(model, features, SIZE, steps, shift, seed + start, lambda _i, _latents: on_step())
+        images.append(to_images(np.array(latents)))
+    return Digits(np.concatenate(images), np.array(wanted, np.int64))
+
+
+def batches(count: int) -> int:
+    """How many batches `draw` takes for `count` digits."""
+    return -(-count // _BATCH)
+
+
+def _checked(labels: Iterable[int]) -> list[int]:
+    given = list(labels) if isinstance(labels, Iterable) else [labels]
+    for label in given:
+        if not isinstance(label, Integral) or isinstance(label, bool) or label not in LABELS:
+            raise InputError(f"the digits model draws the integers 0 to 9, found {label!r}")
+    return [int(label) for label in given]

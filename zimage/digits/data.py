@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 Images = NDArray[np.float32]
 SPLIT_SEED = 0
+SIZE = (8, 8)
 
 
 class Digits(NamedTuple):
@@ -24,6 +23,9 @@ class Digits(NamedTuple):
 
 def real() -> tuple[Digits, Digits]:
     """The training images (80 %) and the held-out ones, split once by a fixed seed, classes in proportion."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     images = (raw.images / 16).astype(np.float32)
     parts = train_test_split(images, raw.target, test_size=0.2, random_state=SPLIT_SEED, stratify=raw.target)

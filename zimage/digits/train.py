@@ -7,6 +7,7 @@ Minutes on one GPU. At every report the averaged weights draw 500 digits, which 
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from zimage import scheduler, transforms, weights
+from zimage import digits, transforms, weights
 from zimage.config import TransformerConfig
-from zimage.digits.data import Digits, real, to_images, to_latents
+from zimage.digits.data import real, to_latents
 from zimage.digits.quality import DigitQuality, quality
+from zimage.errors import InputError, ZImageError
 from zimage.transformer import Transformer
 
 CONFIG = TransformerConfig(
@@ -29,7 +31,6 @@ CONFIG = TransformerConfig(
     n_kv_heads=3, norm_eps=1e-5, qk_norm=True, cap_feat_dim=64, rope_theta=256.0, t_scale=1000.0,
     axes_dims=(16, 24, 24), axes_lens=(64, 32, 32), pixels_per_latent=1,
 )  # fmt: skip
-SAMPLE_STEPS = 20
 AVERAGE_DECAY = 0.999
 
 
@@ -74,12 +75,18 @@ def train(
     weight_decay: float = 0.05,
     seed: int = 0,
     report_every: int = 1000,
+    judged: int = 500,
     report: Callable[[dict[str, Any], Trainee], None] = lambda _figures, _average: None,
 ) -> Trainee:
-    """Train from scratch and return the exponentially averaged weights. Reproducible up to the device's rounding."""
-    digits, _ = real()
-    data, labels = mx.array(to_latents(digits.images)), mx.array(digits.labels)
+    """Train from scratch and return the exponentially averaged weights. Reproducible up to the device's rounding.
+
+    At every report the averaged weights draw `judged` digits (at least 20, or 0 for none), which are judged.
+    """
+    train_set, _ = real()
+    data, labels = mx.array(to_latents(train_set.images)), mx.array(train_set.labels)
     trainee, average = Trainee(CONFIG, seed), Trainee(CONFIG, seed)
+    if steps < 1 or batch < 1 or report_every < 1:
+        raise InputError(f"steps, batch and report_every must be at least 1, found {steps}, {batch}, {report_every}")
     schedule = optim.join_schedules(
         [optim.linear_schedule(0.0, learning_rate, 200), optim.cosine_decay(learning_rate, max(steps - 200, 1))], [200]
     )
@@ -88,7 +95,7 @@ def train(
 
     def update(key: mx.array) -> mx.array:
         pick, noise_key, time_key = mx.random.split(key, 3)
-        index = mx.random.randint(0, len(digits.labels), (batch,), key=pick)
+        index = mx.random.randint(0, len(train_set.labels), (batch,), key=pick)
         noise = mx.random.normal((batch, *data.shape[1:]), key=noise_key)
         timestep = mx.random.uniform(shape=(batch,), key=time_key)
         value, gradients = value_and_grad(trainee, data[index], labels[index], noise, timestep)
@@ -109,22 +116,13 @@ def train(
         if (i + 1) % report_every == 0 or i + 1 == steps:
             recent = float(np.mean([x.item() for x in losses[-report_every:]]))
             figures = {"step": i + 1, "seconds": round(time.perf_counter() - start, 1), "loss": round(recent, 4)}
-            report({**figures, **summary(judge(average))}, average)
+            report({**figures, **(summary(judge(average, judged)) if judged else {})}, average)
     return average
 
 
-def draw(trainee: Trainee, count: int = 500, seed: int = 0) -> Digits:
-    """`count` digits drawn by 20 Euler steps with shift 1, labels in turn from 0 to 9."""
-    labels = np.arange(count) % 10
-    captions = trainee.captions[mx.array(labels)][:, None]
-    size = (8, 8)
-    latents = scheduler.sample(trainee.transformer, captions, size, SAMPLE_STEPS, shift=1.0, seed=seed)
-    return Digits(to_images(np.array(latents)), labels)
-
-
-def judge(trainee: Trainee) -> DigitQuality:
-    """The quality of 500 digits drawn by `trainee`."""
-    return quality(draw(trainee))
+def judge(trainee: Trainee, count: int = 500) -> DigitQuality:
+    """The quality of `count` digits drawn by `trainee`, labels in turn from 0 to 9."""
+    return quality(digits.draw(trainee.transformer, np.arange(count) % 10, table=trainee.captions))
 
 
 def summary(judged: DigitQuality) -> dict[str, float]:
@@ -151,7 +149,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    save(train(steps=args.steps, seed=args.seed, report=_show), args.out)
+    try:
+        weights.require_free(args.out)  # rather now than after the training
+        save(train(steps=args.steps, seed=args.seed, report=_show), args.out)
+    except ZImageError as error:
+        sys.exit(f"train: {error}")
 
 
 if __name__ == "__main__":
