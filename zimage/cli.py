@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import zimage
-from zimage.errors import ExperimentError, StoreError, ZImageError
+from zimage.errors import ExperimentError, InputError, StoreError, ZImageError
 
 if TYPE_CHECKING:
     from zimage.lab.runner import Job
@@ -28,6 +29,9 @@ _results = click.option(
     help="Folder of the results.",
 )  # fmt: skip
 _as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+_quantization = click.option(
+    "--quantization", metavar="NAME", help="Pack the weights: 2bit to 6bit, 8bit, 4bit-g32, mxfp4, nvfp4, mxfp8."
+)
 _fresh = click.option("--fresh", is_flag=True, help="Run again what is done already.")
 
 
@@ -139,6 +143,83 @@ def show(what: str, as_json: bool, results: Path) -> None:
 
 
 @cli.command()
+@click.argument("source")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--dtype", metavar="NAME", help="bfloat16 or float32; as suits the device if left out.")
+@_quantization
+def convert(source: str, directory: Path, dtype: str | None, quantization: str | None) -> None:
+    """Load SOURCE, change it as asked, and save it in the new folder DIR as safetensors with a config.json."""
+    from zimage import sources, weights
+
+    started = time.monotonic()
+    info = sources.describe(weights.convert(source, directory, dtype, quantization))
+    took = time.monotonic() - started
+    click.echo(f"{directory}: {len(info.tensors)} tensors, {info.bytes:,} bytes, in {took:.1f} s")
+
+
+@cli.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--source", default="digits", show_default=True, help="The model that draws.")
+@click.option("--steps", type=int, default=20, show_default=True, help="Euler steps.")
+@click.option("--shift", type=float, default=1.0, show_default=True, help="Shift of the noise levels.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise to start from.")
+@_quantization
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="The picture's file; digits-LABELS.png if left out.")  # fmt: skip
+def generate(
+    prompts: tuple[str, ...], source: str, steps: int, shift: float, seed: int, quantization: str | None,
+    out: Path | None,
+) -> None:  # fmt: skip
+    """Draw PROMPT as a PNG. A prompt of the digits model is a label, such as 7; several are drawn as one grid."""
+    from PIL import Image
+
+    from zimage import digits, scheduler, sources, weights
+    from zimage.digits import picture
+    from zimage.lab.files import write_atomically
+
+    if source != "digits":
+        sources.describe(source)
+        raise InputError(
+            f"{source}: drawing from a text prompt needs the text encoder and the VAE, which this version does not "
+            "have; --source digits draws digits"
+        )
+    labels = digits.labels_in(" ".join(prompts))
+    scheduler.sigmas(steps, shift)  # refused before anything is loaded
+    path = _picture_path(out, "".join(map(str, labels)))
+    started = time.monotonic()
+    with _progress(f"drawing {len(labels)} digit{'s' * (len(labels) > 1)}", steps * digits.batches(len(labels))) as on:
+        model = weights.load_transformer(source, quantization=quantization)
+        drawn = digits.draw(model, labels, steps, shift, seed, on)
+    pixels = Image.fromarray(picture.grid(drawn.images, scale=32))
+    write_atomically(path, lambda draft: pixels.save(draft, format="PNG"))
+    click.echo(f"{path}: {steps} steps in {time.monotonic() - started:.1f} s")
+
+
+def _picture_path(out: Path | None, labels: str) -> Path:
+    path = out or Path(f"digits-{labels if len(labels) <= 40 else f'{labels[:40]}-and-{len(labels) - 40}-more'}.png")
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {path}: the picture is a PNG; end the file's name in .png")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    return path
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar with the time left on a terminal, nothing in a pipe; calling what it gives moves it by one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+@cli.command()
 @click.option("--single-file", is_flag=True, help="Put plotly's script into each page, so that it can be sent around.")
 @_as_json
 @_results
@@ -224,8 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _execute(jobs: "list[Job]", store: "Store", fresh: bool, note: Callable[[], None]) -> int:
     """Do the jobs, build the page, say what came out."""
-    import time
-
     from zimage.lab import dashboard, sweep
     from zimage.lab.progress import Teller, span
 

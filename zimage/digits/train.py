@@ -76,6 +76,7 @@ def train(
     seed: int = 0,
     report_every: int = 1000,
     judged: int = 500,
+    config: TransformerConfig = CONFIG,
     report: Callable[[dict[str, Any], Trainee], None] = lambda _figures, _average: None,
 ) -> Trainee:
     """Train from scratch and return the exponentially averaged weights. Reproducible up to the device's rounding.
@@ -84,7 +85,7 @@ def train(
     """
     train_set, _ = real()
     data, labels = mx.array(to_latents(train_set.images)), mx.array(train_set.labels)
-    trainee, average = Trainee(CONFIG, seed), Trainee(CONFIG, seed)
+    trainee, average = Trainee(config, seed), Trainee(config, seed)
     if steps < 1 or batch < 1 or report_every < 1:
         raise InputError(f"steps, batch and report_every must be at least 1, found {steps}, {batch}, {report_every}")
     schedule = optim.join_schedules(
