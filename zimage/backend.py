@@ -1,6 +1,6 @@
 """The machine MLX runs on: prepare it before MLX is imported, and say what it is.
 
-`prepare()` comes before the first `import mlx.core` in every module of this package. `python -m zimage.backend [DEVICE]`
+`import zimage` calls `prepare()`, so that it comes before any `import mlx.core`. `python -m zimage.backend [DEVICE]`
 prints the device facts as JSON, for a process that must not load MLX itself. Checks and measured peaks are in `doctor`.
 """
 

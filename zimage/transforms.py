@@ -4,15 +4,16 @@ Each returns a new model that shares the arrays it did not touch, and leaves its
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from zimage.errors import InputError
+from zimage.kernels import QuantizedLinear
 from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
 
 _T = TypeVar("_T")
@@ -140,15 +141,24 @@ def quantize(model: Transformer, quantization: str) -> Transformer:
                     f"{path}.{name}: input width {linear.weight.shape[1]} is not divisible by the group size "
                     f"{wanted.group_size} of {quantization}; use a smaller group"
                 )
-        nn.quantize(
-            block,
-            wanted.group_size,
-            wanted.bits,
-            mode=wanted.mode,
-            class_predicate=lambda _, module: isinstance(module, nn.Linear),
-        )
+        pack(block, lambda _path, _linear: wanted)
     mx.eval(quantized.parameters())
     return quantized
+
+
+def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | None]) -> None:
+    """Put quantized layers, unevaluated, in the place of those linear ones below `module` for which `choose` has one.
+
+    `choose` is given a layer's path below `module` and the layer. Raises ValueError where MLX cannot pack it so.
+    """
+
+    def packed(path: str, layer: nn.Module) -> nn.Module:
+        wanted = choose(path, layer) if isinstance(layer, nn.Linear) else None
+        if wanted is None:
+            return layer
+        return QuantizedLinear.from_linear(layer, wanted.group_size, wanted.bits, mode=wanted.mode)
+
+    module.update_modules(tree_map_with_path(packed, module.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
 def cast(model: Transformer, dtype: str) -> Transformer:

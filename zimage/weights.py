@@ -131,14 +131,14 @@ def _quantize_like(model: Transformer, info: SourceInfo) -> None:
     entry = info.quantization or {}
     common = {"mode": "affine", **_packing(entry)}
 
-    def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not isinstance(module, nn.Linear) or f"{path}.scales" not in info.tensors:
-            return False
+    def stored(path: str, _linear: nn.Linear) -> transforms.Quantization | None:
+        if f"{path}.scales" not in info.tensors:
+            return None
         own = entry.get(path)
-        return {**common, **_packing(own)} if isinstance(own, dict) else dict(common)
+        return transforms.Quantization(**{**common, **(_packing(own) if isinstance(own, dict) else {})})
 
     try:
-        nn.quantize(model, class_predicate=stored)
+        transforms.pack(model, stored)
     except (ValueError, TypeError) as error:
         shown = plain(f"{entry} does not fit: {error}")
         raise WeightsError(f"{info.folder}: config.json's quantization {shown}") from None
