@@ -233,7 +233,7 @@ def test_only_the_blocks_linear_layers_are_packed() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_bytes_a_weight(mode: str, dtype: str) -> None:
-    """A packed layer takes its bits a weight, and each group two floats of the model's dtype, or one byte if not affine."""
+    """A packed layer takes its bits a weight, and each group two floats of its dtype, or one byte if not affine."""
     wanted = Quantization.parse(mode)
     model = transforms.quantize(Transformer(PLAIN, dtype=transforms.parse_dtype(dtype)), mode)
     item = {"float32": 4, "bfloat16": 2}[dtype]

@@ -1,0 +1,104 @@
+"""The judge of digits: it passes real ones, and sees prototypes, copies and noise for what they are."""
+
+import numpy as np
+import pytest
+
+from zimage.digits.data import Digits, real
+from zimage.digits.picture import grid
+from zimage.digits.quality import quality, recognised
+from zimage.errors import InputError
+
+
+def test_the_split_is_fixed_and_in_proportion() -> None:
+    """1437 images are for training and 360 held out, the same each time, with every label in both."""
+    train, held_out = real()
+    assert (train.images.shape, held_out.images.shape) == ((1437, 8, 8), (360, 8, 8))
+    assert np.array_equal(real()[0].images, train.images)
+    assert np.bincount(held_out.labels).min() >= 34
+    assert (train.images.min(), train.images.max(), train.images.dtype) == (0, 1, np.float32)
+    shared = {image.tobytes() for image in train.images} & {image.tobytes() for image in held_out.images}
+    assert not shared
+
+
+def test_held_out_images_pass() -> None:
+    """Real images that were held out are recognised, vary like real ones and are as near as held-out ones: ratio 1."""
+    judged = quality(real()[1])
+    assert judged.accuracy >= 0.97
+    assert 0.8 < judged.variance_ratio.min() and judged.variance_ratio.max() < 1.2
+    assert judged.nearest_ratio == 1
+
+
+def test_ten_prototypes_fail_by_their_variance() -> None:
+    """Ten memorised digits, drawn again and again, are recognised but have no variance."""
+    train, _ = real()
+    read = recognised(train)
+    prototypes = np.stack([train.images[(train.labels == k) & read][0] for k in range(10)])
+    judged = quality(Digits(np.tile(prototypes, (50, 1, 1)), np.tile(np.arange(10), 50)))
+    assert judged.accuracy >= 0.97
+    assert judged.variance_ratio.max() < 1e-6
+
+
+def test_blurred_means_fail_by_their_variance() -> None:
+    """Digits half-way to their class's mean are recognised, but have a quarter of the variance."""
+    train, _ = real()
+    means = np.stack([train.images[train.labels == k].mean(axis=0) for k in range(10)])
+    judged = quality(Digits((train.images + means[train.labels]) / 2, train.labels))
+    assert judged.accuracy >= 0.97
+    assert judged.variance_ratio.max() < 0.35
+
+
+def test_copies_fail_by_their_nearness() -> None:
+    """Training images themselves, and slightly changed ones, are recognised and varied, but too near."""
+    train, _ = real()
+    noise = np.random.default_rng(0).normal(0, 0.02, train.images.shape).astype(np.float32)
+    assert quality(train).nearest_ratio == 0
+    judged = quality(Digits(np.clip(train.images + noise, 0, 1), train.labels))
+    assert judged.accuracy >= 0.97
+    assert judged.nearest_ratio < 0.5
+
+
+def test_noise_fails_everywhere() -> None:
+    """Noise is read right one time in ten, varies too much and is far from any image."""
+    images = np.random.default_rng(0).random((500, 8, 8)).astype(np.float32)
+    judged = quality(Digits(images, np.arange(500) % 10))
+    assert judged.accuracy < 0.3
+    assert judged.variance_ratio.min() > 1.35
+    assert judged.nearest_ratio > 1.2
+
+
+def test_wrong_labels_are_not_recognised() -> None:
+    """Real images under the next label's name are read as what they are, so not as that label."""
+    held_out = real()[1]
+    assert recognised(Digits(held_out.images, (held_out.labels + 1) % 10)).mean() < 0.02
+
+
+def test_a_grid_shows_every_pixel_as_a_square() -> None:
+    """Images lie row by row, upright, each pixel a square of one grey, ink dark on white, with a gap around."""
+    images = np.zeros((3, 8, 8), np.float32)
+    images[0, 0, 7] = 1
+    images[2, 7, 0] = 0.5
+    page = grid(images, columns=2, scale=4)
+    assert page.shape == (2 * (32 + 4) + 4, 2 * (32 + 4) + 4)
+    assert page.dtype == np.uint8
+    dark = np.argwhere(page < 100)
+    assert (dark.min(axis=0).tolist(), dark.max(axis=0).tolist()) == ([4, 4 + 28], [7, 4 + 31])
+    assert len(dark) == 16
+    half = np.argwhere((page >= 100) & (page < 255))
+    assert (half.min(axis=0).tolist(), half.max(axis=0).tolist()) == ([40 + 28, 4], [40 + 31, 7])
+    assert len(half) == 16
+
+
+def test_a_grid_is_no_wider_than_its_images() -> None:
+    """One image is one cell, however many columns there may be; ink beyond 0 and 1 is clipped."""
+    page = grid(np.full((1, 8, 8), 7, np.float32), columns=10, scale=32)
+    assert page.shape == (8 * 32 + 2 * 32, 8 * 32 + 2 * 32)
+    assert page.min() == grid(np.ones((1, 8, 8), np.float32), scale=32).min()
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns", "scale"), [((0, 8, 8), 10, 8), ((8, 8), 10, 8), ((1, 8, 8), 0, 8), ((1, 8, 8), 10, 0)]
+)
+def test_nothing_to_draw_is_refused(shape: tuple[int, ...], columns: int, scale: int) -> None:
+    """No images, no columns or no scale give an InputError."""
+    with pytest.raises(InputError, match="a grid needs images"):
+        grid(np.zeros(shape, np.float32), columns, scale)
