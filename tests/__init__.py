@@ -1,3 +1,8 @@
-"""The tests. Importing zimage here prepares MLX before a test module imports it: afterwards would be too late."""
+"""Tests of zimage. Importing this package prepares MLX's BLAS before any test file imports MLX."""
 
-import zimage  # noqa: F401
+import os
+
+# OpenBLAS stalls when its threads outnumber the free cores, and tests have other processes beside them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import zimage as zimage  # noqa: E402

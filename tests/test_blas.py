@@ -261,3 +261,15 @@ def test_cpu_model(text: str, name: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(blas, "CPU_INFO", tmp_path / "cpuinfo")
     blas.CPU_INFO.write_text(text)
     assert blas.cpu_model() == name
+
+
+@pytest.mark.parametrize(("running", "free"), [("1", 4), ("3", 2), ("9", 1), ("nonsense", 4)])
+def test_threads_leave_busy_cores_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, running: str, free: int
+) -> None:
+    """Cores that other work keeps busy are not free, and one thread always remains."""
+    load = tmp_path / "loadavg"
+    load.write_text(f"0.1 0.1 0.1 {running}/200 1234\n")
+    monkeypatch.setattr(blas, "LOAD", load)
+    monkeypatch.setattr(blas, "usable_cores", lambda: 4)
+    assert blas.free_cores() == free

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from zimage.analysis import units
+from zimage.analysis import tables, units
 from zimage.analysis.reading import (
     ablation_labels,
     best_scope,
@@ -55,6 +55,7 @@ def stages(frame: pd.DataFrame) -> go.Figure:
     `frame` is a `stages` table of one run. Negative times, which differences of prefixes can give, are shown as they
     are. Several arms stand beside each other in colours of their own; one arm is coloured by part of the model.
     """
+    frame = tables.complete("stages", frame)
     rows, whole = profile(frame)
     arms = list(dict.fromkeys(rows["arm"].fillna("")))
     scale, unit = units.time_unit(rows["time_s"].abs().max() if len(rows) else float("nan"))
@@ -101,6 +102,7 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
 
     `frame` is an `ablation` table; a column `case`, if there, is added to the labels. Left of 1 is less time.
     """
+    frame = tables.complete("ablation", frame)
     labels = ablation_labels(frame)
     figure = go.Figure()
     verdicts = frame["verdict"].where(frame["verdict"].isin(list(VERDICTS)), "inconclusive")
@@ -136,6 +138,7 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
 
 def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
     """Bars per arm for every metric of a `quality` table, at its last step, with intervals where there are any."""
+    frame = tables.complete("quality", frame)
     rows = final_step(frame)
     panels = [
         (metric_name(str(metric)), [*group["arm"]], [*group["value"]], [*group["low"]], [*group["high"]],
@@ -151,6 +154,7 @@ def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
 
 def memory(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
     """Bars of bytes for every metric of a `memory` table: per arm, or per stage where there is one arm only."""
+    frame = tables.complete("memory", frame)
     panels: list[Panel] = []
     kept = frame.dropna(subset=["bytes"])
     for name, group in memory_groups(kept):
@@ -188,6 +192,7 @@ def samples(frame: pd.DataFrame) -> go.Figure:
 
     Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS an arm.
     """
+    frame = tables.complete("samples", frame)
     rows = frame[(frame["kind"] == "sample") & frame["dropped"].isin([True]).eq(False)].dropna(subset=["time_s"])
     scale, unit = units.time_unit(rows["time_s"].median() if len(rows) else float("nan"))
     figure = go.Figure()

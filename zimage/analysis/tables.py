@@ -45,6 +45,11 @@ SCHEMAS: dict[str, pa.Schema] = {
 }  # fmt: skip
 
 
+def complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with the columns of the table called `name` that it lacks, as missing values."""
+    return frame.reindex(columns=[*frame.columns, *(c for c in SCHEMAS[name].names if c not in frame.columns)])
+
+
 def conform(name: str, frame: pd.DataFrame) -> pa.Table:
     """`frame` as an Arrow table of the schema called `name`; columns it lacks are null.
 

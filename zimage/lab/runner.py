@@ -154,6 +154,8 @@ def _environment(job: Job, partial: Path) -> dict[str, str]:
         "ZIMAGE_EXPERIMENT": job.experiment,
         "ZIMAGE_DEVICE": job.facts["device"],
     }
+    if job.facts.get("blas_threads", "").isdigit():  # what is on record is what the kernel uses
+        ours["OPENBLAS_NUM_THREADS"] = job.facts["blas_threads"]
     home = str(Path(zimage.__file__).resolve().parents[1])
     if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         ours["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
