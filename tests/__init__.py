@@ -5,4 +5,4 @@ import os
 # OpenBLAS stalls when its threads outnumber the free cores, and tests have other processes beside them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import zimage as zimage  # noqa: E402
+import zimage as zimage

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.parity.cases import weights
+from zimage.config import TransformerConfig
+
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-
-from tests.parity.cases import weights
-from zimage.config import TransformerConfig
 
 CONFIG = TransformerConfig.tiny(n_layers=1, n_refiner_layers=1)
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -20,9 +20,9 @@ Tensors = dict[str, NDArray[np.float32]]
 
 def tensors(config: TransformerConfig = CONFIG) -> Tensors:
     """Seeded fp32 values for every tensor of the config's model."""
-    from mlx.utils import tree_flatten
-
     from zimage.transformer import Transformer
+
+    from mlx.utils import tree_flatten
 
     return weights({name: array.shape for name, array in tree_flatten(Transformer(config).parameters())})
 

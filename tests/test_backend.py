@@ -7,10 +7,10 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-
 from zimage import backend, blas, doctor
 from zimage.errors import BackendError
+
+import pytest
 
 
 def _site(folder: Path, *distributions: str, library: bool = True) -> Path:

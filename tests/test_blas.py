@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from zimage import backend, blas
+
+import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an optimised BLAS is loaded on Linux only")
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 from tests.lab import fabricated
 from tests.lab.test_dashboard import hostile_store
 from zimage.lab import dashboard
 from zimage.lab.store import Store
+
+import pytest
 
 if os.environ.get("CI"):
     import playwright.sync_api as playwright

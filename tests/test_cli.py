@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.lab.making import RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import cli
 from zimage.lab.runner import Job
+
+import pytest
 
 
 @pytest.fixture

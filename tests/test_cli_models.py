@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from tests.test_cli import zimage
 from zimage import cli, digits, sources, weights
 from zimage.digits import picture
+
+import numpy as np
+import pytest
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)

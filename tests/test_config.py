@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-from mlx.utils import tree_flatten
-
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError
 from zimage.transformer import Transformer, count_parameters, weight_bytes
+
+import pytest
+from mlx.utils import tree_flatten
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED = json.loads((DATA / "published_config.json").read_text())

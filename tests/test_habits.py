@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import zimage
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"

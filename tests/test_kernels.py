@@ -1,13 +1,13 @@
 """SiLU and attention against fp64, on the CPU's own path and on MLX's."""
 
+from zimage import kernels
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from zimage import kernels
 
 Array = NDArray[np.float32]
 few = settings(max_examples=25, deadline=None, derandomize=True)

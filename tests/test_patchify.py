@@ -1,15 +1,15 @@
 """Patches and back, and what the shapes of a batch imply."""
 
+from zimage import rope
+from zimage.config import TransformerConfig
+from zimage.errors import InputError
+from zimage.patchify import geometry, padded, patchify, unpatchify
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from zimage import rope
-from zimage.config import TransformerConfig
-from zimage.errors import InputError
-from zimage.patchify import geometry, padded, patchify, unpatchify
 
 CONFIG = TransformerConfig.tiny(all_patch_size=(1, 2), all_f_patch_size=(1, 1))
 

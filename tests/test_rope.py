@@ -1,14 +1,14 @@
 """Rotary tables and positions, beside the formula written out."""
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from numpy.typing import NDArray
-
 from zimage import rope
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import rotate
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 CONFIG = TransformerConfig.tiny(rope_theta=100.0)
 POSITIONS = np.array([[0, 0, 0], [1, 0, 0], [33, 2, 5], [255, 63, 63], [7, 63, 0]])

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from zimage import scheduler
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import Transformer
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 PUBLISHED = [1, 0.9545454, 0.9, 0.8333333, 0.75, 0.6428571, 0.5, 0.3, 0]
 CAPTIONS = [mx.zeros((3, 48)), mx.zeros((5, 48))]

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-from safetensors.numpy import save_file
-
 from tests.checkpoints import CONFIG, INDEX, SINGLE, write_config, write_index, write_raw, write_sharded, write_single
 from zimage import sources
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, WeightsError, ZImageError
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
 
 VALUES = {f"part.{i}.weight": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(5)}
 FIRST = "part.0.weight"

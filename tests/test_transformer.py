@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
-
 from tests.parity import ours
 from tests.parity.cases import CASES, relative_l2, repeat_kv, weights
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import State, Transformer, count_parameters, weight_bytes
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
 
 CONFIG = TransformerConfig.tiny()
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])

@@ -3,18 +3,18 @@
 import re
 from collections.abc import Callable
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
-
 from tests.parity.cases import relative_l2
 from zimage import transforms
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import Transformer, count_parameters, weight_bytes
 from zimage.transforms import Quantization
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
 
 PLAIN = TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24), n_layers=2)
 CONFIGS = {

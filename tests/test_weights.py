@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoints import CONFIG, INDEX, SINGLE, tensors, write_config, write_sharded, write_single
+from zimage import backend, transforms, weights
+from zimage.config import TransformerConfig
+from zimage.errors import InputError, WeightsError, ZImageError
+from zimage.transformer import Transformer
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-
-from tests.checkpoints import CONFIG, INDEX, SINGLE, tensors, write_config, write_sharded, write_single
-from zimage import backend, transforms, weights
-from zimage.config import TransformerConfig
-from zimage.errors import InputError, WeightsError, ZImageError
-from zimage.transformer import Transformer
 
 VALUES = tensors()
 NAME = "layers.0.attention.to_k.weight"

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -90,8 +90,8 @@ def _prepare() -> Prepared:
     too_late = late and (bool(to_set) or (build.kind == "cpu" and outcome.loaded is None and _wants_blas()))
     if too_late:
         warnings.warn(
-            "mlx was imported before zimage could prepare it (slow BLAS or small caches): import zimage.backend and "
-            "call its prepare() before mlx.core",
+            "mlx was imported before zimage could prepare it and stays slow in this process: import zimage first "
+            "(in a notebook, then restart the kernel)",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -334,10 +334,10 @@ def doctor(results: Path = Path("results")) -> "list[Check]":
     return checks(results)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the facts as JSON, of the device in the first argument if any; exit 2 with one line without MLX."""
     try:
-        use_device(*sys.argv[1:2] or ["auto"])
+        use_device(*arguments[:1] or ["auto"])
         print(json.dumps(device_facts(), indent=2))
     except BackendError as error:
         print(f"zimage: {error}", file=sys.stderr)
@@ -348,4 +348,4 @@ def main() -> int:
 if __name__ == "__main__":
     from zimage import backend  # noqa: PLW0406 - the module that `import zimage` prepared, not this second copy of it
 
-    sys.exit(backend.main())
+    sys.exit(backend.main(sys.argv[1:]))

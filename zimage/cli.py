@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 import zimage
 from zimage.errors import ExperimentError, InputError, StoreError, ZImageError
+
+import click
 
 if TYPE_CHECKING:
     from zimage.lab.runner import Job
@@ -171,11 +171,11 @@ def generate(
     out: Path | None,
 ) -> None:  # fmt: skip
     """Draw PROMPT as a PNG. A prompt of the digits model is a label, such as 7; several are drawn as one grid."""
-    from PIL import Image
-
     from zimage import digits, scheduler, sources, weights
     from zimage.digits import picture
     from zimage.lab.files import write_atomically
+
+    from PIL import Image
 
     if source != "digits":
         sources.describe(source)

@@ -129,7 +129,7 @@ def _device(facts: dict[str, str]) -> Check:
 
 def _import_order(prepared: backend.Prepared) -> Check:
     if prepared.late:
-        advice = "call zimage.backend.prepare() before the first import of mlx.core"
+        advice = "import zimage before mlx"
         return Check("Import order", "warn", "mlx was imported before zimage could prepare it", advice)
     return Check("Import order", "ok", "zimage prepared MLX before its import")
 

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from zimage import digits
 from zimage.errors import InputError
 from zimage.transformer import Captions, Transformer, random_key
+
+import mlx.core as mx
 
 
 class Inputs(NamedTuple):

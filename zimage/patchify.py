@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
-
 from zimage import rope
 from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage.errors import InputError
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 
 def patchify(latents: mx.array, patch: int) -> mx.array:

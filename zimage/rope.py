@@ -7,11 +7,11 @@ cosine and sine are taken, as the published PyTorch model does.
 
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @lru_cache(maxsize=32)

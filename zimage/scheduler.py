@@ -6,11 +6,11 @@ returns a velocity that points from noise to data, so an Euler step adds `(sigma
 
 from collections.abc import Callable, Sequence
 
-import mlx.core as mx
-import numpy as np
-
 from zimage.errors import InputError
 from zimage.transformer import Captions, Transformer, random_key
+
+import mlx.core as mx
+import numpy as np
 
 
 def sigmas(steps: int, shift: float = 1.0) -> list[float]:

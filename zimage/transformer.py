@@ -9,11 +9,6 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-
 from zimage import kernels
 from zimage.config import (
     FINAL_NORM_EPS,
@@ -24,6 +19,11 @@ from zimage.config import (
 )
 from zimage.errors import InputError
 from zimage.patchify import Geometry, geometry, patchify, unpatchify
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 Captions = mx.array | Sequence[mx.array]
 

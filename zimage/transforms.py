@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
-
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 _T = TypeVar("_T")
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}

@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-
 from zimage import backend, transforms
 from zimage.errors import InputError, WeightsError
 from zimage.sources import SourceInfo, describe, plain, read_header
 from zimage.transformer import Transformer
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 __all__ = ["convert", "describe", "load_transformer", "require_free", "save_transformer"]
 

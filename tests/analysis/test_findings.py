@@ -1,11 +1,11 @@
 """Findings say what the tables say and no more."""
 
-import pandas as pd
-import pytest
-
 from tests.lab import fabricated
 from zimage.analysis.findings import baseline_arm, findings, sentence, time_phrase
 from zimage.analysis.tables import conform
+
+import pandas as pd
+import pytest
 
 
 def stored(**tables: pd.DataFrame) -> dict[str, pd.DataFrame]:

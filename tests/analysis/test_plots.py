@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import pandas as pd
-import plotly.graph_objects as go
-import pytest
-
 from tests.lab import fabricated
 from zimage.analysis import plots
 from zimage.analysis.tables import conform
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
 
 FIGURES = {
     "stages": plots.stages,

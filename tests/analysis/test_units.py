@@ -2,9 +2,9 @@
 
 import math
 
-import pytest
-
 from zimage.analysis import units
+
+import pytest
 
 
 @pytest.mark.parametrize(

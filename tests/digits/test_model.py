@@ -6,10 +6,6 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from zimage import digits, sources, transforms, weights
 from zimage.config import TransformerConfig
 from zimage.digits.data import SIZE, to_images, to_latents
@@ -18,6 +14,10 @@ from zimage.digits.train import CONFIG
 from zimage.errors import InputError
 from zimage.scheduler import sample
 from zimage.transformer import Transformer
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 FOLDER = Path(str(files("zimage") / "digits" / "weights"))
 

@@ -1,12 +1,12 @@
 """The judge of digits: it passes real ones, and sees prototypes, copies and noise for what they are."""
 
-import numpy as np
-import pytest
-
 from zimage.digits.data import Digits, real
 from zimage.digits.picture import grid
 from zimage.digits.quality import quality, recognised
 from zimage.errors import InputError
+
+import numpy as np
+import pytest
 
 
 def test_the_split_is_fixed_and_in_proportion() -> None:

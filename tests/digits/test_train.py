@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zimage import weights
+from zimage.digits import train as training
+from zimage.errors import InputError
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
-from zimage import weights
-from zimage.digits import train as training
-from zimage.errors import InputError
 
 SMALL = replace(
     training.CONFIG, dim=64, n_heads=1, n_kv_heads=1, n_layers=1, n_refiner_layers=0, axes_dims=(16, 24, 24)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-import pytest
-
 from tests.lab.making import FACTS
 from zimage.lab import keys
+
+import pytest
 
 
 @pytest.fixture(scope="package", autouse=True)

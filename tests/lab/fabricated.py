@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zimage.analysis.tables import conform
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from PIL import Image
-
-from zimage.analysis.tables import conform
 
 DEVICE = "cpu-amd-epyc-2c"
 

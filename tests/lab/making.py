@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import pytest
-
 from zimage.lab import runner
 from zimage.lab.recording import append_rows
+
+import pandas as pd
+import pytest
 
 FACTS = {"device": "cpu-test-2c", "mlx": "0.32.4", "driver": "unknown", "blas": "test", "MLX_X": "1"}
 PARAMETERS = """batch: int = 1

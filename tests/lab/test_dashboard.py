@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import pandas as pd
-import plotly.graph_objects as go
-import pytest
-
 from tests.lab import fabricated
 from zimage.errors import StoreError
 from zimage.lab import dashboard
 from zimage.lab.sections import chart
 from zimage.lab.store import Store
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.lab.making import write_experiment, write_notebook
 from zimage.errors import ExperimentError
 from zimage.lab import experiment
 from zimage.lab.experiment import Experiment
+
+import pytest
 
 
 @pytest.fixture

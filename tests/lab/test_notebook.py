@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.lab.making import write_notebook
 from zimage.errors import ExperimentError
 from zimage.lab import notebook
+
+import pytest
 
 
 def test_types_and_defaults(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
-
 from tests.lab.making import FACTS, fake_kernels, meta, write_experiment, write_notebook
 from tests.lab.test_sweep import Silent, jobs_in
 from zimage.errors import BackendError, WeightsError
@@ -16,6 +14,8 @@ from zimage.lab.keys import device_facts
 from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Run, Store
+
+import pytest
 
 
 @pytest.fixture

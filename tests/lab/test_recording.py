@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-from PIL import Image
-
 from zimage.errors import ExperimentError, StoreError
 from zimage.lab import record, record_picture
 from zimage.lab.files import read_json
 from zimage.lab.store import read_table
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
 
 FRAME = pd.DataFrame({"arm": ["baseline"], "metric": ["m"], "value": [1.0]})
 

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import pytest
-
 from tests.lab.making import meta
 from zimage.errors import StoreError
 from zimage.lab.recording import append_rows
 from zimage.lab.store import Run, Store
+
+import pandas as pd
+import pytest
 
 
 @pytest.fixture

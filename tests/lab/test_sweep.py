@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.lab.making import FACTS, RECORDS, write_experiment, write_notebook
 from zimage.lab import experiment, sweep
 from zimage.lab.runner import Job, describe_failure
 from zimage.lab.store import Run, Store
+
+import pytest
 
 TROUBLE = """import os, time
 if batch == 2:

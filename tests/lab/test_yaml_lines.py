@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from zimage.errors import ExperimentError
 from zimage.lab.yaml_lines import load, parse_value
+
+import pytest
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from zimage.config import TransformerConfig
+
 import numpy as np
 from numpy.typing import NDArray
-
-from zimage.config import TransformerConfig
 
 Array = NDArray[np.float32]
 

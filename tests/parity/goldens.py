@@ -3,10 +3,10 @@
 import zlib
 from pathlib import Path
 
+from tests.parity.cases import Array, Case, inputs, weights
+
 import numpy as np
 from safetensors import safe_open
-
-from tests.parity.cases import Array, Case, inputs, weights
 
 FOLDER = Path(__file__).parent.parent / "golden"
 ROWS = 12

@@ -5,12 +5,12 @@
 from the repository's root; needs the `parity` extra. The versions it ran with are kept in each file's metadata.
 """
 
+from tests.parity import goldens, ours, reference
+from tests.parity.cases import CASES
+
 import diffusers
 import torch
 from safetensors.numpy import save_file
-
-from tests.parity import goldens, ours, reference
-from tests.parity.cases import CASES
 
 
 def main() -> None:

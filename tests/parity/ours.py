@@ -1,12 +1,12 @@
 """Our model on a parity case: its stages' outputs by name, in the layout the reference gives them."""
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-
 from tests.parity.cases import Array, Case, inputs, weights
 from zimage.patchify import padded
 from zimage.transformer import State, Transformer
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 
 
 def model(case: Case, dtype: mx.Dtype = mx.float32, tensors: dict[str, Array] | None = None) -> Transformer:

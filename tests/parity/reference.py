@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from tests.parity.cases import Array, Case, inputs, repeat_kv, to_bfloat16, weights
+from zimage.patchify import padded
+
 import diffusers
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-
-from tests.parity.cases import Array, Case, inputs, repeat_kv, to_bfloat16, weights
-from zimage.patchify import padded
 
 # It says at every cast to bf16 that it keeps no module in fp32.
 diffusers.utils.logging.set_verbosity_error()

@@ -4,12 +4,12 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-import pytest
-
 from tests.parity import ours
 from tests.parity.cases import CASES, Case, relative_l2
 from zimage import sources, weights
+
+import numpy as np
+import pytest
 
 pytestmark = pytest.mark.parity
 

@@ -1,10 +1,10 @@
 """The model beside tensors that diffusers' model computed earlier: parity without torch."""
 
-import mlx.core as mx
-import pytest
-
 from tests.parity import goldens, ours
 from tests.parity.cases import CASES, Case, first_beyond, relative_l2
+
+import mlx.core as mx
+import pytest
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

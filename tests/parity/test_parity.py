@@ -6,12 +6,12 @@ Run with `pytest -m parity`; needs the `parity` extra.
 import warnings
 from types import ModuleType
 
+from tests.parity import goldens, ours
+from tests.parity.cases import CASES, MID_SIZED, Case, first_beyond, relative_l2, weights
+
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from tests.parity import goldens, ours
-from tests.parity.cases import CASES, MID_SIZED, Case, first_beyond, relative_l2, weights
 
 pytestmark = pytest.mark.parity
 

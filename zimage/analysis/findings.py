@@ -7,8 +7,6 @@ only called so when its interval lies above every other, and a missing table is 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import pandas as pd
-
 from zimage.analysis import units
 from zimage.analysis.reading import (
     arms,
@@ -21,6 +19,8 @@ from zimage.analysis.reading import (
     profile,
     records,
 )
+
+import pandas as pd
 
 Tables = Mapping[str, pd.DataFrame]
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")

@@ -7,10 +7,6 @@ exact colours to the reader's scheme. Colours follow Okabe and Ito and never car
 import html
 from collections.abc import Iterable, Sequence
 
-import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
 from zimage.analysis import tables, units
 from zimage.analysis.reading import (
     ablation_labels,
@@ -24,6 +20,10 @@ from zimage.analysis.reading import (
     profile,
     records,
 )
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 INK = "#7b828c"
 GRID = "rgba(128,136,148,0.22)"

@@ -5,9 +5,9 @@ Figures, findings and pages all read a table through these, so that they never d
 
 from typing import Any
 
-import pandas as pd
-
 from zimage.analysis import units
+
+import pandas as pd
 
 PARTS = {  # the parts of the forward pass and how their stages' names begin
     "embedders": "",

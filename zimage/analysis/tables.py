@@ -4,10 +4,10 @@ Every table starts with the columns `run_key, experiment, device, arm`, so that 
 A notebook supplies `arm` and the table's own columns; the store fills in the rest.
 """
 
+from zimage.errors import ExperimentError
+
 import pandas as pd
 import pyarrow as pa
-
-from zimage.errors import ExperimentError
 
 SHARED = (
     pa.field("run_key", pa.string()),

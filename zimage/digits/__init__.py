@@ -9,13 +9,13 @@ from functools import lru_cache
 from importlib.resources import files
 from numbers import Integral
 
-import mlx.core as mx
-import numpy as np
-
 from zimage import scheduler
 from zimage.digits.data import SIZE, Digits, to_images
 from zimage.errors import InputError
 from zimage.transformer import Transformer
+
+import mlx.core as mx
+import numpy as np
 
 LABELS = range(10)
 STEPS = 20

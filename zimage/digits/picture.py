@@ -1,10 +1,10 @@
 """Digits as a picture one can look at: every pixel a clean square, the images in a grid."""
 
-import numpy as np
-from numpy.typing import NDArray
-
 from zimage.digits.data import Images
 from zimage.errors import InputError
+
+import numpy as np
+from numpy.typing import NDArray
 
 _PAPER, _INK = 255, 24
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from zimage.digits.data import Digits, Images, real
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-
-from zimage.digits.data import Digits, Images, real
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_map
-
 from zimage import digits, transforms, weights
 from zimage.config import TransformerConfig
 from zimage.digits.data import real, to_latents
 from zimage.digits.quality import DigitQuality, quality
 from zimage.errors import InputError, ZImageError
 from zimage.transformer import Transformer
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
 
 CONFIG = TransformerConfig(
     all_patch_size=(1,), all_f_patch_size=(1,), in_channels=1, dim=192, n_layers=3, n_refiner_layers=1, n_heads=3,

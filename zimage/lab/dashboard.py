@@ -12,11 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-import pandas as pd
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from zimage import __version__
 from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
@@ -25,6 +20,11 @@ from zimage.errors import StoreError
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, case, verdicts
 from zimage.lab.store import Run, Store
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where it is not the verdict itself
 IN_A_SENTENCE = 6  # findings that one terminal line holds

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
 from zimage.errors import ExperimentError, StoreError
 from zimage.lab import notebook as notebooks
 from zimage.lab.notebook import Notebook, unknown
 from zimage.lab.store import check_name
 from zimage.lab.yaml_lines import Document, Place, load, parse_value
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 MAX_RUNS = 10_000
 Values = dict[str, Any]

@@ -102,9 +102,9 @@ def source_lines(content: dict[str, Any]) -> list[str]:
 def _parameters(info: Any) -> int:
     """How many parameters the model has, those of quantized tensors counted unpacked."""
     if not info.tensors:  # made from a seed: MLX is lazy, so a model that nobody evaluates costs nothing
-        from mlx.utils import tree_flatten
-
         import zimage
+
+        from mlx.utils import tree_flatten
 
         return sum(int(array.size) for _, array in tree_flatten(zimage.Transformer(info.config).parameters()))
     count = 0

@@ -4,14 +4,14 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from zimage.lab.runner import Job, describe_failure
+from zimage.lab.store import Run
+from zimage.lab.sweep import Estimates
+
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-from zimage.lab.runner import Job, describe_failure
-from zimage.lab.store import Run
-from zimage.lab.sweep import Estimates
 
 
 def span(seconds: float) -> str:

@@ -27,9 +27,9 @@ def record(name: str, frame: "pd.DataFrame") -> None:
     null, and run_key, experiment and device are filled in here. Raises ExperimentError for anything that does not fit,
     by hand just as in a run.
     """
-    import pandas as pd
-
     from zimage.analysis.tables import conform
+
+    import pandas as pd
 
     if not isinstance(frame, pd.DataFrame):
         raise ExperimentError(f"record({name!r}, ...): got {type(frame).__name__}; give a pandas DataFrame")
@@ -47,11 +47,11 @@ def record(name: str, frame: "pd.DataFrame") -> None:
 
 def append_rows(run_folder: Path, name: str, frame: "pd.DataFrame") -> None:
     """Write `frame`, shared columns included, to the run's table `name`, after the rows it already has."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from zimage.analysis.tables import conform
     from zimage.lab.store import read_table
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     rows = conform(name, frame)
     path = run_folder / "tables" / f"{name}.parquet"

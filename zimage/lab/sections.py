@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from zimage.analysis import plots, reading, units
+from zimage.analysis.findings import Tables, baseline_arm, verdict_of
+
 import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
-
-from zimage.analysis import plots, reading, units
-from zimage.analysis.findings import Tables, baseline_arm, verdict_of
 
 _GLYPHS = {"triangle-left": "\u25c0", "triangle-right": "\u25b6", "circle": "\u25cf", "circle-open": "\u25cb"}
 DELTA = 0.01  # the equivalence margin drawn as a band

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from zimage.analysis.tables import SCHEMAS
 from zimage.errors import StoreError
 from zimage.lab.files import read_json, sync, sync_tree, write_json
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
 RESERVED = ("assets", "reference")  # folders under results/ that are no experiment

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from zimage.errors import ExperimentError
+
+import yaml
 
 MAX_BYTES = 2**20
 MAX_VALUES = 20_000

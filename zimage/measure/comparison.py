@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from zimage.errors import MeasurementError
 from zimage.measure.statistics import LOOKS, analyse, verdict
 from zimage.measure.timing import Timed
+
+import numpy as np
 
 _FEWEST = 4  # quads before a budget may end a comparison
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zimage.measure.timing import timed
+
 import mlx.core as mx
 import numpy as np
-
-from zimage.measure.timing import timed
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from zimage.errors import MeasurementError
+
 import mlx.core as mx
 import numpy as np
-
-from zimage.errors import MeasurementError
 
 Timed = Callable[[], float]
 
