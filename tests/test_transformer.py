@@ -4,6 +4,7 @@ from typing import Any
 
 from tests.parity import ours
 from tests.parity.cases import CASES, relative_l2, repeat_kv, weights
+from zimage import kernels
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import State, Transformer, count_parameters, weight_bytes
@@ -127,13 +128,13 @@ def test_a_list_of_captions_equals_one_array(model: Transformer) -> None:
 
 def _masks_given(monkeypatch: pytest.MonkeyPatch, transformer: Transformer, inputs: Any) -> list[Any]:
     masks: list[Any] = []
-    attend = mx.fast.scaled_dot_product_attention
+    attend = kernels.attention
 
-    def watched(*args: Any, **kwargs: Any) -> mx.array:
-        masks.append(kwargs.get("mask"))
-        return attend(*args, **kwargs)
+    def watched(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+        masks.append(mask)
+        return attend(q, k, v, scale, mask)
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(kernels, "attention", watched)
     mx.eval(transformer(*inputs))
     return masks
 
