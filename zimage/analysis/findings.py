@@ -94,7 +94,8 @@ def time_finding(row: Mapping[str, object]) -> Finding:
         where += f", {regime}"
     verdict = verdict_of(row)
     if units.missing(row.get("ratio")):
-        return _timed(f"the time of {arm} against {baseline}{where} was not measured", verdict, ())
+        text = f"the time of {arm} against {baseline}{where} was not measured"
+        return Finding(text, verdict, (), text)
     if verdict == "equivalent":
         text = f"{arm} is equivalent in time to {baseline}{where}"
     elif verdict in ("faster", "slower"):
@@ -102,11 +103,8 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     else:
         text = f"whether {arm} is faster than {baseline}{where} is undecided"
     reason = _text(row.get("reason")) if verdict == "inconclusive" else ""
-    return _timed(text, verdict, (_numbers(row), *([reason] if reason else [])))
-
-
-def _timed(text: str, verdict: str, evidence: tuple[str, ...]) -> Finding:
-    return Finding(text, verdict, evidence, text + (f" ({', '.join(evidence)})" if evidence else ""))
+    evidence = (_numbers(row), *([reason] if reason else []))
+    return Finding(text, verdict, evidence, f"{text} ({_range(row)})")
 
 
 def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
@@ -155,8 +153,9 @@ def _arms(tables: Tables) -> list[Finding]:
         narrow = [time_finding(row) for row in rows if row["scope"] != widest]
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
         found += [replace(one, short="") for one in narrow]
-        more = [*_memory(tables.get("memory"), arm, baseline), *_quality(tables.get("quality"), arm, baseline)]
-        brief = [text for text, _ in more]
+        held, drawn = _memory(tables.get("memory"), arm, baseline), _quality(tables.get("quality"), arm, baseline)
+        more = [*held, *drawn]
+        brief = [text for text, _ in (*held[:1], *drawn)]  # a sentence has room for one size: the weights come first
         full = tuple(text + detail for text, detail in more)
         if wide:
             last = wide.pop()
@@ -222,6 +221,15 @@ def _numbers(row: Mapping[str, object]) -> str:
     # Only a tested comparison has a p-value and with it an interval of known coverage.
     kind = "interval" if units.missing(row.get("p_value")) else "95 % interval"
     return f"{text}, {kind} {units.ratio(low)} to {units.ratio(high)}"  # type: ignore[arg-type]
+
+
+def _range(row: Mapping[str, object]) -> str:
+    """The interval in the words of the statement it stands behind: percentages where it excludes 1, else ratios."""
+    low, high = row.get("ratio_low"), row.get("ratio_high")
+    if units.missing(low) or units.missing(high) or verdict_of(row) not in ("faster", "slower"):
+        return _numbers(row)
+    ends = sorted(abs(float(end) - 1) for end in (low, high))  # type: ignore[arg-type]
+    return f"{units.percent(ends[0]).removesuffix(' %')} to {units.percent(ends[1])}"
 
 
 def _text(value: object) -> str:
