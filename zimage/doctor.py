@@ -2,9 +2,7 @@
 
 import importlib.util
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +70,9 @@ def measure_peaks() -> dict[str, float | str]:
 
 
 def _median_time_s(call: Callable[[], Any]) -> float:
-    import mlx.core as mx
+    from zimage.measure.timing import timed, trial  # here, because where MLX is broken its import fails
 
-    mx.eval(call())
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        mx.eval(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return trial(timed(call), samples=_REPEATS, warm_up=0).median_s
 
 
 def _matmul_peak(dtype: str) -> tuple[float, int]:

@@ -4,10 +4,13 @@ Every quad starts with one untimed call, and one untimed call follows each switc
 after 10, 20, 30 and 40 quads, and the level is split over the looks and the arms.
 """
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from statistics import fmean
 from typing import Any
 
 from zimage.errors import MeasurementError
@@ -33,7 +36,8 @@ class Sample:
 class Comparison:
     """What an arm did to the time: ratio arm / baseline, interval, p over all looks, and the verdict with its reason.
 
-    verdict is "faster", "slower", "equivalent" or "inconclusive". `samples` holds every timed call of both.
+    verdict is "faster", "slower", "equivalent" or "inconclusive". The interval holds 1 exactly when p > alpha; `level`
+    is the part of alpha that one look at one arm has. `samples` holds every timed call of both.
     """
 
     baseline: str
@@ -46,6 +50,7 @@ class Comparison:
     reason: str
     quads: int
     looks: int
+    alpha: float
     level: float
     delta: float
     noise_floor: float | None
@@ -55,15 +60,18 @@ class Comparison:
     def __str__(self) -> str:
         floor = "" if self.noise_floor is None else f", noise floor {100 * self.noise_floor:.1f} %"
         evidence = f"{self.quads} quads{floor}"
+        if self.verdict == "inconclusive":
+            evidence += f" ({self.reason})"
+        confidence = f"{100 * (1 - self.alpha):g} % CI"
         if self.low <= 1 <= self.high:
             return (
                 f"{self.arm}: {self.verdict}, time ratio {self.ratio:.3f} to {self.baseline}, "
-                f"95 % CI {self.low:.3f}-{self.high:.3f}, {evidence}"
+                f"{confidence} {self.low:.3f}-{self.high:.3f}, {evidence}"
             )
         change, *ends = (100 * abs(1 - x) for x in (self.ratio, self.low, self.high))
         return (
             f"{self.arm}: {self.verdict}, {change:.1f} % {'less' if self.ratio < 1 else 'more'} time than "
-            f"{self.baseline}, 95 % CI {min(ends):.1f}-{max(ends):.1f}, {evidence}"
+            f"{self.baseline}, {confidence} {min(ends):.1f}-{max(ends):.1f}, {evidence}"
         )
 
     def row(self, scope: str, regime: str = "burst") -> dict[str, Any]:
@@ -75,11 +83,11 @@ class Comparison:
             "noise_floor": self.noise_floor,
         }  # fmt: skip
 
-    def sample_rows(self, regime: str = "burst") -> list[dict[str, Any]]:
-        """The raw samples as rows of the `samples` table."""
+    def sample_rows(self, regime: str = "burst", trial: int = 0) -> list[dict[str, Any]]:
+        """The raw samples as rows of the `samples` table; `trial` tells comparisons with one baseline apart."""
         return [
             {
-                "arm": s.arm, "process": 0, "trial": 0, "quad": s.quad, "position": s.position, "kind": "sample",
+                "arm": s.arm, "process": 0, "trial": trial, "quad": s.quad, "position": s.position, "kind": "sample",
                 "regime": regime, "time_s": s.time_s, "dropped": False,
             }
             for s in self.samples
@@ -137,7 +145,7 @@ def compare_many(
 
     An arm that has its answer at a look takes no more calls. Otherwise as `compare`.
     """
-    _check(arms, alpha, delta, max_quads)
+    _check(arms, baseline_name, seed, alpha, delta, budget_s, max_quads, noise_floor)
     rng = random.Random(seed)
     level = alpha / (len(LOOKS) * len(arms))
     differences: dict[str, list[float]] = {name: [] for name in arms}
@@ -150,8 +158,7 @@ def compare_many(
         for name in waiting:
             taken = _quad(quad, (baseline_name, baseline), (name, arms[name]), rng)
             samples[name] += taken
-            logs = {n: np.mean([np.log(s.time_s) for s in taken if s.arm == n]) for n in (name, baseline_name)}
-            differences[name].append(float(logs[name] - logs[baseline_name]))
+            differences[name].append(_mean_log(taken, name) - _mean_log(taken, baseline_name))
         count = quad + 1
         spent = budget_s is not None and count >= _FEWEST and time.monotonic() - start > budget_s
         last = spent or count == max_quads
@@ -159,7 +166,7 @@ def compare_many(
             continue
         for name in waiting:
             estimate = analyse(np.array(differences[name]), level)
-            narrow = np.log(estimate.high / estimate.low) / 2 < delta / 2
+            narrow = estimate.low > 0 and math.log(estimate.high) - math.log(estimate.low) < delta
             if last or narrow or not estimate.low <= 1 <= estimate.high:
                 word, reason = verdict(estimate, delta, noise_floor)
                 if spent and word == "inconclusive":
@@ -167,7 +174,7 @@ def compare_many(
                 done[name] = Comparison(
                     baseline_name, name, estimate.ratio, estimate.low, estimate.high,
                     min(1.0, len(LOOKS) * len(arms) * estimate.p), word, reason, count,
-                    sum(look <= count for look in LOOKS), level, delta, noise_floor, seed, samples[name],
+                    _looks(count), alpha, level, delta, noise_floor, seed, samples[name],
                 )  # fmt: skip
         if len(done) == len(arms):
             break
@@ -180,16 +187,42 @@ def _quad(quad: int, baseline: tuple[str, Timed], arm: tuple[str, Timed], rng: r
         name, call = arm if is_arm else baseline
         seconds = call()
         if is_timed:
-            if not seconds > 0 or not np.isfinite(seconds):
+            if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise MeasurementError(f"{name} returned {seconds!r} seconds for a timed call; it must be positive")
-            taken.append(Sample(name, quad, len(taken), seconds))
+            taken.append(Sample(name, quad, len(taken), float(seconds)))
     return taken
 
 
-def _check(arms: Mapping[str, Timed], alpha: float, delta: float, max_quads: int) -> None:
+def _mean_log(samples: list[Sample], arm: str) -> float:
+    return fmean(math.log(s.time_s) for s in samples if s.arm == arm)
+
+
+def _looks(count: int) -> int:
+    """How often the evidence has been looked at when a comparison ends after `count` quads."""
+    return sum(look < count for look in LOOKS) + 1
+
+
+def _check(
+    arms: Mapping[str, Timed],
+    baseline_name: str,
+    seed: int,
+    alpha: float,
+    delta: float,
+    budget_s: float | None,
+    max_quads: int,
+    noise_floor: float | None,
+) -> None:
     if not arms:
         raise MeasurementError("a comparison needs at least one arm")
+    if baseline_name in arms:
+        raise MeasurementError(f"baseline and arm are both called {baseline_name!r}; their names must differ")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise MeasurementError(f"seed must be an integer, found {seed!r}")
     if not 0 < alpha < 1 or not 0 < delta < 1:
         raise MeasurementError(f"alpha and delta must lie between 0 and 1, found {alpha} and {delta}")
-    if not 1 <= max_quads <= LOOKS[-1]:
-        raise MeasurementError(f"max_quads must lie between 1 and {LOOKS[-1]}, found {max_quads}")
+    if budget_s is not None and not budget_s > 0:
+        raise MeasurementError(f"budget_s must be positive, found {budget_s}")
+    if noise_floor is not None and not 0 <= noise_floor < math.inf:
+        raise MeasurementError(f"noise_floor must be a |log ratio|, 0 or more, found {noise_floor}")
+    if isinstance(max_quads, bool) or not isinstance(max_quads, int) or not 1 <= max_quads <= LOOKS[-1]:
+        raise MeasurementError(f"max_quads must be an integer between 1 and {LOOKS[-1]}, found {max_quads!r}")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zimage.errors import MeasurementError
 from zimage.measure.timing import timed
 
 import mlx.core as mx
@@ -28,8 +29,11 @@ def prefix(
     """The time of each step of a chain, and of the whole chain.
 
     `run(k)` builds the first k steps and returns what has to be evaluated; it is called for k = 1 .. len(names) in a
-    new random order each round, after one untimed round that compiles and warms.
+    new random order each round, after one untimed round that compiles and warms. Raises MeasurementError for no steps
+    or fewer than one round.
     """
+    if not names or rounds < 1:
+        raise MeasurementError(f"a profile needs steps and at least one round, found {len(names)} and {rounds}")
     order = list(range(1, len(names) + 1))
     calls = {k: timed(lambda k=k: run(k)) for k in order}  # type: ignore[misc]
     for k in order:
@@ -54,4 +58,4 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
     mx.eval(work())
-    return int(mx.get_peak_memory())
+    return max(int(mx.get_peak_memory()), int(mx.get_active_memory()))  # the first is 0 until something is allocated

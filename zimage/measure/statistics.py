@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from zimage.errors import MeasurementError
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,17 +47,31 @@ def walsh_averages(differences: Floats) -> Floats:
 def analyse(differences: Floats, level: float) -> Estimate:
     """Estimate from the quads' log differences [n]; the interval rejects at `level`, two-sided.
 
-    With too few quads for any rejection at this level the interval is 0 to infinity.
+    The interval is closed, and holds 1 if and only if p > level. With too few quads for any rejection at this level it
+    is 0 to infinity. Raises MeasurementError for no differences, for those that are not finite, and for other levels.
     """
     n = len(differences)
+    if not n or not np.isfinite(differences).all():
+        raise MeasurementError(f"an estimate needs log differences, at least one and all finite, found {differences}")
+    if not 0 < level < 1:
+        raise MeasurementError(f"level must lie between 0 and 1, found {level}")
     walsh = walsh_averages(differences)
     cumulative = _cumulative(n)
     fewest = min(int((walsh <= 0).sum()), int((walsh >= 0).sum()))
     p = min(1.0, 2 * float(cumulative[fewest]))
-    # the largest count on one side of a shift that still rejects it
+    # The largest count on one side of a shift that still rejects it: a shift below walsh[critical], counted from 0, has
+    # at most that many averages on its lower side.
     critical = int(np.searchsorted(2 * cumulative, level, side="right")) - 1
-    low, high = (walsh[critical + 1], walsh[-critical - 2]) if critical >= 0 else (-math.inf, math.inf)
-    return Estimate(math.exp(float(np.median(walsh))), math.exp(float(low)), math.exp(float(high)), p)
+    low, high = (walsh[critical], walsh[-critical - 1]) if critical >= 0 else (-math.inf, math.inf)
+    return Estimate(_exp(float(np.median(walsh))), _exp(float(low)), _exp(float(high)), p)
+
+
+def _exp(shift: float) -> float:
+    """exp, on the same side of 1 as `shift` is of 0 however small it is, so that rounding changes no verdict."""
+    if shift > 700:
+        return math.inf
+    ratio = math.exp(shift)
+    return math.nextafter(1, 1 + math.copysign(1, shift)) if ratio == 1 and shift else ratio
 
 
 def verdict(estimate: Estimate, delta: float, noise_floor: float | None) -> tuple[str, str]:
@@ -66,9 +82,11 @@ def verdict(estimate: Estimate, delta: float, noise_floor: float | None) -> tupl
     """
     low, high = estimate.low, estimate.high
     if 1 - delta <= low and high <= 1 + delta:
-        return "equivalent", f"the whole interval lies within {delta:.1%} of 1"
+        return "equivalent", f"the whole interval lies within {100 * delta:g} % of 1"
+    if math.isinf(high):
+        return "inconclusive", "too few quads for any interval at this level"
     if low <= 1 <= high:
         return "inconclusive", "the interval is too wide: it holds 1 and reaches beyond the band of equivalence"
     if noise_floor is not None and abs(math.log(estimate.ratio)) <= noise_floor:
-        return "inconclusive", f"the difference is within the noise floor of {noise_floor:.1%}"
+        return "inconclusive", f"the difference is within the noise floor of {100 * noise_floor:.1f} %"
     return ("faster", "the interval lies below 1") if high < 1 else ("slower", "the interval lies above 1")

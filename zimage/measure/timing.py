@@ -16,15 +16,31 @@ Timed = Callable[[], float]
 def timed(work: Callable[[], Any]) -> Timed:
     """A callable that does `work` once and returns its seconds.
 
-    `work` builds its graph anew and returns every array that has to be computed; evaluating them ends the sample.
+    `work` builds its graph anew and returns every array that has to be computed, in lists, tuples and dicts as deep as
+    it likes; evaluating them ends the sample. A call raises MeasurementError when `work` returns anything else, which
+    MLX would silently leave uncomputed.
     """
 
     def call() -> float:
         start = time.perf_counter()
-        mx.eval(work())
-        return time.perf_counter() - start
+        result = work()
+        mx.eval(result)
+        time_s = time.perf_counter() - start
+        _check(result)
+        return time_s
 
     return call
+
+
+def _check(result: Any) -> None:
+    if isinstance(result, (list, tuple, dict)):
+        for part in result.values() if isinstance(result, dict) else result:
+            _check(part)
+    elif not (result is None or isinstance(result, (mx.array, int, float))):
+        raise MeasurementError(
+            f"timed work returned a {type(result).__name__}, which MLX cannot evaluate; return arrays, or lists, "
+            "tuples and dicts of them"
+        )
 
 
 @dataclass(frozen=True)
