@@ -56,6 +56,7 @@ class Notebook:
     name: str  # relative to its project, as recorded with a run
     code: tuple[str, ...]
     parameters: dict[str, Parameter]
+    title: str = ""  # its first heading
 
     def resolve(self, given: dict[str, Any]) -> dict[str, Any]:
         """All parameters: `given` over the defaults. Raises ExperimentError for an unknown name or a wrong type."""
@@ -93,7 +94,13 @@ def read(path: Path, root: Path | None = None) -> Notebook:
         raise ExperimentError(f"{path}: {found} tagged 'parameters'; tag the one code cell that holds the defaults")
     number, cell = tagged[0]
     parameters = _parameters(_source(cell), f"{path}, cell {number}")
-    return Notebook(path, name.as_posix(), tuple(_source(cell) for cell in code), parameters)
+    return Notebook(path, name.as_posix(), tuple(_source(cell) for cell in code), parameters, _title(cells))
+
+
+def _title(cells: list[dict[str, Any]]) -> str:
+    texts = (_source(cell) for cell in cells if cell.get("cell_type") == "markdown")
+    headings = (line.lstrip("#").strip() for text in texts for line in text.splitlines() if line.startswith("# "))
+    return next(headings, "")
 
 
 def _cells(path: Path) -> list[dict[str, Any]]:

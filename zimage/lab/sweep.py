@@ -113,7 +113,13 @@ def note_single(store: Store, job: Job) -> None:
         r.key for r in store.runs(job.experiment) if (r.notebook, r.parameters) == (job.notebook.name, job.parameters)
     }
     before = [key for key in known.get("run_keys", []) if key not in old and key != job.key]
-    blank = {"schema": 1, "name": job.experiment, "question": "", "notebooks": [job.notebook.name], "parameters": {}}
+    blank = {
+        "schema": 1,
+        "name": job.experiment,
+        "question": job.notebook.title,
+        "notebooks": [job.notebook.name],
+        "parameters": {},
+    }
     store.write_experiment(job.experiment, {**blank, **known, "run_keys": [*before, job.key]})
 
 
