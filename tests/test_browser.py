@@ -209,14 +209,16 @@ def test_charts_follow_a_change_of_scheme(results: Path, show: Callable[..., Vie
 
 
 def test_single_file_needs_no_other(tmp_path: Path, show: Callable[..., View]) -> None:
-    """A single-file page draws its charts when it is moved away from everything else."""
-    root = fabricated.swept(tmp_path / "results")
+    """A single-file page shows its charts and pictures when it is moved away from everything else."""
+    root = fabricated.quickstart(tmp_path / "results")
     page, _ = dashboard.build(Store(root), single_file=True)
     moved = tmp_path / "alone.html"
     shutil.copy(page, moved)
     view = show(moved)
     assert view.complaints == []
     assert view.page.locator("svg.main-svg").count() > 0
+    loaded = "images => images.length > 0 && images.every(i => i.complete && i.naturalWidth > 0)"
+    assert view.page.eval_on_selector_all(".pictures img", loaded)
 
 
 def test_a_missing_script_is_told(tmp_path: Path, browser: "playwright.Browser") -> None:

@@ -50,8 +50,8 @@ class QuantizedLinear(nn.QuantizedLinear):
     """MLX's quantized layer, which unpacks its weights before each product where that is faster.
 
     On a CPU, MLX's quantized product runs scalar code, 28 to 75 times slower than unpacking and an optimised BLAS. On
-    CUDA with many rows it compiles for a minute at first use and then takes 3.7 times as long (4128 rows, 3840 to 11520,
-    4 bits, H100, MLX 0.32.4). On Metal it is used as it is.
+    CUDA with many rows it compiles for a minute at first use and then takes 3.7 times as long (4128 rows, 3840 to
+    11520, 4 bits, H100, MLX 0.32.4). On Metal it is used as it is.
     """
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -5,6 +5,7 @@
 Everything that a run supplied reaches the page escaped: text through the templates, figures as JSON without markup.
 """
 
+import base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +84,7 @@ class Experiment:
 def build(store: Store, experiments: Iterable[str] | None = None, single_file: bool = False) -> list[Path]:
     """Write the pages of `experiments` (default: all) and the index; returns the pages' paths, the index last.
 
-    With `single_file` every page holds plotly's script itself and can be sent around alone, pictures aside. A file is
+    With `single_file` every page holds plotly's script and its pictures itself and can be sent around alone. A file is
     replaced whole or not at all. Raises StoreError for an unknown experiment or an unwritable place.
     """
     known = store.experiments()
@@ -188,7 +189,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "most": ON_A_PAGE,
         "problems": problems,
         "problems_title": "Not everything worked" if page.cases else "Nothing has completed yet",
-        "groups": [_group(f"g{i}", n, c, several) for i, (n, c) in enumerate(page.groups.items())],
+        "groups": [_group(f"g{i}", n, c, several, single_file) for i, (n, c) in enumerate(page.groups.items())],
         "closing": [_run_list(page), _environment(page)],
     }
     # plotly's script is its own release file; only the end of a script element would have to be kept out of it.
@@ -198,13 +199,16 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     )
 
 
-def _group(id: str, notebook: str, cases: list[Case], several: bool) -> dict[str, Any]:
+def _group(id: str, notebook: str, cases: list[Case], several: bool, inline: bool) -> dict[str, Any]:
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview = [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
-        shown = [Shown(p.name, _href(p.path, one.run), p.caption) for p in one.run.pictures()]
+        shown = [
+            Shown(p.name, _data_uri(p.path) if inline else _href(p.path, one.run), p.caption)
+            for p in one.run.pictures()
+        ]
         sections, folds = case(one.tables, shown, key, compared=not overview)
         parts.append(
             {
@@ -285,6 +289,13 @@ def _links(run: Run) -> list[Link]:
         for name in ("notebook.ipynb", "run.json")
         if (run.path / name).is_file()
     ]
+
+
+def _data_uri(png: Path) -> str:
+    try:
+        return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+    except OSError as error:
+        raise StoreError(f"{png}: cannot be read: {error.strerror or error}") from None
 
 
 def _href(path: Path, run: Run) -> str:
