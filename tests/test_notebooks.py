@@ -1,0 +1,263 @@
+"""Every notebook, and every experiment file of this repository: what they say, that they run, and what they record."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.sweeping import EXPERIMENTS, ROOT, Sweep, environment
+from zimage import backend, cli, sources
+from zimage.analysis.findings import KNOWN_VERDICTS
+from zimage.analysis.tables import conform
+from zimage.lab import notebook as notebooks
+from zimage.lab.store import Run, Store
+
+import numpy as np
+import pytest
+from PIL import Image
+
+NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# What means the same everywhere: type and default.
+SHARED: dict[str, tuple[str, Any]] = {
+    "source": ("str", "digits"),
+    "dtype": ("str | None", None),
+    "height": ("int", 8),
+    "width": ("int", 8),
+    "batch": ("int", 1),
+    "caption_tokens": ("int", 1),
+    "seed": ("int", 0),
+    "device": ("str", "auto"),
+}
+PLAIN = {"steps", "learning_rate", "weight_decay"}  # names that need no comment
+# How much of it is done: the least that can be asked for. A notebook without these does its work in seconds.
+LEAST = {"rounds": 1, "quads": 1, "draws": 1, "steps": 1, "samples": 1, "reports": 1, "judged": 20}
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook, their source as one text."""
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in found]
+
+
+def parameter_lines(path: Path) -> dict[str, str]:
+    """The lines of the parameters cell by the parameter's name."""
+    tagged = next(cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", []))
+    return {line.split(":")[0].split("=")[0].strip(): line for line in tagged["source"].splitlines() if line.strip()}
+
+
+def zimage_run(path: Path, results: Path, **parameters: Any) -> int:
+    """The exit status of `zimage run` of a notebook, in this process, with those of the parameters that it knows."""
+    known = notebooks.read(path, ROOT).parameters
+    given = [text for name, value in parameters.items() if name in known for text in ("-p", name, str(value))]
+    return cli.main(["run", str(path), *given, "--results", str(results)])
+
+
+@pytest.fixture(scope="module")
+def ran(swept: Callable[[Path], Sweep], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Run]:
+    """A run of a notebook on digits: one that a quick sweep did, else one with the least work."""
+
+    def all_swept() -> Iterator[Run]:
+        for experiment in EXPERIMENTS:
+            store = swept(experiment).store
+            yield from (run for name in store.experiments() for run in store.runs(name))
+
+    @cache
+    def _ran(path: Path) -> Run:
+        name = str(path.relative_to(ROOT))
+        found = next((run for run in all_swept() if run.notebook == name), None)
+        if found is None:
+            results = tmp_path_factory.mktemp(path.stem)
+            zimage_run(path, results, batch=1, **LEAST)
+            (found,) = Store(results).runs(path.stem)
+        return found
+
+    return _ran
+
+
+def test_there_are_notebooks_and_experiments() -> None:
+    """The lists that the tests below go through are not empty."""
+    assert {path.stem for path in NOTEBOOKS} >= {"profile_layers", "qkv_fusion", "quantization"}
+    assert {path.stem for path in EXPERIMENTS} >= {"quickstart"}
+
+
+@EACH
+def test_a_notebook_opens_with_its_question(path: Path) -> None:
+    """The first cell is text whose heading is the question, with the command that runs it; the code follows."""
+    first, *rest = cells(path)
+    assert first["cell_type"] == "markdown"
+    heading = first["source"].splitlines()[0]
+    assert re.fullmatch(r"# .+\?", heading), heading
+    assert f"zimage run notebooks/{path.name}" in first["source"]
+    assert any(cell["cell_type"] == "code" for cell in rest)
+
+
+@EACH
+def test_shared_parameters_are_the_same_everywhere(path: Path) -> None:
+    """A shared name has one type, and one default where a model is loaded; other names are explained beside."""
+    found, lines = notebooks.read(path, ROOT).parameters, parameter_lines(path)
+    assert {"seed", "device"} <= set(found)
+    if "source" in found:
+        assert list(found)[: len(SHARED)] == list(SHARED)
+    for name, parameter in found.items():
+        if name in SHARED:
+            default = SHARED[name][1] if "source" in found else parameter.default
+            assert (parameter.type, parameter.default) == (SHARED[name][0], default), f"{path.name}: {name}"
+        else:
+            assert "#" in lines[name] or name in PLAIN, f"{path.name}: say in a comment what {name} is"
+
+
+def test_one_parameter_name_has_one_meaning() -> None:
+    """A shared name is explained in the same words, and any name that several notebooks have is of one type."""
+    types: dict[str, set[str]] = {}
+    words: dict[str, set[str]] = {}
+    for path in NOTEBOOKS:
+        for name, line in parameter_lines(path).items():
+            types.setdefault(name, set()).add(ast.unparse(ast.parse(line).body[0].annotation))  # type: ignore[attr-defined]
+            words.setdefault(name, set()).add(line.partition("#")[2].strip())
+    assert {name: found for name, found in types.items() if len(found) > 1} == {}
+    assert {name: words[name] for name in SHARED if len(words.get(name, ())) > 1} == {}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_runs_quickly(experiment: Path, swept: Callable[[Path], Sweep]) -> None:
+    """Every experiment file opens with its command and cost, has a quick version, and that completes without a word."""
+    text = experiment.read_text(encoding="utf-8")
+    if "kind: claims" in text:
+        pytest.skip("not an experiment")
+    assert text.startswith(f"# Command: zimage sweep experiments/{experiment.name}\n# Cost: ")
+    done = swept(experiment)
+    assert (done.status, done.err) == (0, ""), done.out
+    runs = done.store.runs(experiment.stem)
+    assert runs and all(run.completed for run in runs)
+
+
+@EACH
+def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) -> None:
+    """A run completes, on digits if it loads a model, and keeps tables that conform, with key and arm in every row."""
+    run = ran(path)
+    assert run.completed, run.meta["error"]
+    if "source" in run.parameters:
+        assert (run.parameters["source"], run.meta["weights"]["kind"]) == ("digits", "trained")
+    assert set(run.tables()) - {"environment"}
+    for name in run.tables():
+        frame = run.table(name)
+        conform(name, frame)
+        assert len(frame) and set(frame["run_key"]) == {run.key} and set(frame["experiment"]) == {run.experiment}
+        assert name == "environment" or frame["arm"].notna().all()
+        if "time_s" in frame and name == "samples":
+            assert (frame["time_s"] > 0).all()
+        if name == "ablation":
+            assert set(frame["verdict"]) <= set(KNOWN_VERDICTS)
+            holds_one = (frame["ratio_low"] <= 1) & (frame["ratio_high"] >= 1)
+            assert ((frame["p_value"] > 0.05) == holds_one).all()
+
+
+def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
+    """profile_layers records a row for each of the nine stages of the digits model, one for the whole, and memory."""
+    run = ran(ROOT / "notebooks" / "profile_layers.ipynb")
+    stages = run.table("stages")
+    assert set(stages["arm"]) == {backend.default_dtype()}
+    prefix, whole = stages[stages["view"] == "prefix"], stages[stages["view"] == "whole"]
+    embedders = ["t_embedder", "x_embedder", "cap_embedder"]
+    blocks = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1", "layers.2"]
+    assert list(prefix["stage"]) == [*embedders, *blocks, "final_layer"]
+    assert list(whole["stage"]) == ["whole step"]
+    assert (stages["time_low_s"] <= stages["time_s"]).all() and (stages["time_s"] <= stages["time_high_s"]).all()
+    assert whole["parameters"].item() == prefix["parameters"].sum()
+    info = sources.describe("digits")
+    assert whole["parameters"].item() == sum(np.prod(tensor.shape) for tensor in info.tensors.values())
+    assert (stages["peak_bytes"] > whole["bytes"].item()).all()
+    memory = run.table("memory").set_index("metric")["bytes"]
+    assert 0 < memory["weight_bytes"] < memory["peak_bytes"]
+
+
+def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> None:
+    """qkv_fusion compares fused with separate projections in three scopes and computes the same to rounding."""
+    run = ran(ROOT / "notebooks" / "qkv_fusion.ipynb")
+    ablation = run.table("ablation")
+    assert list(ablation["scope"]) == ["qkv", "block", "step"]
+    assert (set(ablation["arm"]), set(ablation["baseline"])) == ({"fused_qkv"}, {"separate_qkv"})
+    samples = run.table("samples")
+    assert set(samples["arm"]) == {"fused_qkv", "separate_qkv"}
+    assert len(samples) == 4 * ablation["quads"].sum()
+    error = run.table("quality").set_index("metric")["value"]["relative_l2_error"]
+    assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
+
+
+def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run]) -> None:
+    """quantization records time, bytes, error and recognised digits of 8 and 4 bits, and a picture of every arm."""
+    run = ran(ROOT / "notebooks" / "quantization.ipynb")
+    full = backend.default_dtype()
+    ablation = run.table("ablation")
+    assert (list(ablation["arm"]), set(ablation["baseline"])) == (["8bit", "4bit"], {full})
+    assert set(ablation["scope"]) == {"step"}
+    sizes = run.table("memory").pivot_table(index="arm", columns="metric", values="bytes")
+    weights, peaks = sizes["weight_bytes"], sizes["peak_bytes"]
+    assert set(sizes.index) == {full, "8bit", "4bit"}
+    assert weights["4bit"] < weights["8bit"] < weights[full]
+    assert (peaks >= weights).all()
+    quality = run.table("quality").pivot_table(index="arm", columns="metric", values="value")
+    assert 0 < quality["relative_l2_error"]["8bit"] < quality["relative_l2_error"]["4bit"] < 0.5
+    assert quality["digit_accuracy"][full] >= 0.9
+    assert quality["digit_accuracy"].between(0, 1).all()
+    pictures = {picture.name: picture for picture in run.pictures()}
+    assert set(pictures) == {f"digits_{arm}" for arm in (full, "8bit", "4bit")}
+    for picture in pictures.values():
+        assert f"of {run.parameters['draws']} recognised" in picture.caption
+        with Image.open(picture.path) as image:
+            assert len(np.unique(np.asarray(image))) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "pixels"),
+    [
+        ("profile_layers", "synthetic:tiny", 32),
+        ("qkv_fusion", "synthetic:tiny", 32),
+        ("quantization", "synthetic:small", 32),
+    ],
+)
+def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
+    """On synthetic weights, non-square and in a batch, each notebook completes, records the same tables, draws none."""
+    sizes = {"source": source, "height": pixels, "width": 2 * pixels, "batch": 2, "caption_tokens": 3}
+    assert zimage_run(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, **sizes, **LEAST) == 0
+    (run,) = Store(tmp_path).runs(name)
+    assert run.meta["weights"]["kind"] == "synthetic"
+    wanted = {"profile_layers": {"stages", "memory"}, "qkv_fusion": {"ablation", "quality"}}
+    assert set(run.tables()) >= wanted.get(name, {"ablation", "memory", "quality"}) | {"samples", "environment"}
+    assert run.pictures() == []
+    if "quality" in run.tables():
+        quality = run.table("quality")
+        assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
+
+
+def test_what_cannot_be_quantized_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny model's widths don't fit groups of 64: the run fails with a line that names layer, width and group."""
+    path = ROOT / "notebooks" / "quantization.ipynb"
+    assert zimage_run(path, tmp_path, source="synthetic:tiny", height=32, width=32, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("quantization")
+    said = capsys.readouterr()
+    assert run.meta["error"].startswith("InputError: ")
+    assert "input width 170 is not divisible by the group size 64 of 8bit; use a smaller group" in run.meta["error"]
+    assert "\n" not in run.meta["error"]
+    assert run.meta["error"] in said.out + said.err
+
+
+def test_papermill_alone_runs_a_notebook_from_anywhere(tmp_path: Path) -> None:
+    """papermill without zimage's runner, in another folder, executes a notebook; its tables are shown in the output."""
+    variables = {**environment(), "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "jp")}
+    line = [sys.executable, "-W", "ignore", "-m", "papermill", str(ROOT / "notebooks" / "profile_layers.ipynb")]
+    line += ["out.ipynb", "-p", "rounds", "1", "-k", "python3", "--no-progress-bar"]
+    done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    shown = "".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    assert "noise_refiner.0" in shown and "whole step" in shown
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["out.ipynb"]
+    assert not (tmp_path / "results").exists()
