@@ -1,8 +1,10 @@
-"""Tests of zimage. Importing this package prepares MLX's BLAS before any test file imports MLX."""
+"""Tests of zimage. Importing this package prepares MLX before any test file imports it."""
 
 import os
 
-# OpenBLAS stalls when its threads outnumber the free cores, and tests have other processes beside them.
+# Set before MLX reads them. OpenBLAS stalls when its threads outnumber the free cores, and tests have other processes
+# beside them; and on GPUs fp32 products would run in TF32, far coarser than the bounds of the parity tests.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-import zimage as zimage
+import zimage as zimage  # noqa: E402

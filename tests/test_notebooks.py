@@ -185,7 +185,8 @@ def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> N
     assert (set(ablation["arm"]), set(ablation["baseline"])) == ({"fused_qkv"}, {"separate_qkv"})
     samples = run.table("samples")
     assert set(samples["arm"]) == {"fused_qkv", "separate_qkv"}
-    assert len(samples) == 4 * ablation["quads"].sum()
+    assert samples.groupby("scope").size().to_dict() == (4 * ablation.set_index("scope")["quads"]).to_dict()
+    assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
     error = run.table("quality").set_index("metric")["value"]["relative_l2_error"]
     assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
 

@@ -29,6 +29,7 @@ _MODULES = (
     "patchify",
     "rope",
     "scheduler",
+    "sources",
     "transformer",
     "transforms",
     "weights",

@@ -188,17 +188,20 @@ def ratios(frame: pd.DataFrame) -> go.Figure:
 
 
 def samples(frame: pd.DataFrame) -> go.Figure:
-    """Every timed value of a `samples` table, one row an arm: a box of quartiles and the points themselves.
+    """Every timed value of a `samples` table, one row an arm and scope: a box of quartiles and the points themselves.
 
-    Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS an arm.
+    Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS a row.
     """
     frame = tables.complete("samples", frame)
     rows = frame[(frame["kind"] == "sample") & frame["dropped"].isin([True]).eq(False)].dropna(subset=["time_s"])
     scale, unit = units.time_unit(rows["time_s"].median() if len(rows) else float("nan"))
     figure = go.Figure()
-    arms = list(dict.fromkeys(rows["arm"].fillna("")))
+    labels = rows["arm"].fillna("")
+    if rows["scope"].nunique() > 1:
+        labels = labels + " · " + rows["scope"].fillna("")
+    arms = list(dict.fromkeys(labels))
     for place, arm in enumerate(arms):
-        values = rows.loc[rows["arm"].fillna("") == arm, "time_s"] / scale
+        values = rows.loc[labels == arm, "time_s"] / scale
         thin = values.iloc[:: -(-len(values) // MAX_POINTS)]
         figure.add_box(
             x=thin.tolist(),

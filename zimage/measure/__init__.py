@@ -1,1 +1,1 @@
-"""Timings and how they are judged. Knows callables, not models; nothing else in the project takes a timing."""
+"""Timings and how they are judged. Knows callables, not models; nothing else reports a timing."""

@@ -83,12 +83,12 @@ class Comparison:
             "noise_floor": self.noise_floor,
         }  # fmt: skip
 
-    def sample_rows(self, regime: str = "burst", trial: int = 0) -> list[dict[str, Any]]:
+    def sample_rows(self, scope: str, regime: str = "burst", trial: int = 0) -> list[dict[str, Any]]:
         """The raw samples as rows of the `samples` table; `trial` tells comparisons with one baseline apart."""
         return [
             {
-                "arm": s.arm, "process": 0, "trial": trial, "quad": s.quad, "position": s.position, "kind": "sample",
-                "regime": regime, "time_s": s.time_s, "dropped": False,
+                "arm": s.arm, "scope": scope, "process": 0, "trial": trial, "quad": s.quad, "position": s.position,
+                "kind": "sample", "regime": regime, "time_s": s.time_s, "dropped": False,
             }
             for s in self.samples
         ]  # fmt: skip
