@@ -2,7 +2,6 @@
 
 from tests.lab import fabricated
 from zimage.analysis.findings import baseline_arm, findings, sentence, time_phrase
-from zimage.analysis.tables import conform
 
 import pandas as pd
 import pytest
@@ -10,7 +9,7 @@ import pytest
 
 def stored(**tables: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The frames as they come back from a store, every column there and null where it was not given."""
-    return {name: conform(name, frame).to_pandas() for name, frame in tables.items()}
+    return {name: fabricated.arrow(name, frame).to_pandas() for name, frame in tables.items()}
 
 
 def one(*row: object, **columns: object) -> dict[str, pd.DataFrame]:
@@ -22,6 +21,14 @@ def test_where_the_time_goes() -> None:
     (found,) = findings(stored(stages=fabricated.stages()))
     assert found.text == "the 3 main layers take 71 % of a step and layers.1 alone takes 32 %"
     assert found.evidence == ("a step takes 10.8 ms",)
+
+
+def test_a_stage_without_a_name() -> None:
+    """A row whose stage is missing counts among the others and ends nothing."""
+    table = fabricated.stages()
+    table.loc[0, "stage"] = None
+    (found,) = findings(stored(stages=table))
+    assert found.text == "the 3 main layers take 71 % of a step and layers.1 alone takes 32 %"
 
 
 def test_no_stage_stands_out_within_the_intervals() -> None:

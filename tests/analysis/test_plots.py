@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from tests.lab import fabricated
 from zimage.analysis import plots
-from zimage.analysis.tables import conform
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -25,7 +24,7 @@ HOSTILE = "<b>x</b><a href='javascript:alert(1)'>$\\alpha$</a>"
 
 
 def stored(name: str, frame: pd.DataFrame) -> pd.DataFrame:
-    return conform(name, frame).to_pandas()
+    return fabricated.arrow(name, frame).to_pandas()
 
 
 def bars(figure: go.Figure) -> dict[str, float]:

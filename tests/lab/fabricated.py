@@ -4,14 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zimage.analysis.tables import conform
+from zimage.analysis.tables import SCHEMAS
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 DEVICE = "cpu-amd-epyc-2c"
+
+
+def arrow(name: str, frame: pd.DataFrame) -> pa.Table:
+    """`frame` as the table `name`, unchecked: whoever reads a store may meet rows that no `record` would write."""
+    schema = SCHEMAS[name]
+    return pa.Table.from_pandas(frame.reindex(columns=schema.names), schema=schema, preserve_index=False)
 
 
 def stages(scale: float = 1.0, layers: int = 3) -> pd.DataFrame:
@@ -119,7 +126,7 @@ def add_run(
     (folder / "notebook.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
     for name, frame in (tables or {}).items():
         shared = {"run_key": key, "experiment": experiment, "device": content["device"]}
-        pq.write_table(conform(name, frame.assign(**shared)), folder / "tables" / f"{name}.parquet")
+        pq.write_table(arrow(name, frame.assign(**shared)), folder / "tables" / f"{name}.parquet")
     for name, (image, caption) in (pictures or {}).items():
         (folder / "pictures").mkdir(exist_ok=True)
         image.save(folder / "pictures" / f"{name}.png")

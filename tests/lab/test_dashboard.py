@@ -302,6 +302,22 @@ def test_broken_files_are_told_and_the_rest_is_shown(results: Path) -> None:
     assert "4bit takes 12.1 % more time" in text
 
 
+@pytest.mark.parametrize("part", ["findings_of", "case"])
+def test_odd_tables_cost_a_line(results: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A run whose tables nothing can be made of is named on the page, and the others are shown."""
+    whole = getattr(dashboard, part)
+
+    def fails(tables: dict[str, pd.DataFrame], *arguments: Any, **named: Any) -> Any:
+        if "stages" in tables:
+            raise AttributeError("no such thing")
+        return whole(tables, *arguments, **named)
+
+    monkeypatch.setattr(dashboard, part, fails)
+    text = page_of(results).text
+    assert "quickstart/aa11aa11aa11: its tables cannot be shown: AttributeError: no such thing" in text
+    assert "4bit takes 12.1 % more time" in text
+
+
 def test_only_failures(tmp_path: Path) -> None:
     """An experiment whose every run failed says so instead of showing nothing."""
     fabricated.add_run(tmp_path, "e", "a1", status="failed", error="ZeroDivisionError: division by zero")

@@ -43,6 +43,9 @@ def test_shared_columns_and_appending(run_folder: Path) -> None:
     ("name", "frame", "message"),
     [("nope", FRAME, "table 'nope' is not known"), ("quality", FRAME.assign(x=1), "unknown column x"),
      ("quality", FRAME.assign(value="a"), "quality"), ("quality", [1], "give a pandas DataFrame"),
+     ("quality", FRAME.drop(columns="metric"), "column 'metric' has missing values"),
+     ("stages", pd.DataFrame({"arm": ["a"], "view": ["prefix"], "stage": [None]}), "column 'stage' has missing"),
+     ("ablation", pd.DataFrame({"arm": ["a", "b"], "scope": ["step", None]}), "column 'scope' has missing"),
      ("quality", pd.concat([FRAME, FRAME], axis=1), "column 'arm' occurs twice"), ("../x", FRAME, "not known")],
 )  # fmt: skip
 def test_bad_tables(run_folder: Path, name: str, frame: pd.DataFrame, message: str) -> None:

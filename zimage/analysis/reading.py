@@ -54,9 +54,9 @@ def metric_value(metric: str, value: float | None) -> str:
     return units.percent(value) if is_fraction(metric) else units.significant(value)
 
 
-def part_of(stage: str) -> str:
-    """The part of the forward pass that a stage belongs to, one of PARTS."""
-    head = stage.split(".", maxsplit=1)[0]
+def part_of(stage: object) -> str:
+    """The part of the forward pass that a stage belongs to, one of PARTS; `other` where the stage has no name."""
+    head = stage.split(".", maxsplit=1)[0] if isinstance(stage, str) else ""
     if head.endswith("embedder"):
         return "embedders"
     return next((part for part, start in PARTS.items() if start == head), "other")

@@ -33,7 +33,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         intensity_flop_per_byte=_FLOAT, attained_fraction=_FLOAT, bound=_TEXT,
     ),
     "samples": _schema(
-        process=_INT, trial=_INT, quad=_INT, position=_INT, kind=_TEXT, regime=_TEXT, time_s=_FLOAT, dropped=_BOOL,
+        scope=_TEXT, process=_INT, trial=_INT, quad=_INT, position=_INT, kind=_TEXT, regime=_TEXT, time_s=_FLOAT,
+        dropped=_BOOL,
     ),
     "ablation": _schema(
         baseline=_TEXT, scope=_TEXT, regime=_TEXT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT, p_value=_FLOAT,
@@ -44,6 +45,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     "environment": _schema(key=_TEXT, value=_TEXT),
 }  # fmt: skip
 
+_KEYS = {  # what a row is about, so it cannot be missing
+    "stages": ("stage", "view"),
+    "operations": ("stage", "operation"),
+    "ablation": ("scope",),
+    "quality": ("metric",),
+    "memory": ("stage", "metric"),
+}
+
 
 def complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with the columns of the table called `name` that it lacks, as missing values."""
@@ -53,7 +62,8 @@ def complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
 def conform(name: str, frame: pd.DataFrame) -> pa.Table:
     """`frame` as an Arrow table of the schema called `name`; columns it lacks are null.
 
-    Raises ExperimentError for an unknown table, an unknown column, or values of the wrong type.
+    Raises ExperimentError for an unknown table, an unknown column, values of the wrong type, or a row that does not
+    say what it is about.
     """
     schema = SCHEMAS.get(name)
     if schema is None:
@@ -62,6 +72,9 @@ def conform(name: str, frame: pd.DataFrame) -> pa.Table:
     if unknown:
         raise ExperimentError(f"table {name!r}: unknown column {', '.join(unknown)}; it has {', '.join(schema.names)}")
     full = frame.reindex(columns=schema.names)
+    for column in _KEYS.get(name, ()):
+        if full[column].isna().any():
+            raise ExperimentError(f"table {name!r}: column {column!r} has missing values; every row needs one")
     try:
         return pa.Table.from_pandas(full, schema=schema, preserve_index=False).replace_schema_metadata(None)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

@@ -6,7 +6,8 @@ Everything that a run supplied reaches the page escaped: text through the templa
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,8 @@ _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are r
 
 @dataclass(frozen=True)
 class Fact:
+    """One line of a page's head: a name, what is so, and the tag it is shown as, if any."""
+
     name: str
     text: str
     tag: str = ""
@@ -65,10 +68,12 @@ class Experiment:
 
     @property
     def cases(self) -> list[Case]:
+        """The cases of all notebooks."""
         return [one for cases in self.groups.values() for one in cases]
 
     @property
     def completed(self) -> int:
+        """How many of the runs completed."""
         return sum(run.completed for run in self.runs)
 
     def about(self) -> tuple[str, str]:
@@ -78,6 +83,7 @@ class Experiment:
         return " and ".join(devices), " and ".join(dict.fromkeys(filter(None, map(weights_kind, shown))))
 
     def lines(self) -> list[tuple[Case, Finding]]:
+        """Every finding with its case, in the order of the page."""
         return [(one, finding) for one in self.cases for finding in one.findings]
 
 
@@ -144,10 +150,22 @@ def _read(store: Store, name: str) -> Experiment:
                 tables[table] = run.table(table)
             except StoreError as error:
                 problems.append(str(error))
-        groups.setdefault(run.notebook, []).append(Case(run, label, tables, findings_of(tables)))
+        with _reported(run, problems):
+            groups.setdefault(run.notebook, []).append(Case(run, label, tables, findings_of(tables)))
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
     return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, problems)
+
+
+@contextmanager
+def _reported(run: Run, problems: list[str]) -> Iterator[None]:
+    """Let a run whose tables hold what no figure or finding can be made of cost a line, not the whole page."""
+    try:
+        yield
+    except StoreError as error:
+        problems.append(str(error))
+    except Exception as error:  # whatever pandas or plotly make of odd values
+        problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
 
 
 def _parameters(run: Run, names: Iterable[str]) -> str:
@@ -164,6 +182,9 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     if page.failed:
         facts.append(Fact("Failed", f"{len(page.failed)}", "failed"))
     several = len(page.groups) > 1
+    groups = [
+        _group(f"g{i}", n, c, several, single_file, page.problems) for i, (n, c) in enumerate(page.groups.items())
+    ]
     lines = [
         {
             "verdict": f.verdict,
@@ -189,7 +210,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "most": ON_A_PAGE,
         "problems": problems,
         "problems_title": "Not everything worked" if page.cases else "Nothing has completed yet",
-        "groups": [_group(f"g{i}", n, c, several, single_file) for i, (n, c) in enumerate(page.groups.items())],
+        "groups": groups,
         "closing": [_run_list(page), _environment(page)],
     }
     # plotly's script is its own release file; only the end of a script element would have to be kept out of it.
@@ -199,17 +220,24 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     )
 
 
-def _group(id: str, notebook: str, cases: list[Case], several: bool, inline: bool) -> dict[str, Any]:
+def _group(
+    id: str, notebook: str, cases: list[Case], several: bool, inline: bool, problems: list[str]
+) -> dict[str, Any]:
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
-    overview = [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
+    overview: list[Section] = []
+    with _reported(cases[0].run, problems):
+        overview += [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
-        shown = [
-            Shown(p.name, _data_uri(p.path) if inline else _href(p.path, one.run), p.caption)
-            for p in one.run.pictures()
-        ]
-        sections, folds = case(one.tables, shown, key, compared=not overview)
+        sections: list[Section] = []
+        folds: list[Section] = []
+        with _reported(one.run, problems):
+            shown = [
+                Shown(p.name, _data_uri(p.path) if inline else _href(p.path, one.run), p.caption)
+                for p in one.run.pictures()
+            ]
+            sections, folds = case(one.tables, shown, key, compared=not overview)
         parts.append(
             {
                 "id": key,

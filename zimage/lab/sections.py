@@ -20,6 +20,8 @@ DELTA = 0.01  # the equivalence margin drawn as a band
 
 @dataclass(frozen=True)
 class Link:
+    """A link to a file beside the page."""
+
     text: str
     href: str
 
@@ -35,12 +37,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Head:
+    """A column's head; a numeric column is set flush right."""
+
     text: str
     numeric: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table and what it is called for who cannot see it."""
+
     label: str
     heads: list[Head]
     rows: list[list[Cell]]
@@ -77,11 +83,14 @@ class Shown:
 
     @property
     def alt(self) -> str:
+        """The words for who cannot see it."""
         return self.caption or f"Picture {self.name}"
 
 
 @dataclass(frozen=True)
 class Section:
+    """A headed part of a page: charts, a table or pictures, and a note above them."""
+
     title: str
     note: str = ""
     charts: list[Chart] = field(default_factory=list)
