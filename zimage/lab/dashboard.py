@@ -151,7 +151,8 @@ def _read(store: Store, name: str) -> Experiment:
             except StoreError as error:
                 problems.append(str(error))
         with _reported(run, problems):
-            groups.setdefault(run.notebook, []).append(Case(run, label, tables, findings_of(tables)))
+            one = Case(run, label, tables, findings_of(tables))
+            groups.setdefault(run.notebook, []).append(one)
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
     return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, problems)
