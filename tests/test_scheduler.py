@@ -112,11 +112,13 @@ def test_a_real_model_samples_the_same_alone_and_in_a_batch() -> None:
 
 
 BAD_LEVELS: list[tuple[Any, Any, str]] = [
-    (0, 1.0, "steps must be an integer of at least 1, found 0"),
+    (0, 1.0, "steps must be an integer from 1 to 10000, found 0"),
     (-3, 1.0, "steps must be"),
     (2.5, 1.0, "steps must be"),
     ("8", 1.0, "steps must be"),
     (True, 1.0, "steps must be"),
+    (scheduler.MAX_STEPS + 1, 1.0, "steps must be"),
+    (10**20, 1.0, "steps must be"),
     (8, 0, "shift must be a positive number, found 0"),
     (8, -1.0, "shift must be"),
     (8, float("nan"), "shift must be"),

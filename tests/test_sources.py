@@ -275,6 +275,24 @@ def test_a_bad_config_is_refused(content: bytes, word: str, tmp_path: Path) -> N
     refused(tmp_path, str(tmp_path / "config.json"), word)
 
 
+@pytest.mark.parametrize("place", [None, "layers.0.attention.to_q"])
+@pytest.mark.parametrize(
+    "entry",
+    ['"group_size": "abc"', '"group_size": [64]', '"group_size": null', '"group_size": 1e400', '"group_size": -1',
+     '"group_size": 0', '"group_size": true', '"group_size": 99999999999999999999', '"bits": 4.0', '"mode": "magic"',
+     '"mode": ["affine"]'],
+)  # fmt: skip
+def test_a_quantization_that_cannot_be_is_refused(entry: str, place: str | None, tmp_path: Path) -> None:
+    """An impossible group size, bits or mode, for all layers or for one, gives one line naming file, key and value."""
+    write_single(tmp_path, VALUES)
+    write_config(tmp_path, quantization="HERE")
+    path = tmp_path / "config.json"
+    inner = f'{{"{place}": {{{entry}}}}}' if place else f"{{{entry}}}"
+    path.write_text(path.read_text().replace('"HERE"', inner))
+    key = entry.split('"')[1]
+    refused(tmp_path, str(path), f"quantization.{place}.{key} must be" if place else f"quantization.{key} must be")
+
+
 def test_the_omni_variant_is_refused(tmp_path: Path) -> None:
     """A config with siglip_feat_dim is refused as the omni variant, with its file."""
     write_single(tmp_path, VALUES)

@@ -12,14 +12,17 @@ from zimage.transformer import Captions, Transformer, random_key
 import mlx.core as mx
 import numpy as np
 
+MAX_STEPS = 10_000
+
 
 def sigmas(steps: int, shift: float = 1.0) -> list[float]:
     """`steps + 1` noise levels from 1 down to 0, evenly spaced and then shifted: `s * x / (1 + (s - 1) * x)`.
 
-    The published pipeline uses eight steps and shift 3. Raises InputError for steps < 1 or a shift that isn't positive.
+    The published pipeline uses eight steps and shift 3. Raises InputError for steps outside 1 to MAX_STEPS or a
+    shift that isn't positive.
     """
-    if not _is_count(steps):
-        raise InputError(f"steps must be an integer of at least 1, found {steps!r}")
+    if not _is_count(steps) or steps > MAX_STEPS:
+        raise InputError(f"steps must be an integer from 1 to {MAX_STEPS}, found {steps!r:.60}")
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < 1e9:
         raise InputError(f"shift must be a positive number, found {shift!r}")
     even = np.linspace(1.0, 0.0, steps + 1)

@@ -26,6 +26,8 @@ _ITEM_BYTES = {
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 _LARGEST_OFFSET = 2**48
 _MOST_AXES = 16
+_LARGEST_GROUP = 2**16
+_PACKING_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 _SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _PRESETS = {
@@ -177,12 +179,27 @@ def _info(source: str, folder: Path, tensors: dict[str, TensorInfo]) -> SourceIn
     quantization = values.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
         raise ConfigError(f"{path}: quantization must be an object, found {plain(repr(quantization))}")
+    _check_packing(path, quantization or {})
     try:
         config = TransformerConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {plain(error)}") from None
     kind: Literal["trained", "synthetic"] = "synthetic" if values.get("_weights_kind") == "synthetic" else "trained"
     return SourceInfo(source, kind, config, tensors, quantization, folder)
+
+
+def _check_packing(path: Path, entry: dict[str, Any], where: str = "quantization") -> None:
+    """Refuse a quantization entry, or that of a single layer in it, whose values could not be MLX's."""
+    for name, value in entry.items():
+        shown = f"{path}: {where}.{plain(name)}"
+        if name in ("group_size", "bits"):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_GROUP:
+                raise WeightsError(f"{shown} must be a positive integer, found {plain(repr(value))}")
+        elif name == "mode":
+            if not isinstance(value, str) or value not in _PACKING_MODES:
+                raise WeightsError(f"{shown} must be one of {', '.join(_PACKING_MODES)}, found {plain(repr(value))}")
+        elif isinstance(value, dict) and where == "quantization":
+            _check_packing(path, value, f"{where}.{plain(name)}")
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:

@@ -88,6 +88,17 @@ def test_no_notebook(tmp_path: Path, content: str) -> None:
         notebook.read(path)
 
 
+def test_paths_that_cannot_be_followed(tmp_path: Path) -> None:
+    """A link to itself and a name that is too long have a project folder, and are refused in one line."""
+    loop = tmp_path / "loop.ipynb"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path / ("x" * 5000), tmp_path / ("x" * 5000) / "n.ipynb"):
+        assert isinstance(notebook.project_root(path), Path)
+        with pytest.raises(ExperimentError) as caught:
+            notebook.read(path, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
 def test_the_tag_is_needed_once(tmp_path: Path) -> None:
     """No tagged cell, or two, is refused."""
     with pytest.raises(ExperimentError, match="no cell is tagged 'parameters'"):

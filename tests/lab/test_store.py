@@ -1,5 +1,6 @@
 """The store: whole or not at all, readable whatever lies in it."""
 
+import errno
 import json
 import os
 import shutil
@@ -101,6 +102,8 @@ BAD_META = {
     "strange status": json.dumps(meta(status="running")),
     "another key": json.dumps(meta("bb22")),
     "duration text": json.dumps(meta(duration_s="long")),
+    "weights text": json.dumps(meta(weights="x")),
+    "weights without source": json.dumps(meta(weights={"kind": 3})),
     "deep": "[" * 100_000,
 }
 
@@ -152,6 +155,32 @@ def test_unreadable_experiment_file(store: Store) -> None:
     assert "experiment.json" in problem
 
 
+@pytest.mark.parametrize("keys", [3, "aa11", [1], {"a": 1}, None])
+def test_run_keys_of_another_type(store: Store, keys: object) -> None:
+    """An experiment.json whose run_keys are no list of keys is refused in one line wherever it is read."""
+    put(store)
+    (store.root / "demo" / "experiment.json").write_text(json.dumps({"run_keys": keys}))
+    for read in (store.experiment, store.current, store.swept):
+        with pytest.raises(StoreError, match=r"experiment\.json: run_keys is not a list"):
+            read("demo")
+    assert [run.key for run in store.scan("demo")[0]] == ["aa11"]
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path too long for the system, and a folder nobody may read, give one StoreError line that says why."""
+    with pytest.raises(StoreError, match="cannot be read: File name too long; choose another folder with --results"):
+        Store(tmp_path / ("x" * 5000))
+    (tmp_path / "r").mkdir()
+    store = Store(tmp_path / "r")
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(StoreError, match="r: cannot be read: Permission denied"):
+        store.experiments()
+
+
 def test_find(store: Store) -> None:
     """A run is named by its key, the start of it, or experiment/key; no run or several are told."""
     put(store, "aa11")
@@ -188,7 +217,7 @@ def test_unwritable(store: Store) -> None:
     """A place that cannot be written gives a StoreError."""
     store.root.mkdir()
     (store.root / "demo").write_text("a file in the way")
-    with pytest.raises(StoreError, match="cannot be"):
+    with pytest.raises(StoreError, match=r"cannot be .*; choose another folder with --results"):
         put(store)
     with pytest.raises(StoreError, match="is not a folder"):
         Store(store.root / "demo")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -9,13 +10,22 @@ from typing import Any
 
 from zimage.errors import StoreError
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of an experiment or a picture, each a file name
 MAX_JSON_BYTES = 16 * 2**20
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+ELSEWHERE = "choose another folder with --results"
+
+
+def refused(path: Path, what: str, error: OSError, advice: str = ELSEWHERE) -> StoreError:
+    """What the operating system said about `path`, in one line that says how to go on."""
+    return StoreError(f"{path}: {what}: {error.strerror or error}; {advice}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], advice: str = ELSEWHERE) -> None:
     """Let `write` fill a temporary sibling of `path`, then put it in place in one step, synced to disk.
 
-    Raises StoreError if the place cannot be written.
+    Raises StoreError, with `advice` at its end, if the place cannot be written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -25,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
         sync(path.parent)
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise refused(path, "cannot be written", error, advice) from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

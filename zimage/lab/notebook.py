@@ -8,6 +8,7 @@ import ast
 import difflib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,15 +77,17 @@ def unknown(what: str, name: str, known: Any) -> str:
 
 def project_root(start: Path) -> Path:
     """The nearest folder around the file `start` that holds `notebooks/`, else the file's own folder."""
-    folder = start.resolve().parent
-    return next((parent for parent in (folder, *folder.parents) if (parent / "notebooks").is_dir()), folder)
+    # pathlib's own resolve and is_dir raise for loops of links, names too long and folders nobody may enter.
+    folder = Path(os.path.realpath(start)).parent
+    return next((parent for parent in (folder, *folder.parents) if os.path.isdir(parent / "notebooks")), folder)
 
 
 def read(path: Path, root: Path | None = None) -> Notebook:
     """The notebook in `path`, named relative to `root`. Raises ExperimentError, one line, if it is not usable."""
     name = path
-    if root is not None and path.resolve().is_relative_to(root.resolve()):
-        name = path.resolve().relative_to(root.resolve())
+    if root is not None:
+        whole, base = (Path(os.path.realpath(one)) for one in (path, root))
+        name = whole.relative_to(base) if whole.is_relative_to(base) else path
     cells = _cells(path)
     code = [cell for cell in cells if cell.get("cell_type") == "code"]
     tagged = [(index + 1, cell) for index, cell in enumerate(cells) if "parameters" in _tags(cell)]

@@ -5,19 +5,16 @@ Without them, by hand in JupyterLab or under papermill alone, the same calls jus
 """
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage.errors import ExperimentError
-from zimage.lab.files import write_atomically, write_json
+from zimage.lab.files import NAME, write_atomically, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from PIL.Image import Image
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def record(name: str, frame: "pd.DataFrame") -> None:
@@ -66,7 +63,7 @@ def record_picture(name: str, image: "Image | np.ndarray[Any, Any]", caption: st
     image: a PIL image, or uint8 of shape [H, W], [H, W, 3] or [H, W, 4]. Raises ExperimentError for anything else.
     """
     picture = _as_image(name, image)
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ExperimentError(f"picture name {name!r}: use letters, digits, '_', '-' and '.'")
     folder = _run_folder()
     if folder is None:

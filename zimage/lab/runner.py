@@ -40,10 +40,12 @@ class Job:
 
     @property
     def key(self) -> str:
+        """The run key."""
         return self.identity.key
 
     @property
     def facts(self) -> dict[str, str]:
+        """What is known about the device it is for."""
         return self.identity.facts
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from zimage.analysis.tables import SCHEMAS
 from zimage.errors import StoreError
-from zimage.lab.files import read_json, sync, sync_tree, write_json
+from zimage.lab.files import NAME, read_json, refused, sync, sync_tree, write_json
 
 import pandas as pd
 import pyarrow as pa
@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
 RESERVED = ("assets", "reference")  # folders under results/ that are no experiment
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "experiment": str,
@@ -46,7 +45,7 @@ _META_TYPES: dict[str, type | tuple[type, ...]] = {
 
 def check_name(name: str) -> str:
     """`name` if it can be an experiment's folder, else StoreError."""
-    if not _NAME.fullmatch(name) or name in RESERVED:
+    if not NAME.fullmatch(name) or name in RESERVED:
         raise StoreError(f"experiment name {name!r}: use letters, digits, '_', '-' and '.', and none of {RESERVED}")
     return name
 
@@ -69,10 +68,12 @@ class Run:
 
     @property
     def key(self) -> str:
+        """The run key, which is also its folder's name."""
         return str(self.meta["run_key"])
 
     @property
     def experiment(self) -> str:
+        """The name of its experiment."""
         return str(self.meta["experiment"])
 
     @property
@@ -82,6 +83,7 @@ class Run:
 
     @property
     def completed(self) -> bool:
+        """Whether the notebook ran to its end."""
         return self.status == "completed"
 
     @property
@@ -96,6 +98,7 @@ class Run:
 
     @property
     def device(self) -> str:
+        """The short name of the device it ran on."""
         return str(self.meta["device"])
 
     def tables(self) -> list[str]:
@@ -149,26 +152,36 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
-        if self.root.exists() and not self.root.is_dir():
+        with _readable(self.root):
+            taken = self.root.exists() and not self.root.is_dir()
+        if taken:
             raise StoreError(f"{self.root}: is not a folder; give a results folder with --results")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def experiments(self) -> list[str]:
         """Names of the experiments that the store holds, sorted."""
-        if not self.root.is_dir():
-            return []
-        return sorted(
-            folder.name
-            for folder in self.root.iterdir()
-            if folder.name not in RESERVED and _NAME.fullmatch(folder.name) and folder.is_dir()
-            if (folder / "experiment.json").is_file() or any(folder.glob("[!.]*/run.json"))
-        )
+        with _readable(self.root):
+            if not self.root.is_dir():
+                return []
+            return sorted(
+                folder.name
+                for folder in self.root.iterdir()
+                if folder.name not in RESERVED and NAME.fullmatch(folder.name) and folder.is_dir()
+                if (folder / "experiment.json").is_file() or any(folder.glob("[!.]*/run.json"))
+            )
 
     def experiment(self, name: str) -> dict[str, Any]:
         """What experiment.json says: name, question, notebooks, parameters, run_keys; {} if there is none."""
         path = self.root / check_name(name) / "experiment.json"
-        return read_json(path) if path.is_file() else {}
+        with _readable(path):
+            if not path.is_file():
+                return {}
+        content = read_json(path)
+        keys = content.get("run_keys", [])
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise StoreError(f"{path}: run_keys is not a list of run keys; mend or remove the file")
+        return content
 
     def scan(self, experiment: str) -> tuple[list[Run], list[str]]:
         """All runs in the order they were asked for, older ones last, and a line for each that cannot be read."""
@@ -243,10 +256,7 @@ class Store:
         raise StoreError(f"{what!r} fits {len(found)} runs ({several}{', ...' if len(found) > 4 else ''}): give more")
 
     def _asked(self, experiment: str) -> list[str]:
-        keys = self.experiment(experiment).get("run_keys", [])
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise StoreError(f"{self.root / experiment / 'experiment.json'}: run_keys is not a list of run keys")
-        return keys
+        return list(self.experiment(experiment).get("run_keys", []))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -263,7 +273,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             handle = _locked(path, wait)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be locked: {error.strerror or error}") from None
+            raise refused(path, "cannot be locked", error) from None
         if handle is None:
             yield False
             return
@@ -280,7 +290,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         except OSError as error:
-            raise StoreError(f"{folder}: cannot be written: {error.strerror or error}") from None
+            raise refused(folder, "cannot be written", error) from None
         return folder
 
     def commit(self, partial: Path, meta: dict[str, Any]) -> Run:
@@ -297,7 +307,7 @@ class Store:
             sync(target.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
-            raise StoreError(f"{target}: cannot be written: {error.strerror or error}") from None
+            raise refused(target, "cannot be written", error) from None
         return Run(target, meta)
 
     def tidy(self, experiment: str) -> None:
@@ -316,6 +326,15 @@ class Store:
 
 
 _LEFTOVER = re.compile(r"\.[A-Za-z0-9_-]+\.(\d+\.(partial|replaced)|lock)")
+
+
+@contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(Path(error.filename or root), "cannot be read", error) from None
 
 
 def _locked(path: Path, wait: bool) -> int | None:
@@ -349,6 +368,11 @@ def _checked(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _META_TYPES.items():
         if not isinstance(meta.get(name), kind):
             raise StoreError(f"{path}: {name!r} is missing or of the wrong type")
+    weights = meta.get("weights")
+    if weights is not None and not (
+        isinstance(weights, dict) and all(isinstance(weights.get(name), str) for name in ("source", "kind", "digest"))
+    ):
+        raise StoreError(f"{path}: 'weights' is neither null nor an object with source, kind and digest")
     if meta["status"] not in ("completed", "failed"):
         raise StoreError(f"{path}: status {meta['status']!r} is neither completed nor failed")
     if path.parent.name[0] != "." and meta["run_key"] != path.parent.name:
