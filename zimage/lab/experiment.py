@@ -18,6 +18,7 @@ are a contradiction and refused. Everything is checked before anything runs, als
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,18 @@ from zimage.lab.yaml_lines import Document, Place, load, parse_value
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 MAX_RUNS = 10_000
+MAX_TIMEOUT_S = 7 * 86400.0
 Values = dict[str, Any]
+_WORDS = {  # what pydantic calls an error, in ours
+    "list_type": "takes a list",
+    "dict_type": "takes names with their values",
+    "model_type": "takes names with their values",
+    "string_type": "takes text",
+    "float_type": "takes a number",
+    "too_short": "must not be empty",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+}
 
 
 class _Strict(BaseModel):
@@ -58,7 +70,7 @@ class _File(_Strict):
     exclude: list[Values] = Field(default_factory=list)
     include: list[Values] = Field(default_factory=list)
     quick: _Quick | None = None
-    timeout_s: float = Field(default=3600.0, gt=0, le=7 * 86400)
+    timeout_s: float = Field(default=3600.0, gt=0, le=MAX_TIMEOUT_S)
 
     @field_validator("notebook", mode="before")
     @classmethod
@@ -85,14 +97,17 @@ class Experiment:
 
     @property
     def name(self) -> str:
+        """Its name, under which its runs are stored."""
         return self.file.name
 
     @property
     def question(self) -> str:
+        """What it asks, the title of its page."""
         return self.file.question
 
     @property
     def timeout_s(self) -> float:
+        """Seconds after which each run is stopped."""
         return self.file.timeout_s
 
     def plan(self, *, quick: bool = False, overrides: Values | None = None) -> list[Planned]:
@@ -185,8 +200,9 @@ def _notebooks(file: _File, document: Document, root: Path) -> Iterator[Notebook
         place: Place = ("notebook", index) if listed else ("notebook",)
         if name in file.notebook[:index]:
             raise document.error(place, f"notebook {name!r} is there twice")
-        if not (root / name).is_file():
-            raise document.error(place, f"notebook {name!r} not found in {root}; paths are relative to that folder")
+        if not os.path.isfile(root / name):  # Path.is_file raises for a name that is too long
+            shown = f"notebook {_short(name)} not found in {root}"
+            raise document.error(place, f"{shown}; paths are relative to that folder")
         try:
             found = notebooks.read(root / name, root)
         except ExperimentError as error:
@@ -295,9 +311,9 @@ def _first_error(document: Document, error: ValidationError) -> ExperimentError:
             message = unknown("unknown key", str(place[-1]), fields)
         case "missing":
             message = f"key {name!r} is missing"
-        case _:
-            reason = first["msg"][0].lower() + first["msg"][1:]
-            message = f"{name!r}: {reason}, got {type(first['input']).__name__} {_short(first['input'])}"
+        case kind:
+            reason = _WORDS.get(kind, "does not fit").format(**first.get("ctx", {}))
+            message = f"{name!r} {reason}, found {type(first['input']).__name__} {_short(first['input'])}"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return document.error(place, message + more)
 

@@ -73,7 +73,10 @@ def load(path: Path) -> Document:
 
 def parse_value(text: str) -> Any:
     """The value of a piece of YAML given on a command line. Raises ExperimentError."""
-    return _Builder(Path("value")).document(text.encode()).value
+    try:
+        return _Builder(Path("value")).document(text.encode("utf-8", "surrogateescape")).value
+    except ExperimentError as error:
+        raise ExperimentError(str(error).partition(": ")[2]) from None  # a word on a command line has no file and line
 
 
 class _Builder:
