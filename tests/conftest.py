@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tests.sweeping import Sweep, sweep_quickly
+from tests.sweeping import ROOT, Sweep, sweep
 
 import pytest
 
@@ -21,6 +21,30 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Sweep]:
 
     @cache
     def _swept(experiment: Path) -> Sweep:
-        return sweep_quickly(experiment, tmp_path_factory.mktemp(experiment.stem) / "results")
+        return sweep(experiment, tmp_path_factory.mktemp(experiment.stem) / "results", "--quick")
 
     return _swept
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, figure: Callable[[str], None]) -> Sweep:
+    """The quickstart just as the README tells to run it, done once."""
+    done = sweep(ROOT / "experiments" / "quickstart.yaml", tmp_path_factory.mktemp("quickstart") / "results")
+    figure(f"the quickstart took {done.duration_s:.0f} s")
+    return done
+
+
+_FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[[str], None]:
+    """Keeps a measured figure for the end of the run: machines differ, so it is printed and not asserted."""
+    return _FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that the tests measured."""
+    if _FIGURES:
+        terminalreporter.section("measured here, not asserted")
+        terminalreporter.write("".join(f"{line}\n" for line in _FIGURES))

@@ -1,4 +1,4 @@
-"""The command line in a process of its own, and quick sweeps of the repository's experiments that tests share."""
+"""The command line in a process of its own, and sweeps of the repository's experiments that tests share."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ _OF_A_RUN = ("ZIMAGE_RUN_DIR", "ZIMAGE_RUN_KEY", "ZIMAGE_EXPERIMENT", "ZIMAGE_DE
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished `zimage sweep ... --quick`: its exit status, what it printed, its results and its seconds."""
+    """A finished `zimage sweep`: its exit status, what it printed, its results and its seconds."""
 
     status: int
     out: str
@@ -40,9 +40,9 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     return subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=600)
 
 
-def sweep_quickly(experiment: Path, results: Path) -> Sweep:
-    """`zimage sweep` of one of the repository's experiments with --quick."""
+def sweep(experiment: Path, results: Path, *options: str) -> Sweep:
+    """`zimage sweep` of one of the repository's experiments."""
     started = time.monotonic()
     name = str(experiment.relative_to(ROOT))
-    done = command("sweep", name, "--quick", "--results", str(results))
+    done = command("sweep", name, *options, "--results", str(results))
     return Sweep(done.returncode, done.stdout, done.stderr, results, time.monotonic() - started)

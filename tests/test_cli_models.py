@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from tests.test_cli import zimage
-from zimage import cli, digits, sources, weights
+from zimage import cli, digits, sources, transforms, weights
 from zimage.digits import picture
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -75,6 +76,10 @@ def test_many_labels_have_a_short_file_name() -> None:
         (("",), "digits such as 7"),
         (("7", "--steps", "0"), "steps must be"),
         (("7", "--steps", "many"), "not a valid integer"),
+        (("7", "--steps", "100000000000000000000"), "steps must be an integer from 1 to 10000"),
+        (("7", "--out", ""), "is empty"),
+        (("7", "--out", f"{'x' * 5000}.png"), "File name too long"),
+        (("7", "--out", f"{'x' * 5000}/a.png"), "File name too long"),
         (("7", "--shift", "nan"), "shift must be"),
         (("7", "--seed", "-1"), "seed must be"),
         (("7", "--quantization", "9bit"), "unknown quantization '9bit'"),
@@ -109,6 +114,33 @@ def test_convert_saves_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.config == sources.describe("digits").config
 
 
+def test_a_converted_digits_model_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    """`convert` takes the label embeddings along, so that `generate --source` draws with the converted model."""
+    assert zimage(capsys, "convert", "digits", "packed", "--quantization", "4bit")[0] == 0
+    assert Path("packed/captions.safetensors").is_file()
+    assert zimage(capsys, "generate", "7", *QUICK, "--source", "packed", "--out", "a.png")[0] == 0
+    assert zimage(capsys, "generate", "7", *QUICK, "--quantization", "4bit", "--out", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_model_draws_with_its_own_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    """`generate --source` uses the label embeddings beside the model, not those that ship; a bad file is one line."""
+    weights.convert("digits", "own")
+    table = digits.table_of(sources.describe("digits"))
+    assert table is not None
+    mx.save_safetensors("own/captions.safetensors", {"captions": table[::-1]})
+    assert zimage(capsys, "generate", "2", *QUICK, "--source", "own", "--out", "a.png")[0] == 0
+    assert zimage(capsys, "generate", "7", *QUICK, "--out", "b.png")[0] == 0
+    seeded = digits.draw(weights.load_transformer("digits"), [7], steps=1, seed=0)
+    with Image.open("a.png") as image:
+        assert np.array_equal(np.array(image), picture.grid(seeded.images, scale=32))
+    for content in ({"captions": table[:9]}, {"labels": table}, {"captions": table.astype(mx.int32)}):
+        mx.save_safetensors("own/captions.safetensors", content)
+        assert "label embeddings" in refused(capsys, "generate", "2", *QUICK, "--source", "own")
+    Path("own/captions.safetensors").write_bytes(b"no")
+    assert "captions.safetensors: cannot be read" in refused(capsys, "generate", "2", *QUICK, "--source", "own")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -118,6 +150,9 @@ def test_convert_saves_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         (("digits", "a", "--dtype", "float16"), "overflow"),
         (("digits", "a", "--quantization", "9bit"), "unknown quantization"),
         (("digits", "full/x/a"), "cannot be saved"),
+        (("digits", ""), "is empty"),
+        (("digits", "x" * 5000), "cannot be saved"),
+        (("odd", "a"), "odd/config.json: quantization.group_size must be a positive integer, found 'abc'"),
     ],
 )
 def test_convert_refuses_in_one_line(
@@ -126,6 +161,9 @@ def test_convert_refuses_in_one_line(
     """Bad sources, targets and settings give exit 2 and one line, and nothing is written."""
     Path("full").mkdir()
     Path("full/x").write_text("x")
+    weights.save_transformer(transforms.quantize(weights.load_transformer("digits"), "4bit"), "odd")
+    text = Path("odd/config.json").read_text()
+    Path("odd/config.json").write_text(text.replace('"group_size": 64', '"group_size": "abc"'))
     assert words in refused(capsys, "convert", *arguments)
 
 

@@ -1,8 +1,9 @@
 """Seeded inputs for one step of a model."""
 
+from pathlib import Path
 from typing import Any
 
-from zimage import digits, inputs
+from zimage import digits, inputs, weights
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, InputError
 from zimage.transformer import Transformer
@@ -103,6 +104,18 @@ def test_impossible_sizes_are_refused(
     with pytest.raises(error, match=words) as caught:
         example(model, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_captions_of_a_converted_digits_model(digits_model: Transformer, tmp_path: Path) -> None:
+    """A folder with label embeddings gives its own as captions, one token each."""
+    weights.convert("digits", tmp_path / "own")
+    table = mx.arange(10.0)[:, None] * mx.ones((1, digits_model.config.cap_feat_dim))
+    mx.save_safetensors(str(tmp_path / "own" / "captions.safetensors"), {"captions": table.astype(mx.bfloat16)})
+    found = example(digits_model, str(tmp_path / "own"), height=8, width=8, batch=3, caption_tokens=1)
+    assert [(one.shape, one.dtype) for one in found.captions] == [((1, table.shape[1]), mx.float32)] * 3
+    assert [float(one[0, 0]) for one in found.captions] == [0.0, 1.0, 2.0]
+    with pytest.raises(InputError, match="one token"):
+        example(digits_model, str(tmp_path / "own"), height=8, width=8, caption_tokens=2)
 
 
 def test_a_digit_has_one_caption_token(digits_model: Transformer) -> None:

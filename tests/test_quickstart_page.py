@@ -1,10 +1,9 @@
 """The quickstart's page in a real browser, opened from the file system without a network."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from tests import test_browser
-from tests.sweeping import ROOT, Sweep
+from tests.sweeping import Sweep
 from tests.test_browser import BARS, View
 from zimage import backend
 from zimage.analysis.findings import KNOWN_VERDICTS
@@ -15,9 +14,8 @@ browser, show = test_browser.browser, test_browser.show
 
 
 @pytest.fixture
-def view(swept: Callable[[Path], Sweep], show: Callable[..., View]) -> View:
-    done = swept(ROOT / "experiments" / "quickstart.yaml")
-    return show(done.results / "quickstart" / "index.html")
+def view(quickstart: Sweep, show: Callable[..., View]) -> View:
+    return show(quickstart.results / "quickstart" / "index.html")
 
 
 def test_the_page_opens_in_silence(view: View) -> None:

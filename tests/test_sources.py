@@ -89,6 +89,23 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sources.describe("~/a").config == CONFIG
 
 
+def test_label_embeddings_beside_the_config_are_found(tmp_path: Path) -> None:
+    """captions.safetensors makes a digits model of a source, and what it holds is part of the digest."""
+    write_single(tmp_path, VALUES)
+    plain = sources.describe(tmp_path)
+    assert (plain.captions, sources.describe("synthetic:tiny").captions) == (None, None)
+    before = plain.digest
+    path = tmp_path / "captions.safetensors"
+    digests = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        for source in (tmp_path, tmp_path / SINGLE):
+            assert sources.describe(source).captions == path
+            digests.append(sources.describe(source).digest)
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+    assert before not in digests
+
+
 def test_a_quantization_entry_and_a_synthetic_label_are_told(tmp_path: Path) -> None:
     """What config.json says of packing and of the weights' kind is in the description."""
     write_single(tmp_path, VALUES)

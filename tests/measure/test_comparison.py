@@ -249,7 +249,9 @@ def test_rows_fit_their_tables() -> None:
     assert set(ablation["baseline"]) == {"plain"}
     assert list(ablation["ratio"]) == [c.ratio for c in found.values()]
     assert set(ablation["quads"]) == {5} and set(ablation["scope"]) == {"step"} and set(ablation["regime"]) == {"burst"}
-    rows = [row for trial, c in enumerate(found.values()) for row in c.sample_rows("step", regime="sustained", trial=trial)]
+    rows = [
+        row for trial, c in enumerate(found.values()) for row in c.sample_rows("step", regime="sustained", trial=trial)
+    ]
     samples = conform("samples", pd.DataFrame(rows)).to_pandas()
     assert len(samples) == 2 * 5 * 4
     assert set(samples["regime"]) == {"sustained"} and set(samples["kind"]) == {"sample"}

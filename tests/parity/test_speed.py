@@ -1,0 +1,32 @@
+"""One step here beside diffusers' on the same machine: that both run is tested, how long they take is printed."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.parity.beside_peers import SMALL
+from zimage import TransformerConfig
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_peers_have_our_small_config() -> None:
+    """The peers are timed at the sizes of TransformerConfig.small()."""
+    ours = TransformerConfig.small().to_dict()
+    assert {name: ours[name] for name in SMALL} == SMALL
+
+
+@pytest.mark.parity
+def test_a_step_beside_diffusers(figure: Callable[[str], None]) -> None:
+    """The comparison with diffusers runs and gives both programs' times."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.parity.beside_peers", "--rounds", "9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^zimage +[0-9.]+ s .*\ndiffusers +[0-9.]+ s .*zimage takes [0-9.]+ of its time$", done.stdout, re.M
+    )
+    figure(done.stdout.strip())
