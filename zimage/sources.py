@@ -77,6 +77,12 @@ class SourceInfo:
         return sorted({t.file for t in self.tensors.values()})
 
     @property
+    def captions(self) -> Path | None:
+        """The file beside the config that holds label embeddings, as a digits model has it; None without one."""
+        path = None if self.folder is None else self.folder / "captions.safetensors"
+        return path if path is not None and os.path.isfile(path) else None
+
+    @property
     def bytes(self) -> int:
         """Bytes of all tensors as stored; 0 for a synthetic source, which stores none."""
         return sum(t.nbytes for t in self.tensors.values())
@@ -90,6 +96,8 @@ class SourceInfo:
     def digest(self) -> str:
         """SHA-256 over the config and every tensor's name, dtype, shape and bytes, whichever files hold them.
 
+        Label embeddings beside them are part of it.
+
         Raises WeightsError where a file can no longer be read.
         """
         total = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
@@ -102,6 +110,9 @@ class SourceInfo:
         for name, digest in digests:
             line = f"\n{name} {self.tensors[name].dtype} {list(self.tensors[name].shape)} {digest}"
             total.update(line.encode("utf-8", "surrogatepass"))
+        if self.captions is not None:
+            with _readable(self.source):
+                total.update(b"\ncaptions " + hashlib.sha256(self.captions.read_bytes()).digest())
         return total.hexdigest()
 
 

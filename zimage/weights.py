@@ -154,10 +154,13 @@ def _first(names: list[str]) -> str:
     return plain(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def save_transformer(model: Transformer, directory: str | Path, kind: str = "trained") -> Path:
+def save_transformer(
+    model: Transformer, directory: str | Path, kind: str = "trained", captions: Path | None = None
+) -> Path:
     """Save `model` as a folder with `config.json` and safetensors under the published names, unfused; give its path.
 
-    kind says whether the weights are "trained" or "synthetic". Nothing is left behind when saving fails. Raises
+    kind says whether the weights are "trained" or "synthetic"; `captions` is a digits model's file of label embeddings,
+    which is copied beside them. Nothing is left behind when saving fails. Raises
     WeightsError when the folder exists and is not empty, or cannot be written.
     """
     if kind not in ("trained", "synthetic"):
@@ -173,7 +176,7 @@ def save_transformer(model: Transformer, directory: str | Path, kind: str = "tra
     require_free(target)
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        _write(target, transforms.tensors(model), config)
+        _write(target, transforms.tensors(model), config, captions)
     except BaseException as error:
         for folder in made:
             with suppress(OSError):
@@ -196,7 +199,7 @@ def require_free(directory: str | Path) -> None:
         raise WeightsError(f"{target} exists and is not an empty folder; choose another or remove it")
 
 
-def _write(target: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+def _write(target: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any], captions: Path | None) -> None:
     """Build the folder beside `target`, then put it in place in one step."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -205,6 +208,8 @@ def _write(target: Path, tensors: Mapping[str, mx.array], config: Mapping[str, A
         mx.save_safetensors(str(file), dict(tensors), {"format": "mlx"})
         read_header(file)  # a full disk can cut a file short without an error
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if captions is not None:
+            shutil.copyfile(captions, partial / "captions.safetensors")
         partial.chmod(0o755)
         os.replace(partial, target)
     except BaseException:
@@ -215,7 +220,10 @@ def _write(target: Path, tensors: Mapping[str, mx.array], config: Mapping[str, A
 def convert(
     source: str | Path, directory: str | Path, dtype: str | None = None, quantization: str | None = None
 ) -> Path:
-    """Load `source`, as `dtype` and quantized where asked, and save it as a folder; give the folder's path."""
+    """Load `source`, as `dtype` and quantized where asked, and save it as a folder; give the folder's path.
+
+    A digits model stays one: its label embeddings are copied.
+    """
     require_free(directory)
     info = describe(source)
-    return save_transformer(load_transformer(source, dtype, quantization), directory, info.kind)
+    return save_transformer(load_transformer(source, dtype, quantization), directory, info.kind, info.captions)

@@ -11,7 +11,8 @@ from numbers import Integral
 
 from zimage import scheduler
 from zimage.digits.data import SIZE, Digits, to_images
-from zimage.errors import InputError
+from zimage.errors import InputError, WeightsError
+from zimage.sources import SourceInfo, plain
 from zimage.transformer import Transformer
 
 import mlx.core as mx
@@ -27,6 +28,26 @@ def _table() -> mx.array:
     loaded = mx.load(str(files("zimage") / "digits" / "weights" / "captions.safetensors"))
     assert isinstance(loaded, dict)
     return loaded["captions"].astype(mx.float32)
+
+
+def table_of(source: SourceInfo) -> mx.array | None:
+    """The label embeddings [10, F] in fp32 of a digits model, from captions.safetensors beside its config.
+
+    None for a source without that file, which is no digits model. Raises WeightsError for a file that holds no such
+    table.
+    """
+    path = source.captions
+    if path is None:
+        return None
+    shape = (len(LABELS), source.config.cap_feat_dim)
+    try:
+        loaded = mx.load(str(path))
+    except (RuntimeError, OSError) as error:
+        raise WeightsError(f"{path}: cannot be read: {plain(error)}") from None
+    table = loaded.get("captions") if isinstance(loaded, dict) else None
+    if table is None or table.shape != shape or not mx.issubdtype(table.dtype, mx.floating):
+        raise WeightsError(f"{path}: expected one tensor captions of shape {list(shape)}, the label embeddings")
+    return table.astype(mx.float32)
 
 
 def captions(labels: Iterable[int]) -> list[mx.array]:
