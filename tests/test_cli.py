@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.lab.making import RECORDS, fake_kernels, write_experiment, write_notebook
+from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import cli
+from zimage.lab import dashboard, keys
 from zimage.lab.runner import Job
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(keys, "device_facts", lambda _device="auto": FACTS)
     write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS)
     write_experiment(tmp_path, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [1]}}\n")
     monkeypatch.chdir(tmp_path)
@@ -109,6 +111,87 @@ def test_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert err == "zimage: stopped: 1 of 3 runs are done; the same command picks up there\n"
 
 
+def test_json_of_runs(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json of `sweep` and `run` lists the runs with their status, the finding and the page, and nothing else."""
+
+    def act(job: Job) -> None:
+        if job.parameters["batch"] == 2:
+            raise ValueError("no good")
+
+    fake_kernels(monkeypatch, act)
+    planned = json.loads(zimage(capsys, *SWEEP, "--dry-run", "--json")[1])
+    assert [(run["status"], run["parameters"]["batch"]) for run in planned["runs"]] == [("to do", i) for i in (1, 2, 3)]
+    status, out, _ = zimage(capsys, *SWEEP, "--json")
+    said = json.loads(out)
+    assert (status, said["experiment"], said["page"]) == (1, "demo", "results/demo/index.html")
+    states = ["completed", "failed", "completed"]
+    assert said["runs"] == [
+        {"key": run["key"], "status": state, "notebook": "notebooks/a.ipynb"}
+        for run, state in zip(planned["runs"], states, strict=True)
+    ]
+    assert said["finding"].startswith("On cpu-test-2c: ")
+    assert (project / said["page"]).is_file()
+    status, out, _ = zimage(capsys, "run", "notebooks/a.ipynb", "--json")
+    assert (status, [run["status"] for run in json.loads(out)["runs"]]) == (0, ["completed"])
+
+
+def test_unwritable_results(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store that cannot be written is exit 2 before the first run, and 1 after it; the line says what to do."""
+    ran = fake_kernels(monkeypatch)
+    (project / "results").mkdir()
+    (project / "results" / "demo").write_text("in the way")
+    status, _, err = zimage(capsys, *SWEEP)
+    assert (status, ran, err.count("\n")) == (2, [], 1)
+    assert err.endswith("choose another folder with --results\n")
+    (project / "results" / "demo").unlink()
+    (project / "results" / "assets").write_text("in the way")
+    status, out, err = zimage(capsys, *SWEEP)
+    assert (status, ran, out.count("\n"), err.count("\n")) == (1, [1, 2, 3], 1, 1)
+    assert "assets" in err and err.endswith("choose another folder with --results\n")
+
+
+def test_show_of_no_run_of_an_experiment(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What starts with the name of an experiment gets the store's answer, and not one about checkpoints."""
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    for what in ("demo/", "demo/ffff", "demo/x"):
+        assert zimage(capsys, "show", what)[::2] == (
+            2, f"zimage: results: no run '{what}'; `zimage list` shows what there is\n",
+        )  # fmt: skip
+    path = next((project / "results" / "demo").glob("*/run.json"))
+    for weights in ("x", {"kind": 3}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
+        status, _, err = zimage(capsys, "show", f"demo/{path.parent.name}")
+        assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.usefixtures("project")
+def test_a_bad_experiment_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run` beside an experiment.json that holds no list of runs is one line, exit 2, before anything runs."""
+    ran = fake_kernels(monkeypatch)
+    Path("results/a").mkdir(parents=True)
+    Path("results/a/experiment.json").write_text('{"run_keys": 3}')
+    status, _, err = zimage(capsys, "run", "notebooks/a.ipynb")
+    assert (status, ran) == (2, [])
+    assert err.startswith("zimage: results/a/experiment.json: run_keys is not a list of run keys")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("project")
+def test_what_the_system_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error of the operating system that nobody foresaw is one line with the file and the reason, exit 2."""
+
+    def denied(*_arguments: object, **_named: object) -> None:
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    monkeypatch.setattr(dashboard, "build", denied)
+    assert zimage(capsys, "report") == (2, "", "zimage: some/file: Permission denied\n")
+
+
 @pytest.mark.usefixtures("project")
 def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`zimage run` stores one run under the notebook's name, with its parameters."""
@@ -186,12 +269,29 @@ WRONG = {
     "set of wrong type": ([*SWEEP, "--set", "batch=x"], "parameter 'batch' takes int, not str 'x'"),
     "no such notebook": (["run", "nope.ipynb"], "nope.ipynb: no such notebook"),
     "parameter unknown": (["run", "notebooks/a.ipynb", "-p", "x", "1"], "has no parameter 'x'"),
-    "parameter without value": (["run", "notebooks/a.ipynb", "-p", "batch"], "requires 2 arguments"),
-    "timeout": (["run", "notebooks/a.ipynb", "--timeout", "0"], "'--timeout'"),
+    "parameter without value": (
+        ["run", "notebooks/a.ipynb", "-p", "batch"],
+        "requires 2 arguments. (see zimage run -h)",
+    ),
+    "parameter no YAML": (["run", "notebooks/a.ipynb", "-p", "batch", "[1"], "zimage: -p batch: not valid YAML"),
+    "set no YAML": ([*SWEEP, "--set", "batch={a"], "zimage: --set batch: not valid YAML"),
+    **{
+        f"timeout {text}": (["run", "notebooks/a.ipynb", "--timeout", text], "'--timeout'")
+        for text in ("0", "-1", "nan", "inf", "1e9", "604801", "soon")
+    },
     "show nothing": (["show", "abc123"], "no run 'abc123'"),
     "show no source": (["show", "no/such"], "no/such"),
     "results a file": (["list", "--results", "experiments/demo.yaml"], "is not a folder"),
     "report on nothing": (["report"], "no runs to report on"),
+    **{
+        f"{command[0]}, results {what}": ([*command, "--results", results], message)
+        for command in (["list"], ["show", "digits"], ["report"], ["run", "notebooks/a.ipynb"], [*SWEEP])
+        for what, results, message in (("nameless", "", "it is empty"), ("too long", "x" * 5000, "File name too long"))
+    },
+    "notebook nameless": (["run", ""], "it is empty"),
+    "notebook too long": (["run", "x" * 5000], "File name too long"),
+    "experiment too long": (["sweep", "x" * 5000], "File name too long"),
+    "source too long": (["show", "no/" + "x" * 5000], "File name too long"),
 }
 
 
@@ -213,6 +313,11 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = zimage(capsys, *filter(None, [command]), "-h")
     assert status == 0
     assert out.startswith(f"Usage: zimage {command}".strip())
+
+
+def test_usage_of_lab(capsys: pytest.CaptureFixture[str]) -> None:
+    """The usage of `lab` tells its own options from JupyterLab's."""
+    assert zimage(capsys, "lab", "-h")[1].startswith("Usage: zimage lab [OPTIONS] [JUPYTERLAB_OPTION]...\n")
 
 
 def test_lab_needs_a_folder(
@@ -268,6 +373,19 @@ def test_closed_pipe(project: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "said", "status"),
+    [(">/dev/full", "zimage: standard output: No space left on device\n", 1), (">&-", "", 0),
+     (">&- 2>&-", "", 0)],
+)  # fmt: skip
+def test_output_that_goes_nowhere(project: Path, redirection: str, said: str, status: int) -> None:
+    """A full or closed standard output causes no traceback."""
+    command = f"{sys.executable} -m zimage.cli list {redirection}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=project, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

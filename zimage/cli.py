@@ -3,30 +3,46 @@
 Exit 0: done; 1: it ran and something failed, or was stopped; 2: it was asked wrongly, and one line says how to mend it.
 """
 
-import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zimage
+from zimage import terminal
 from zimage.errors import ExperimentError, InputError, StoreError, ZImageError
 
 import click
 
 if TYPE_CHECKING:
-    from zimage.lab.runner import Job
+    from zimage.lab.notebook import Notebook
     from zimage.lab.store import Store
+    from zimage.sources import SourceInfo
 
 _WINDOWS = os.name == "nt"
+
+
+class _Path(click.Path):
+    """A path that was named: an empty word would mean the folder one happens to be in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == "":
+            self.fail("it is empty; name a file or folder ('.' is the one you are in)", param, ctx)
+        return Path(value)
+
+
+def _finite_timeout(_context: click.Context, _option: click.Parameter, seconds: float) -> float:
+    from zimage.lab.experiment import MAX_TIMEOUT_S
+
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise click.BadParameter(f"{seconds:g} is not more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds (7 days)")
+    return seconds
+
+
 _results = click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR",
-    help="Folder of the results.",
+    "--results", type=_Path(), default=Path("results"), show_default=True, metavar="DIR", help="Folder of the results.",
 )  # fmt: skip
 _as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 _quantization = click.option(
@@ -42,65 +58,74 @@ _fresh = click.option("--fresh", is_flag=True, help="Run again what is done alre
 def cli(context: click.Context) -> None:
     """Profile and ablate the Z-Image diffusion transformer on MLX."""
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        terminal.say(context.get_help())
 
 
 @cli.command()
-@click.argument("notebook", type=click.Path(path_type=Path))
+@click.argument("notebook", type=_Path())
 @click.option("-p", "--parameter", "given", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="Set a parameter; may be repeated.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=3600.0, show_default=True,
+@click.option("--timeout", type=float, callback=_finite_timeout, default=3600.0, show_default=True,
               metavar="SECONDS", help="Stop the run after that long.")  # fmt: skip
 @_fresh
+@_as_json
 @_results
-def run(notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, results: Path) -> int:
+def run(
+    notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, as_json: bool, results: Path
+) -> int:
     """Execute one NOTEBOOK into the results, under its own name."""
+    from zimage.lab import executing, sweep
     from zimage.lab import notebook as notebooks
-    from zimage.lab import sweep
-    from zimage.lab.experiment import Planned, value_from_text
+    from zimage.lab.experiment import Planned
     from zimage.lab.store import Store, check_name
 
     root = notebooks.project_root(notebook)
     found = notebooks.read(notebook, root)
-    values = {name: value_from_text((found,), name, text) for name, text in _once("-p", given).items()}
+    values = _values("-p", given, (found,))
     name, store = check_name(notebook.stem), Store(results)
     jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout)
-    return _execute(jobs, store, fresh, lambda: sweep.note_single(store, jobs[0]))
+    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_single(store, jobs[0]))
 
 
 @cli.command(name="sweep")
-@click.argument("experiment", type=click.Path(path_type=Path), metavar="EXPERIMENT.yaml")
+@click.argument("experiment", type=_Path(), metavar="EXPERIMENT.yaml")
 @click.option("--quick", is_flag=True, help="The experiment's small version.")
 @click.option("--dry-run", is_flag=True, help="Only list the runs.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE",
               help="Fix a parameter in all runs; may be repeated.")  # fmt: skip
 @_fresh
+@_as_json
 @_results
 def sweep_command(
-    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, results: Path
+    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, as_json: bool, results: Path
 ) -> int:
     """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped."""
+    from zimage.lab import executing, sweep
     from zimage.lab import experiment as experiments
-    from zimage.lab import sweep
     from zimage.lab.store import Store
 
     asked = experiments.read(experiment)
-    pairs = [tuple(text.split("=", 1)) for text in given]
-    for pair, text in zip(pairs, given, strict=True):
-        if len(pair) != 2 or not pair[0]:
+    pairs = []
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
             raise ExperimentError(f"--set {text}: write NAME=VALUE")
-    texts = _once("--set", [(pair[0], pair[-1]) for pair in pairs])
-    forced = {name: experiments.value_from_text(asked.notebooks, name, text) for name, text in texts.items()}
+        pairs.append((name, value))
+    forced = _values("--set", pairs, asked.notebooks)
     planned, store = asked.plan(quick=quick, overrides=forced), Store(results)
     jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s)
     if dry_run:
-        _say_beforehand(jobs, store, fresh)
         to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
-        for job in jobs:
-            shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
-            click.echo(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
+        runs = [
+            {"key": job.key, "status": "to do" if job.key in to_do else "done", "notebook": job.notebook.name,
+             "parameters": job.parameters}
+            for job in jobs
+        ]  # fmt: skip
+        terminal.show(
+            {"experiment": asked.name, "runs": runs}, as_json, lambda: executing.planned(jobs, to_do, store, fresh)
+        )
         return 0
-    return _execute(jobs, store, fresh, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
+    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
 
 
 @cli.command(name="list")
@@ -113,8 +138,8 @@ def list_command(as_json: bool, results: Path) -> None:
 
     store = Store(results)
     content = listing.store_content(store)
-    _print(content, as_json, lambda: listing.store_lines(store, content))
-    _skipped(content["problems"])
+    terminal.show(content, as_json, lambda: listing.store_lines(store, content))
+    terminal.skipped(content["problems"])
 
 
 @cli.command()
@@ -129,22 +154,22 @@ def show(what: str, as_json: bool, results: Path) -> None:
     store = Store(results)
     if what in store.experiments():
         content = listing.store_content(store, [what])
-        _print(content, as_json, lambda: listing.store_lines(store, content))
+        terminal.show(content, as_json, lambda: listing.store_lines(store, content))
         return
     try:
         found = store.find(what)
     except StoreError as no_run:
         if " fits " in str(no_run):
             raise
-        content = listing.source_content(_source(what, no_run))
-        _print(content, as_json, lambda: listing.source_lines(content))
+        content = listing.source_content(_source(what, no_run, store))
+        terminal.show(content, as_json, lambda: listing.source_lines(content))
         return
-    _print(listing.run_content(found), as_json, lambda: listing.run_lines(found))
+    terminal.show(listing.run_content(found), as_json, lambda: listing.run_lines(found))
 
 
 @cli.command()
 @click.argument("source")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("directory", type=_Path(), metavar="DIR")
 @click.option("--dtype", metavar="NAME", help="bfloat16 or float32; as suits the device if left out.")
 @_quantization
 def convert(source: str, directory: Path, dtype: str | None, quantization: str | None) -> None:
@@ -154,7 +179,7 @@ def convert(source: str, directory: Path, dtype: str | None, quantization: str |
     started = time.monotonic()
     info = sources.describe(weights.convert(source, directory, dtype, quantization))
     took = time.monotonic() - started
-    click.echo(f"{directory}: {len(info.tensors)} tensors, {info.bytes:,} bytes, in {took:.1f} s")
+    terminal.say(f"{directory}: {len(info.tensors)} tensors, {info.bytes:,} bytes, in {took:.1f} s")
 
 
 @cli.command()
@@ -164,59 +189,51 @@ def convert(source: str, directory: Path, dtype: str | None, quantization: str |
 @click.option("--shift", type=float, default=1.0, show_default=True, help="Shift of the noise levels.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise to start from.")
 @_quantization
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.png",
+@click.option("--out", type=_Path(), metavar="FILE.png",
               help="The picture's file; digits-LABELS.png if left out.")  # fmt: skip
 def generate(
     prompts: tuple[str, ...], source: str, steps: int, shift: float, seed: int, quantization: str | None,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Draw PROMPT as a PNG. A prompt of the digits model is a label, such as 7; several are drawn as one grid."""
+    """Draw PROMPT as a PNG. A prompt of a digits model is a label, such as 7; several are drawn as one grid."""
     from zimage import digits, scheduler, sources, weights
     from zimage.digits import picture
     from zimage.lab.files import write_atomically
 
     from PIL import Image
 
-    if source != "digits":
-        sources.describe(source)
+    table = digits.table_of(sources.describe(source))
+    if table is None:
         raise InputError(
             f"{source}: drawing from a text prompt needs the text encoder and the VAE, which this version does not "
-            "have; --source digits draws digits"
+            "have; --source digits draws digits, and so does a source with a captions.safetensors of its labels"
         )
     labels = digits.labels_in(" ".join(prompts))
     scheduler.sigmas(steps, shift)  # refused before anything is loaded
     path = _picture_path(out, "".join(map(str, labels)))
     started = time.monotonic()
-    with _progress(f"drawing {len(labels)} digit{'s' * (len(labels) > 1)}", steps * digits.batches(len(labels))) as on:
+    with terminal.progress(
+        f"drawing {len(labels)} digit{'s' * (len(labels) > 1)}", steps * digits.batches(len(labels))
+    ) as on:
         model = weights.load_transformer(source, quantization=quantization)
-        drawn = digits.draw(model, labels, steps, shift, seed, on)
+        drawn = digits.draw(model, labels, steps, shift, seed, on, table)
     pixels = Image.fromarray(picture.grid(drawn.images, scale=32))
-    write_atomically(path, lambda draft: pixels.save(draft, format="PNG"))
-    click.echo(f"{path}: {steps} steps in {time.monotonic() - started:.1f} s")
+    write_atomically(path, lambda draft: pixels.save(draft, format="PNG"), "choose another file with --out")
+    terminal.say(f"{path}: {steps} steps in {time.monotonic() - started:.1f} s")
 
 
 def _picture_path(out: Path | None, labels: str) -> Path:
     path = out or Path(f"digits-{labels if len(labels) <= 40 else f'{labels[:40]}-and-{len(labels) - 40}-more'}.png")
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: the picture is a PNG; end the file's name in .png")
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    try:
+        if path.is_dir():
+            raise InputError(f"--out {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror or error}; choose another file") from None
     return path
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on a terminal, nothing in a pipe; calling what it gives moves it by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
 
 
 @cli.command()
@@ -235,8 +252,10 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
     pages = dashboard.build(store, None, single_file=single_file)
     findings = {name: dashboard.findings(store, name) for name in names}
     content = {"pages": [str(page) for page in pages], "findings": findings}
-    _skipped([problem for name in names for problem in store.scan(name)[1]])
-    _print(content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(_link, pages)])
+    terminal.skipped([problem for name in names for problem in store.scan(name)[1]])
+    terminal.show(
+        content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(terminal.link, pages)]
+    )
 
 
 @cli.command()
@@ -260,14 +279,14 @@ def doctor(as_json: bool, results: Path) -> int:
                 text.append(f"      {'':{width}}  -> {check.advice}")
         return text
 
-    _print([asdict(check) for check in checks], as_json, lines)
+    terminal.show([asdict(check) for check in checks], as_json, lines)
     return 1 if any(check.status == "fail" for check in checks) else 0
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[JUPYTERLAB_OPTION]...")
 def lab(options: tuple[str, ...]) -> None:
-    """Open JupyterLab on notebooks/; OPTIONS go to JupyterLab."""
+    """Open JupyterLab on notebooks/, with its own options passed on."""
     from importlib.util import find_spec
 
     if find_spec("jupyterlab") is None:
@@ -284,81 +303,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if _WINDOWS:
         print("zimage: MLX does not run on Windows itself; install zimage inside WSL2 (Ubuntu)", file=sys.stderr)
         return 2
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: what goes there is not wanted
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        status = cli.main(arguments, prog_name="zimage", standalone_mode=False)
+        status = cli.main(given, prog_name="zimage", standalone_mode=False)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # `| head` has seen enough; click makes an exit of it, and only of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.mute_output()
         return 0
-    except click.ClickException as error:
-        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "zimage"
-        _complain(f"{' '.join(error.format_message().split())} (see {path} -h)")
-        return 2
-    except ZImageError as error:
-        _complain(str(error))
-        return 2
+    except (OSError, click.ClickException, ZImageError) as error:
+        return _explain(error, given)
     except (KeyboardInterrupt, click.Abort):
-        _complain("stopped")
+        terminal.complain("stopped")
         return 1
     return status if isinstance(status, int) else 0
 
 
-def _execute(jobs: "list[Job]", store: "Store", fresh: bool, note: Callable[[], None]) -> int:
-    """Do the jobs, build the page, say what came out."""
-    from zimage.lab import dashboard, sweep
-    from zimage.lab.progress import Teller, span
-
-    name = jobs[0].experiment
-    estimates = _say_beforehand(jobs, store, fresh)
-    started = time.monotonic()
-    note()
-    try:
-        with _farewells(), Teller(jobs, estimates) as teller:
-            outcome = sweep.sweep(jobs, store, teller, fresh)
-    except KeyboardInterrupt:
-        done = len(jobs) - len(sweep.missing(jobs, store))
-        _complain(
-            f"stopped: {done} of {len(jobs)} runs are done; the same command {'without --fresh ' * fresh}picks up there"
-        )
-        return 1
-    except StoreError as error:
-        _complain(str(error))
-        return 1
-    failed = len(outcome.failed)
-    took = f" in {span(time.monotonic() - started)}" if outcome.completed or failed else ""
-    already = f", {len(outcome.found)} done before" if outcome.found else ""
-    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
-    click.echo(f"{name}: {len(outcome.completed)} completed, {failed} failed{already}{took}")
-    click.echo(dashboard.findings(store, name))
-    click.echo(f"page: {_link(pages[0])}")
-    return 1 if failed else 0
+def _explain(error: Exception, given: Sequence[str]) -> int:
+    """Say in one line what went wrong; gives the exit status."""
+    if isinstance(error, OSError):
+        return _refused_by_system(error)
+    line = str(error)
+    if isinstance(error, click.ClickException):
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "zimage"
+        if path == "zimage" and given and given[0] in cli.commands:  # click's parser forgets whose options it parses
+            path = f"zimage {given[0]}"
+        line = f"{' '.join(error.format_message().split())} (see {path} -h)"
+    terminal.complain(line)
+    return 2
 
 
-@contextmanager
-def _farewells() -> Iterator[None]:
-    """Let a batch system's or a closing terminal's signal end things as tidily as Ctrl-C."""
-    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _refused_by_system(error: OSError) -> int:
+    """The line and the status for what the operating system refused and nothing nearer has put into words."""
+    place = f"{error.filename}: " if error.filename else ""
+    terminal.complain(f"{place}{error.strerror or error}")
+    if error.filename != terminal.OUTPUT:
+        return 2
+    terminal.mute_output()
+    return 1  # what was asked for is done, but could not be told
 
 
-def _say_beforehand(jobs: "list[Job]", store: "Store", fresh: bool) -> Any:
-    from zimage.lab import sweep
-    from zimage.lab.progress import forecast
+def _values(option: str, pairs: Sequence[tuple[str, str]], notebooks: "tuple[Notebook, ...]") -> dict[str, Any]:
+    """The parameters that an option gave as texts; every error names the option and the parameter."""
+    from zimage.lab.experiment import value_from_text
 
-    estimates = sweep.Estimates(store)
-    to_do = sweep.missing(jobs, store, fresh)
-    runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
-    what = (
-        f"{len(to_do)} to do, {forecast(estimates, to_do)}" if to_do else "all done already (--fresh runs them again)"
-    )
-    done = f"{len(jobs) - len(to_do)} done already, " if to_do and len(to_do) < len(jobs) else ""
-    click.echo(f"{jobs[0].experiment}: {runs}, {done}{what}")
-    return estimates
+    values: dict[str, Any] = {}
+    for name, text in _once(option, pairs).items():
+        try:
+            values[name] = value_from_text(notebooks, name, text)
+        except ExperimentError as error:
+            raise ExperimentError(f"{option} {name}: {error}") from None
+    return values
 
 
 def _once(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -370,32 +367,16 @@ def _once(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def _source(what: str, no_run: StoreError) -> Any:
+def _source(what: str, no_run: StoreError, store: "Store") -> "SourceInfo":
+    """The source that `what` names; where it names none, the error is about what it looks like."""
     from zimage import sources
 
     try:
         return sources.describe(what)
     except ZImageError as error:
-        looks_like_run = "/" not in what and set(what) <= set("0123456789abcdef")
+        experiment, _, key = what.rpartition("/")
+        looks_like_run = experiment in store.experiments() if experiment else set(key) <= set("0123456789abcdef")
         raise (no_run if looks_like_run else error) from None
-
-
-def _print(content: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else "\n".join(lines()))
-
-
-def _skipped(problems: Sequence[str]) -> None:
-    for problem in problems:
-        _complain(f"skipped: {problem}")
-
-
-def _link(page: Path) -> str:
-    """A path, or on a terminal an address to click on."""
-    return page.resolve().as_uri() if sys.stdout.isatty() else str(page)
-
-
-def _complain(line: str) -> None:
-    click.echo(f"zimage: {' '.join(line.splitlines())}", err=True)
 
 
 if __name__ == "__main__":

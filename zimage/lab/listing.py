@@ -1,11 +1,14 @@
 """What the store holds, as data for programs and as lines for people."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage.lab.progress import span
 from zimage.lab.runner import describe_failure
 from zimage.lab.store import Run, Store
+
+if TYPE_CHECKING:
+    from zimage.sources import SourceInfo
 
 
 def store_content(store: Store, names: list[str] | None = None) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def run_lines(run: Run) -> list[str]:
     return [line for line in lines if line]
 
 
-def source_content(info: Any) -> dict[str, Any]:
-    """A checkpoint source (zimage.sources.SourceInfo) without its tensors' values."""
+def source_content(info: "SourceInfo") -> dict[str, Any]:
+    """A checkpoint source without its tensors' values."""
     return {
         "source": info.source,
         "kind": info.kind,
@@ -99,7 +102,7 @@ def source_lines(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parameters(info: Any) -> int:
+def _parameters(info: "SourceInfo") -> int:
     """How many parameters the model has, those of quantized tensors counted unpacked."""
     if not info.tensors:  # made from a seed: MLX is lazy, so a model that nobody evaluates costs nothing
         import zimage

@@ -1,0 +1,81 @@
+"""Runs done for a command: what is said before and after, and the exit status."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from zimage.errors import StoreError
+from zimage.lab import dashboard, sweep
+from zimage.lab.progress import Teller, forecast, span
+from zimage.lab.runner import Job
+from zimage.lab.store import Store
+from zimage.lab.sweep import Estimates
+from zimage.terminal import complain, link, say, show
+
+
+def execute(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note: Callable[[], None]) -> int:
+    """Do the jobs, build the page, say what came out. Unless a run was started, an unwritable store is status 2."""
+    name = jobs[0].experiment
+    estimates = Estimates(store)
+    if not as_json:
+        say(_beforehand(jobs, store, fresh, estimates))
+    started = time.monotonic()
+    note()
+    teller = Teller(jobs, estimates)
+    try:
+        with _farewells(), teller:
+            outcome = sweep.sweep(jobs, store, teller, fresh)
+        pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
+        finding = dashboard.findings(store, name)
+    except KeyboardInterrupt:
+        done = len(jobs) - len(sweep.missing(jobs, store))
+        complain(
+            f"stopped: {done} of {len(jobs)} runs are done; the same command {'without --fresh ' * fresh}picks up there"
+        )
+        return 1
+    except StoreError as error:
+        complain(str(error))
+        return 2 if teller.current is None else 1
+    failed = len(outcome.failed)
+    took = f" in {span(time.monotonic() - started)}" if outcome.completed or failed else ""
+    already = f", {len(outcome.found)} done before" if outcome.found else ""
+    ended = {run.key: run for run in (*outcome.completed, *outcome.failed, *outcome.found)}
+    runs = [{"key": job.key, "status": ended[job.key].status, "notebook": job.notebook.name} for job in jobs]
+    content = {"experiment": name, "runs": runs, "finding": finding, "page": str(pages[0])}
+    said = f"{name}: {len(outcome.completed)} completed, {failed} failed{already}{took}"
+    show(content, as_json, lambda: [said, finding, f"page: {link(pages[0])}"])
+    return 1 if failed else 0
+
+
+@contextmanager
+def _farewells() -> Iterator[None]:
+    """Let a batch system's or a closing terminal's signal end things as tidily as Ctrl-C."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _beforehand(jobs: Sequence[Job], store: Store, fresh: bool, estimates: Estimates) -> str:
+    """How many runs there are, how many of them are to do, and how long that may take."""
+    to_do = sweep.missing(jobs, store, fresh)
+    runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
+    what = (
+        f"{len(to_do)} to do, {forecast(estimates, to_do)}" if to_do else "all done already (--fresh runs them again)"
+    )
+    done = f"{len(jobs) - len(to_do)} done already, " if to_do and len(to_do) < len(jobs) else ""
+    return f"{jobs[0].experiment}: {runs}, {done}{what}"
+
+
+def planned(jobs: Sequence[Job], to_do: Collection[str], store: Store, fresh: bool) -> list[str]:
+    """The runs as a dry run lists them."""
+    lines = [_beforehand(jobs, store, fresh, Estimates(store))]
+    for job in jobs:
+        shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
+        lines.append(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
+    return lines

@@ -1,0 +1,61 @@
+"""How every command speaks: results on standard output, as lines or as JSON, and the rest on standard error."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+OUTPUT = "standard output"
+
+
+def say(text: str) -> None:
+    """Print a text. An OSError of a full disk or a closed terminal names OUTPUT as its file."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        error.filename = OUTPUT
+        raise
+
+
+def show(content: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
+    """Print a result: `content` as JSON, or what `lines` makes of it."""
+    say(json.dumps(content, indent=2, ensure_ascii=False) if as_json else "\n".join(lines()))
+
+
+def skipped(problems: Sequence[str]) -> None:
+    """Tell what was left out, a line each."""
+    for problem in problems:
+        complain(f"skipped: {problem}")
+
+
+def link(page: Path) -> str:
+    """A path, or on a terminal an address to click on."""
+    return page.resolve().as_uri() if sys.stdout.isatty() else str(page)
+
+
+def complain(line: str) -> None:
+    """One line on standard error, with the command's name."""
+    click.echo(f"zimage: {' '.join(line.splitlines())}", err=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar with the time left on a terminal, nothing in a pipe; calling what it gives moves it by one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def mute_output() -> None:
+    """Send what is still to be written to standard output nowhere, as Python does it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
