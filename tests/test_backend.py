@@ -258,6 +258,14 @@ def test_doctor_mends_the_reference_blas(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "zimage[cpu]" in check.advice
 
 
+@pytest.mark.parametrize(("threads", "words"), [("1", "1 thread,"), ("2", "2 threads,")])
+def test_doctor_counts_threads(threads: str, words: str) -> None:
+    """One thread is not called threads."""
+    loaded = blas.Loaded("OpenBLAS", "0.3", int(threads), Path("libopenblas.so.0"))
+    prepared = backend.Prepared(backend.MLXBuild("cpu", "0.32.4", None), loaded, (), False, ())
+    assert words in doctor._blas(prepared, {"blas": "OpenBLAS 0.3", "blas_threads": threads}).value
+
+
 def test_doctor_of_a_broken_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A broken MLX is a failed check with its advice, and the other checks still run."""
 

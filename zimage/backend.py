@@ -108,7 +108,7 @@ def find_build() -> MLXBuild:
     Raises BackendError when there is none, when it lacks its library, or when two builds overwrote each other.
     """
     if sys.platform == "win32":
-        raise BackendError("MLX does not run on Windows itself: install zimage inside WSL2 (Ubuntu), see docs")
+        raise BackendError("MLX does not run on Windows itself: install zimage inside WSL2 (Ubuntu)")
     extra = "zimage[cpu]" if sys.platform == "linux" else "zimage"
     spec = PathFinder.find_spec("mlx")
     folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []

@@ -128,7 +128,8 @@ def _import_order(prepared: backend.Prepared) -> Check:
 
 def _blas(prepared: backend.Prepared, facts: dict[str, str]) -> Check:
     if prepared.blas is not None:
-        return Check("BLAS", "ok", f"{facts['blas']}, {facts['blas_threads']} threads, {prepared.blas.path}")
+        threads = f"{facts['blas_threads']} thread{'' if facts['blas_threads'] == '1' else 's'}"
+        return Check("BLAS", "ok", f"{facts['blas']}, {threads}, {prepared.blas.path}")
     if facts["blas"] != "reference":
         return Check("BLAS", "ok", facts["blas"])
     value = "; ".join(("MLX's reference BLAS, about 30 times slower", *prepared.blas_notes))
