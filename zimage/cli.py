@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zimage
-from zimage import terminal
 from zimage.errors import ExperimentError, InputError, StoreError, ZImageError
+from zimage.lab import terminal
 
 import click
 

@@ -12,7 +12,7 @@ from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
 from zimage.lab.sweep import Estimates
-from zimage.terminal import complain, link, say, show
+from zimage.lab.terminal import complain, link, say, show
 
 
 def execute(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note: Callable[[], None]) -> int:
