@@ -263,13 +263,18 @@ def test_cpu_model(text: str, name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert blas.cpu_model() == name
 
 
-@pytest.mark.parametrize(("running", "free"), [("1", 4), ("3", 2), ("9", 1), ("nonsense", 4)])
-def test_threads_leave_busy_cores_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, running: str, free: int
-) -> None:
+@pytest.mark.parametrize(("busy", "free"), [(0.0, 4), (0.2, 4), (1.0, 3), (2.1, 2), (9.0, 1)])
+def test_threads_leave_busy_cores_alone(monkeypatch: pytest.MonkeyPatch, busy: float, free: int) -> None:
     """Cores that other work keeps busy are not free, and one thread always remains."""
-    load = tmp_path / "loadavg"
-    load.write_text(f"0.1 0.1 0.1 {running}/200 1234\n")
-    monkeypatch.setattr(blas, "LOAD", load)
+    start = blas.time.monotonic()
+    monkeypatch.setattr(blas, "_busy_s", lambda: 100 + busy * (blas.time.monotonic() - start))
     monkeypatch.setattr(blas, "usable_cores", lambda: 4)
     assert blas.free_cores() == free
+
+
+def test_a_machine_that_does_not_tell_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a readable /proc/stat all usable cores count as free; with one, time has been worked."""
+    assert not blas.CPU_TIMES.exists() or blas._busy_s() > 0
+    monkeypatch.setattr(blas, "CPU_TIMES", tmp_path / "missing")
+    monkeypatch.setattr(blas, "usable_cores", lambda: 4)
+    assert blas.free_cores() == 4

@@ -27,7 +27,8 @@ from typing import Any
 VARIABLE = "ZIMAGE_BLAS"
 CPU_INFO = Path("/proc/cpuinfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-LOAD = Path("/proc/loadavg")  # its fourth field: threads that run or want to / threads
+CPU_TIMES = Path("/proc/stat")
+_LOOK_S = 0.04  # long enough to tell a busy core from a tick of the clock
 FORMAT = 1  # of the cached verdicts and copies; raise it when what they mean changes
 TRIAL_TIMEOUT_S = 60.0
 SLOWEST_USEFUL_FLOPS = 6e9  # the reference BLAS reaches 3 to 5 GFLOP/s: a candidate no faster than that is one too
@@ -380,13 +381,19 @@ def _limit_threads(library: ctypes.CDLL) -> None:
 
 def free_cores() -> int:
     """Usable cores less those that other work keeps busy at this moment; at least one."""
-    busy = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for _ in range(5):
-            busy.append(int(LOAD.read_text().split()[3].split("/")[0]) - 1)  # without this thread
-            time.sleep(0.001)
-    others = sorted(busy)[len(busy) // 2] if busy else 0
+    try:
+        before, start = _busy_s(), time.monotonic()
+        time.sleep(_LOOK_S)
+        others = round((_busy_s() - before) / (time.monotonic() - start))
+    except (OSError, ValueError, IndexError):
+        others = 0
     return max(1, usable_cores() - max(0, others))
+
+
+def _busy_s() -> float:
+    """Core-seconds that the machine has worked since it started, in steps of a hundredth."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(n) for n in CPU_TIMES.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def usable_cores() -> int:

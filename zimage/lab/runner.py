@@ -136,16 +136,17 @@ def _tidy_notebook(job: Job, output: Path) -> int | None:
     except (OSError, ValueError, KeyError):
         shutil.copyfile(job.notebook.path, output)  # it never came to the first cell
         return None
-    number, running = 0, None
+    number, running, unanswered = 0, None, None
     for cell in content["cells"]:
         number += not _ADDED_TAGS & set(cell["metadata"].get("tags", []))
         if any(one.get("output_type") == "error" for one in cell.get("outputs", [])):
             return number
         busy = cell["metadata"].get("execution", {})
-        unanswered = "iopub.status.busy" in busy and "shell.execute_reply" not in busy  # the kernel died in it
-        if unanswered or cell["metadata"].get("papermill", {}).get("status") in ("running", "failed"):
+        if cell["cell_type"] == "code" and unanswered is None and "shell.execute_reply" not in busy:
+            unanswered = number  # a kernel that dies may take even the word that it had begun with it
+        if cell["metadata"].get("papermill", {}).get("status") in ("running", "failed"):
             running = number
-    return running
+    return unanswered if running is None else running
 
 
 def _environment(job: Job, partial: Path) -> dict[str, str]:
