@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from zimage import backend, blas
@@ -267,9 +268,24 @@ def test_cpu_model(text: str, name: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_threads_leave_busy_cores_alone(monkeypatch: pytest.MonkeyPatch, busy: float, free: int) -> None:
     """Cores that other work keeps busy are not free, and one thread always remains."""
     start = blas.time.monotonic()
-    monkeypatch.setattr(blas, "_busy_s", lambda: 100 + busy * (blas.time.monotonic() - start))
+    monkeypatch.setattr(blas, "_others_s", lambda: 100 + busy * (blas.time.monotonic() - start))
     monkeypatch.setattr(blas, "usable_cores", lambda: 4)
     assert blas.free_cores() == free
+
+
+def test_our_own_threads_are_not_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work of this process, such as OpenBLAS's threads that spin after they start, takes no core away from it."""
+    start = time.process_time()
+    monkeypatch.setattr(blas, "_busy_s", lambda: 100 + time.process_time() - start)
+    monkeypatch.setattr(blas.time, "sleep", _spin)
+    monkeypatch.setattr(blas, "usable_cores", lambda: 4)
+    assert blas.free_cores() == 4
+
+
+def _spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
 
 
 def test_a_machine_that_does_not_tell_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

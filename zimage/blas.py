@@ -382,12 +382,17 @@ def _limit_threads(library: ctypes.CDLL) -> None:
 def free_cores() -> int:
     """Usable cores less those that other work keeps busy at this moment; at least one."""
     try:
-        before, start = _busy_s(), time.monotonic()
+        before, start = _others_s(), time.monotonic()
         time.sleep(_LOOK_S)
-        others = round((_busy_s() - before) / (time.monotonic() - start))
+        others = round((_others_s() - before) / (time.monotonic() - start))
     except (OSError, ValueError, IndexError):
         others = 0
     return max(1, usable_cores() - max(0, others))
+
+
+def _others_s() -> float:
+    """Core-seconds that all other processes have worked: OpenBLAS's own threads spin when they have just started."""
+    return _busy_s() - time.process_time()
 
 
 def _busy_s() -> float:
