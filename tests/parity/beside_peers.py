@@ -1,10 +1,11 @@
 """Time one denoising step of the small config here, in diffusers and in mflux, taking turns on this CPU in fp32.
 
-    python -m tests.parity.beside_peers [--mflux-python PYTHON] [--rounds 20] [--size 256]
+    python tests/parity/beside_peers.py [--mflux-python PYTHON] [--rounds 20] [--size 256]
 
 Each peer is a process of its own that does one step when asked. mflux pins another MLX, so it needs its own
 interpreter (a virtual environment with `pip install --no-deps mflux` and `mlx[cpu]`); without it only diffusers, from
-the parity extra, stands beside us. Every program gets the same sizes: random weights, batch 1, 32 caption tokens.
+the parity extra, stands beside us. Every program gets the same sizes: random weights, batch 1, 32 caption tokens. It
+runs as a file and not as a module, because the package of the tests gives BLAS one thread.
 """
 
 import argparse
@@ -87,10 +88,8 @@ def serve(peer: str, size: int) -> None:
 
 def _start(python: str, peer: str, size: int) -> "subprocess.Popen[str]":
     root = Path(__file__).parents[2]
-    module = str(Path(__file__).resolve()) if peer == "mflux" else "-m"
-    arguments = [python, module] if peer == "mflux" else [python, module, "tests.parity.beside_peers"]
     process = subprocess.Popen(
-        [*arguments, "--serve", peer, "--size", str(size)],
+        [python, str(Path(__file__).resolve()), "--serve", peer, "--size", str(size)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
     )  # fmt: skip
     assert process.stdout is not None

@@ -24,7 +24,7 @@ def test_the_peers_have_our_small_config() -> None:
 @pytest.mark.parity
 def test_a_step_beside_diffusers(figure: Callable[[str], None]) -> None:
     """The comparison with diffusers runs and gives both programs' times."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.parity.beside_peers", "--rounds", "9"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "parity" / "beside_peers.py"), "--rounds", "9"]
     alone = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
