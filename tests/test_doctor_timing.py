@@ -37,3 +37,15 @@ def test_nothing_else_takes_a_timing() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("perf_counter", "perf_counter_ns")
     }
     assert readers == {"measure/timing.py", "blas.py", "digits/train.py"}
+
+
+def test_measured_peaks_are_kept_for_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Peaks kept for a device are read again for it, whole; for another device, or damaged, there are none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    peaks: dict[str, float | str] = {"dtype": "float32", "matmul_flops_per_s": 1.5e11}
+    assert doctor.kept_peaks("cpu-test") is None
+    doctor.keep_peaks("cpu-test", peaks)
+    assert doctor.kept_peaks("cpu-test") == peaks
+    assert doctor.kept_peaks("another") is None
+    (tmp_path / "zimage" / "peaks-cpu-test.json").write_text("{")
+    assert doctor.kept_peaks("cpu-test") is None

@@ -27,7 +27,7 @@ class PointsAtData:
         self.data = data
         self.timesteps: list[list[float]] = []
 
-    def __call__(self, latents: mx.array, timestep: mx.array, _captions: Any) -> mx.array:
+    def __call__(self, latents: mx.array, timestep: mx.array, _captions: Any, _patch_size: Any) -> mx.array:
         assert timestep.dtype == mx.float32
         self.timesteps.append(timestep.tolist())
         return (self.data - latents) / (1 - timestep)[:, None, None, None]
@@ -70,7 +70,7 @@ def test_euler_lands_on_the_data(steps: int, shift: float) -> None:
 def test_a_step_adds_the_velocity(given: mx.Dtype, computed: mx.Dtype) -> None:
     """The model's velocity points from noise to data: a step adds (sigma - next_sigma) times it, in latents' dtype."""
 
-    def ones(latents: mx.array, _timestep: mx.array, _captions: Any) -> mx.array:
+    def ones(latents: mx.array, _timestep: mx.array, _captions: Any, _patch_size: Any) -> mx.array:
         return mx.ones(latents.shape, dtype=computed)
 
     latents = mx.zeros((1, 4, 2, 2), dtype=given)
@@ -158,3 +158,14 @@ def test_bad_arguments_of_sample_are_refused(arguments: dict[str, Any], message:
     with pytest.raises(InputError, match=message) as caught:
         scheduler.sample(model, **{"captions": CAPTIONS, "size": (8, 8), **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_several_patch_sizes_is_sampled() -> None:
+    """The patch size asked for reaches the model, and a model that has two refuses to be sampled without one."""
+    model = Transformer(TransformerConfig.tiny(all_patch_size=(1, 2), all_f_patch_size=(1, 1)))
+    captions = mx.zeros((1, 2, model.config.cap_feat_dim))
+    drawn = [scheduler.sample(model, captions, (4, 4), steps=1, patch_size=patch) for patch in (1, 2)]
+    assert [x.shape for x in drawn] == [(1, 4, 4, 4)] * 2
+    assert not mx.array_equal(*drawn)
+    with pytest.raises(InputError, match="patch_size="):
+        scheduler.sample(model, captions, (4, 4), steps=1)

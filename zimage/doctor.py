@@ -1,14 +1,16 @@
 """What `zimage doctor` checks: is this machine ready, how fast is it, and what would mend what is missing."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zimage import backend
+from zimage import backend, blas
 from zimage.errors import BackendError
 
 Status = Literal["ok", "warn", "fail"]
@@ -39,7 +41,9 @@ def checks(results: Path = Path("results")) -> list[Check]:
         prepared = backend.prepare()
         facts = backend.device_facts()
         found += [_mlx(facts), _device(facts), _import_order(prepared), _blas(prepared, facts)]
-        found += _speed(measure_peaks(), prepared, facts)
+        peaks = measure_peaks()
+        keep_peaks(facts["device"], peaks)
+        found += _speed(peaks, prepared, facts)
         found += [_memory(facts), _power(facts), _variables(facts)]
     except BackendError as error:
         what, _, advice = str(error).partition(": ")
@@ -67,6 +71,25 @@ def measure_peaks() -> dict[str, float | str]:
         "copy_bytes_per_s": bytes_per_s,
         "copy_bytes": copied,
     }
+
+
+def keep_peaks(device: str, peaks: dict[str, float | str]) -> None:
+    """Keep the peaks measured on `device` in the user's cache folder, where there is one, for the runs to come."""
+    folder = blas.cache_folder()
+    if folder is None:
+        return
+    with suppress(OSError):  # a full disk costs the runs to come their peaks, and nothing else
+        blas.write_atomically(folder / f"peaks-{device}.json", lambda draft: draft.write_text(json.dumps(peaks)))
+
+
+def kept_peaks(device: str) -> dict[str, float | str] | None:
+    """The peaks last measured on `device`; None if there are none that can be read."""
+    folder = blas.cache_folder()
+    try:
+        peaks = None if folder is None else json.loads((folder / f"peaks-{device}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return peaks if isinstance(peaks, dict) else None
 
 
 def _median_time_s(call: Callable[[], Any]) -> float:

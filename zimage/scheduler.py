@@ -29,10 +29,17 @@ def sigmas(steps: int, shift: float = 1.0) -> list[float]:
     return [float(x) for x in shift * even / (1 + (shift - 1) * even)]
 
 
-def step(model: Transformer, latents: mx.array, captions: Captions, sigma: float, next_sigma: float) -> mx.array:
+def step(
+    model: Transformer,
+    latents: mx.array,
+    captions: Captions,
+    sigma: float,
+    next_sigma: float,
+    patch_size: int | None = None,
+) -> mx.array:
     """One Euler step of latents [B, C, H, W] from `sigma` to `next_sigma`; latents stay in their own dtype."""
     timestep = mx.full((latents.shape[0],), 1.0 - sigma, dtype=mx.float32)
-    velocity = model(latents, timestep, captions)
+    velocity = model(latents, timestep, captions, patch_size)
     return latents + (sigma - next_sigma) * velocity.astype(latents.dtype)
 
 
@@ -58,11 +65,12 @@ def sample(
     shift: float = 3.0,
     seed: int = 0,
     on_step: Callable[[int, mx.array], None] | None = None,
+    patch_size: int | None = None,
 ) -> mx.array:
     """Latents [B, C, *size] in fp32, denoised from seeded noise by Euler steps; one item for each caption.
 
     `size` counts latent rows and columns. `on_step(i, latents)` is called after step i, with evaluated latents.
-    Raises InputError for bad steps, shift or shapes.
+    `patch_size` may be left out where the model has one. Raises InputError for bad steps, shift or shapes.
     """
     several = captions.ndim > 0 if isinstance(captions, mx.array) else isinstance(captions, (list, tuple))
     if not several or len(captions) < 1:
@@ -71,7 +79,7 @@ def sample(
     levels = sigmas(steps, shift)
     latents = noise(model, batch, size, seed)
     for i, (sigma, next_sigma) in enumerate(_pairs(levels)):
-        latents = step(model, latents, captions, sigma, next_sigma)
+        latents = step(model, latents, captions, sigma, next_sigma, patch_size)
         mx.eval(latents)
         if on_step is not None:
             on_step(i, latents)

@@ -68,12 +68,7 @@ def fuse_qkv(model: Transformer) -> Transformer:
 
     Raises InputError where the three projections are quantized differently.
     """
-    fused = clone(model)
-    for _, block in blocks(fused):
-        if not isinstance(block.attention, FusedQKVAttention):
-            block.attention = FusedQKVAttention(block.attention)
-    mx.eval(fused.parameters())
-    return fused
+    return _fuse(model, "attention", FusedQKVAttention)
 
 
 def fuse_gate_up(model: Transformer) -> Transformer:
@@ -81,12 +76,17 @@ def fuse_gate_up(model: Transformer) -> Transformer:
 
     Raises InputError where the two projections are quantized differently.
     """
-    fused = clone(model)
-    for _, block in blocks(fused):
-        if not isinstance(block.feed_forward, FusedGateUpFeedForward):
-            block.feed_forward = FusedGateUpFeedForward(block.feed_forward)
-    mx.eval(fused.parameters())
-    return fused
+    return _fuse(model, "feed_forward", FusedGateUpFeedForward)
+
+
+def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:
+    """The model with the module called `part` of every block in its fused form."""
+    new = clone(model)
+    for _, block in blocks(new):
+        if not isinstance(block[part], fused):
+            block[part] = fused(block[part])
+    mx.eval(new.parameters())
+    return new
 
 
 def unfuse(model: Transformer) -> Transformer:

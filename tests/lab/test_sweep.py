@@ -90,6 +90,7 @@ def test_a_completed_run(swept: Store) -> None:
     assert run.parameters["batch"] == 1
     assert run.notebook == "notebooks/a.ipynb"
     assert run.meta["environment"] == FACTS
+    assert "peaks" in run.meta  # what the doctor last measured on this device, or null
     assert run.meta["weights"] is None
     assert set(run.meta["digests"]) == {"notebook", "sources"}
     assert run.meta["duration_s"] > 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import zimage
+from zimage import doctor
 from zimage.lab import keys
 from zimage.lab.notebook import Notebook
 from zimage.lab.recording import append_rows
@@ -72,6 +73,7 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
             "parameters": job.parameters,
             "device": job.facts["device"],
             "environment": job.facts,
+            "peaks": doctor.kept_peaks(job.facts["device"]),
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
             "started": started.isoformat(timespec="seconds"),
