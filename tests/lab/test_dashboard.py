@@ -251,12 +251,13 @@ def hostile_store(root: Path) -> Path:
         "samples": fabricated.samples(HOSTILE),
     }
     strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)
-    facts = {HOSTILE: HOSTILE}
+    facts, weights = {HOSTILE: HOSTILE}, dict.fromkeys(("source", "kind", "digest"), HOSTILE)
     for key, status in (("a1", "completed"), ("b2", "completed"), ("c3", "failed")):
         meta = {"parameters": {HOSTILE: HOSTILE, "n": key}, "environment": facts, "versions": facts, "error": HOSTILE}
         drawn = {"p": (fabricated.picture(0, 0.0), HOSTILE)}
-        fabricated.add_run(root, "e", key, tables, drawn, status=status, weights=facts, **strings, **meta)
+        fabricated.add_run(root, "e", key, tables, drawn, status=status, weights=weights, **strings, **meta)
     fabricated.add_experiment(root, "e", HOSTILE, ["a1", "b2", "c3"])
+    assert len(Store(root).runs("e")) == 3  # what the store refuses to read would attack nothing
     return root
 
 
