@@ -21,7 +21,7 @@ ROWS = (
     {"kernels", "rope", "patchify"},
     {"transformer"},
     {"transforms"},
-    {"weights", "sources"},
+    {"weights", "sources", "hub"},
     {"pipeline", "digits", "scheduler", "inputs"},
     {"analysis"},
     {"lab"},
@@ -29,7 +29,7 @@ ROWS = (
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
-WITHOUT_MLX = ("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "sources")
+WITHOUT_MLX = ("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "sources", "hub")
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zimage
-from zimage.errors import ExperimentError, InputError, StoreError, ZImageError
+from zimage.errors import DownloadError, ExperimentError, InputError, StoreError, ZImageError
 from zimage.lab import terminal
 
 import click
@@ -183,6 +183,31 @@ def convert(source: str, directory: Path, dtype: str | None, quantization: str |
 
 
 @cli.command()
+@click.argument("repository", metavar="REPOSITORY")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit; main if left out.")
+@_as_json
+def fetch(repository: str, revision: str | None, as_json: bool) -> None:
+    """Download the transformer of REPOSITORY, and only that, from the Hugging Face hub into its cache.
+
+    REPOSITORY is org/name, or org/name@REV. What was downloaded before is not downloaded again, also of a file that
+    was not finished.
+    """
+    from zimage import hub
+
+    plan = hub.plan(repository, revision)
+    size = f"{plan.name}: {len(plan.files)} file{'s' * (len(plan.files) > 1)}, {plan.bytes:,} bytes"
+    to_come = plan.missing_bytes
+    terminal.note(f"{size}, {to_come:,} of them to download to {plan.cache}")
+    with terminal.transfer(plan.name, to_come) as on:
+        folder = hub.download(plan, on)
+    content = {
+        "source": plan.name, "commit": plan.commit, "files": [file.name for file in plan.files], "bytes": plan.bytes,
+        "downloaded_bytes": to_come, "folder": str(folder),
+    }  # fmt: skip
+    terminal.show(content, as_json, lambda: [f"{size}, in {folder}; `zimage show {plan.name}` describes it"])
+
+
+@cli.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--source", default="digits", show_default=True, help="The model that draws.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Euler steps.")
@@ -332,7 +357,7 @@ def _explain(error: Exception, given: Sequence[str]) -> int:
             path = f"zimage {given[0]}"
         line = f"{' '.join(error.format_message().split())} (see {path} -h)"
     terminal.complain(line)
-    return 2
+    return 1 if isinstance(error, DownloadError) else 2
 
 
 def _refused_by_system(error: OSError) -> int:

@@ -13,6 +13,10 @@ class WeightsError(ZImageError):
     """A checkpoint cannot be found, read, or does not hold the tensors its configuration asks for."""
 
 
+class DownloadError(WeightsError):
+    """A download was asked for rightly and failed: the network, the server or the disk."""
+
+
 class InputError(ZImageError):
     """A model, transform or scheduler was called with shapes or values it does not accept."""
 

@@ -56,6 +56,28 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+@contextmanager
+def transfer(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, speed and the time left on a terminal, nothing in a pipe; what it gives takes bytes moved."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda moved: bar.advance(task, moved)
+
+
+def note(line: str) -> None:
+    """One line on standard error before long work, for who watches: nothing in a pipe."""
+    if sys.stderr.isatty():
+        click.echo(line, err=True)
+
+
 def mute_output() -> None:
     """Send what is still to be written to standard output nowhere, as Python does it once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
