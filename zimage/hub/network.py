@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import zimage
 from zimage.errors import DownloadError, WeightsError
 from zimage.hub.cache import MAIN, Plan, RemoteFile, cache_folder, size_of
 from zimage.sources import plain
@@ -95,7 +96,7 @@ def _headers() -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     try:
-        headers: dict[str, str] = build_hf_headers(library_name="zimage")
+        headers: dict[str, str] = build_hf_headers(library_name="zimage", library_version=zimage.__version__)
     except Exception as error:  # it may ask another service for a token, and fails as that does
         raise WeightsError(f"no token could be had ({type(error).__name__}); `hf auth login` or set HF_TOKEN") from None
     if not all(" " <= c <= "~" for c in headers.get("authorization", "")):
@@ -137,7 +138,7 @@ def receive(plan: Plan, file: RemoteFile, advance: Callable[[int], None]) -> str
     from huggingface_hub.errors import HTTPError
 
     partial = plan.partial(file)
-    if size_of(partial) > file.size:
+    if partial.is_symlink() or size_of(partial) > file.size:
         partial.unlink()
     url = hf_hub_url(plan.repository, file.name, revision=plan.commit, endpoint=_endpoint())
     waits = iter(_WAITS_S)
