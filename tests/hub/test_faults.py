@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from tests.hub.making import NAME, SHARD_BYTES, SHARDS, TOKEN, blobs, cache, fai
 from tests.hub.server import CHUNK, Hub, blob_id
 from tests.test_cli import zimage
 from zimage import hub, sources
+from zimage.hub import fetching
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
 
 # Interrupted, damaged, full
 
@@ -117,7 +120,7 @@ def test_damaged_files_are_removed(name: str, server: Hub, sharded: Path) -> Non
 
 
 def test_left_overs_that_cannot_be_right_are_replaced(sharded: Path) -> None:
-    """A partial file that is longer than the whole or a link, and a complete one of the wrong length, do not survive a fetch."""
+    """A partial file that is too long or a link, and a complete one of the wrong length, do not survive a fetch."""
     digests = [hashlib.sha256((sharded / "transformer" / name).read_bytes()).hexdigest() for name in SHARDS]
     blobs().mkdir(parents=True)
     (blobs() / f"{digests[0]}.incomplete").write_bytes(b"x" * (SHARD_BYTES + 1))
@@ -142,7 +145,7 @@ def test_too_little_space_is_said_before_anything_large_comes(
     hub.fetch(NAME)
 
 
-def test_a_write_that_fails_costs_one_line_and_nothing_that_came(server: Hub, sharded: Path) -> None:
+def test_a_write_that_fails_costs_one_line_and_nothing_that_came(server: Hub) -> None:
     """Where the system takes no more bytes, as on a full disk, one line says so and the next fetch continues."""
     limit = 20 * CHUNK
 
@@ -166,16 +169,24 @@ def test_a_cache_that_is_no_folder_is_named() -> None:
     assert str(cache()) in failed(NAME)
 
 
-def test_two_fetches_do_not_write_one_file(sharded: Path) -> None:
-    """While another process downloads a file, a second fetch of it is refused; afterwards it does not download it."""
-    from huggingface_hub.utils import WeakFileLock
-
-    digest = hashlib.sha256((sharded / "transformer" / SHARDS[0]).read_bytes()).hexdigest()
+def test_two_fetches_do_not_write_one_file(monkeypatch: pytest.MonkeyPatch, server: Hub, sharded: Path) -> None:
+    """What another process downloads at the moment is refused, and once that has finished it, not downloaded again."""
+    data = (sharded / "transformer" / SHARDS[0]).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
     lock = cache() / ".locks" / "models--org--z-image" / f"{digest}.lock"
     lock.parent.mkdir(parents=True)
     with WeakFileLock(lock):
         assert f"another process is downloading transformer/{SHARDS[0]}" in failed(NAME)
-    hub.fetch(NAME)
+    monkeypatch.setattr(fetching, "_LOCK_TIMEOUT_S", 30)
+    with ThreadPoolExecutor() as other:
+        with WeakFileLock(lock):
+            waiting = other.submit(hub.fetch, NAME)
+            while not server.sent("model_index.json"):
+                time.sleep(0.01)
+            time.sleep(0.05)
+            (blobs() / digest).write_bytes(data)
+        assert files_in(waiting.result() / "transformer") == {"config.json", INDEX, *SHARDS}
+    assert server.sent(SHARDS[0]) == []
 
 
 # Refusals of the hub, and no hub at all
@@ -340,6 +351,15 @@ def test_the_command_says_what_is_there_and_how_to_use_it(server: Hub, capfd: py
     assert (told["bytes"], told["downloaded_bytes"]) == (plan.bytes, 0)
     assert (told["commit"], told["folder"]) == (plan.commit, str(plan.snapshot))
     assert len(told["files"]) == 6
+
+
+def test_the_library_says_nothing_itself(server: Hub) -> None:
+    """Warnings that the server sends, and the library logs, do not reach the terminal: an error stays one line."""
+    server.api_status = 500
+    with command("fetch", NAME) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert re.fullmatch(r"zimage: [^\n]+status 500[^\n]+\n", err), err
 
 
 def test_a_terminal_is_shown_the_progress(server: Hub) -> None:
