@@ -515,8 +515,9 @@ def _damaged_tensors(rng: random.Random, tensors: dict[str, Array]) -> None:
     elif kind == 3:
         tensors[name] = rng.choice([value.T.copy(), value[:-1].copy(), value[None]] if value.ndim else [value[None]])
     elif kind == 4:
-        value.flat[rng.randrange(value.size) if value.size else slice(0)] = rng.choice([np.nan, np.inf, 0, 3e38])
-        tensors[name] = value
+        flat = value.astype("<f4").ravel()
+        flat[rng.randrange(1 + flat.size) :][:1] = rng.choice([np.nan, np.inf, 0, 3e38])
+        tensors[name] = flat.reshape(value.shape)
     elif kind == 5:
         tensors |= {name: value, rng.choice(list(STYLES.values()))(QUERY.replace("1", "0"))[rng.randrange(3)]: value}
     # else it stays away
