@@ -99,7 +99,7 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
     """
     updates = adapters.read_all(files, model.config)
     new = clone(model)
-    refuse = []
+    to_fuse = []
     for path, block in blocks(new):
         for part, fused, names in (
             ("attention", FusedQKVAttention, ("to_q", "to_k", "to_v")),
@@ -107,7 +107,7 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
         ):
             if isinstance(block[part], fused) and any(f"{path}.{part}.{name}" in updates for name in names):
                 block[part] = block[part].unfused()
-                refuse.append((block, part, fused))
+                to_fuse.append((block, part, fused))
 
     def adapted(path: str, layer: nn.Module) -> nn.Module:
         if path not in updates:
@@ -120,7 +120,7 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
         return changed
 
     new.update_modules(tree_map_with_path(adapted, new.leaf_modules(), is_leaf=nn.Module.is_module))
-    for block, part, fused in refuse:
+    for block, part, fused in to_fuse:
         block[part] = fused(block[part])
     mx.eval(new.parameters())
     return new
