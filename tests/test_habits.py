@@ -16,12 +16,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
-    {"config", "errors"},
+    {"config", "errors", "quantization"},
+    {"hub"},
+    {"sources"},
+    {"adapters"},
     {"measure", "backend", "blas", "doctor"},
     {"kernels", "rope", "patchify"},
     {"transformer"},
     {"transforms"},
-    {"weights", "sources", "hub"},
+    {"weights"},
     {"pipeline", "digits", "scheduler", "inputs"},
     {"analysis"},
     {"lab"},
@@ -29,7 +32,10 @@ ROWS = (
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
-WITHOUT_MLX = ("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "sources", "hub")
+WITHOUT_MLX = (
+    *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples"),
+    *("quantization", "sources", "hub", "adapters"),
+)
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000
 

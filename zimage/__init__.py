@@ -18,6 +18,7 @@ _HOMES = {
     "sample": "zimage.scheduler",
 }
 _MODULES = (
+    "adapters",
     "analysis",
     "config",
     "digits",

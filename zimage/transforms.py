@@ -4,10 +4,12 @@ Each returns a new model that shares the arrays it did not touch, and leaves its
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from zimage import adapters
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
@@ -61,6 +63,91 @@ class FusedGateUpFeedForward(FeedForward):
         _adopt(plain, self, without=("w13",))
         plain.w1, plain.w3 = _split_rows(self.w13, [self.w13.weight.shape[0] // 2] * 2)
         return plain
+
+
+class AdaptedLinear(QuantizedLinear):
+    """A quantized layer with a low-rank update beside it: y = layer(x) + (x lora_down^T) lora_up^T.
+
+    lora_down [R, in] and lora_up [out, R] hold several updates one after the other; the layer is otherwise as it was.
+    `ranks` says how R is shared out to the projections that were fused into this layer.
+    """
+
+    def __init__(self, layer: QuantizedLinear, down: mx.array, up: mx.array, ranks: tuple[int, ...] = ()) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, layer, without=())
+        self.lora_down, self.lora_up = down, up
+        self.freeze()
+        object.__setattr__(self, "ranks", ranks)  # MLX would take a tuple for parameters
+
+    def __call__(self, x: mx.array) -> mx.array:
+        inner = x @ self.lora_down.T.astype(x.dtype)
+        return super().__call__(x) + inner @ self.lora_up.T.astype(x.dtype)
+
+    def without_update(self) -> QuantizedLinear:
+        """The quantized layer alone."""
+        layer = QuantizedLinear.__new__(QuantizedLinear)
+        _adopt(layer, self, without=("lora_down", "lora_up"))
+        return layer
+
+
+def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Transformer:
+    """The model with LoRA adapters, (file, scale) pairs whose effects add up.
+
+    Floating-point weights take the update in, and cost what they did; beside quantized ones it stays as two thin
+    matrices of the model's dtype. Raises WeightsError for a file that is no LoRA of this model and InputError for a
+    scale that is not finite.
+    """
+    updates = adapters.read_all(files, model.config)
+    new = clone(model)
+    to_fuse = []
+    for path, block in blocks(new):
+        for part, fused, names in (
+            ("attention", FusedQKVAttention, ("to_q", "to_k", "to_v")),
+            ("feed_forward", FusedGateUpFeedForward, ("w1", "w3")),
+        ):
+            if isinstance(block[part], fused) and any(f"{path}.{part}.{name}" in updates for name in names):
+                block[part] = block[part].unfused()
+                to_fuse.append((block, part, fused))
+
+    def adapted(path: str, layer: nn.Module) -> nn.Module:
+        if path not in updates:
+            return layer
+        if isinstance(layer, nn.QuantizedLinear):
+            return _beside(layer, updates[path], model.dtype)
+        changed = clone(layer)
+        changed.weight = merged(layer.weight, updates[path])
+        mx.eval(changed.weight)  # now, or all layers' updates would be in memory at once
+        return changed
+
+    new.update_modules(tree_map_with_path(adapted, new.leaf_modules(), is_leaf=nn.Module.is_module))
+    for block, part, fused in to_fuse:
+        block[part] = fused(block[part])
+    mx.eval(new.parameters())
+    return new
+
+
+def merged(weight: mx.array, updates: Sequence[adapters.Update]) -> mx.array:
+    """A weight [out, in] with updates added in fp32 and rounded once to its dtype, not yet computed.
+
+    The updates' values are read when this is called.
+    """
+    wide = weight.astype(mx.float32)
+    for update in updates:
+        down, up = update.values()
+        wide = mx.addmm(wide, mx.array(up), mx.array(down))
+    return wide.astype(weight.dtype) if updates else weight
+
+
+def _beside(layer: Any, updates: Sequence[adapters.Update], dtype: mx.Dtype) -> AdaptedLinear:
+    """A quantized layer with these updates beside it, after those that it has."""
+    downs, ups = [], []
+    if isinstance(layer, AdaptedLinear):
+        downs, ups, layer = [layer.lora_down], [layer.lora_up], layer.without_update()
+    for update in updates:
+        down, up = update.values()
+        downs.append(mx.array(down).astype(dtype))
+        ups.append(mx.array(up).astype(dtype))
+    return AdaptedLinear(layer, mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=1))
 
 
 def fuse_qkv(model: Transformer) -> Transformer:
@@ -222,24 +309,44 @@ def _stack_rows(layers: list[Any]) -> Any:
                 "projections of one fused group must be stored alike, "
                 f"found {_kind(first)} beside {_kind(other)}; quantize them the same way or not at all"
             )
-    fused = clone(first)
-    for name, array in first.items():
+    bare = [_bare(layer) for layer in layers]
+    fused = clone(bare[0])
+    for name, array in fused.items():
         if isinstance(array, mx.array):
-            fused[name] = mx.concatenate([layer[name] for layer in layers], axis=0)
-    return fused
+            fused[name] = mx.concatenate([layer[name] for layer in bare], axis=0)
+    ranks = [layer.lora_down.shape[0] if isinstance(layer, AdaptedLinear) else 0 for layer in layers]
+    if not any(ranks):
+        return fused
+    # Each part's output takes its own part of the inner activations only: a block-diagonal lora_up.
+    downs = [layer.lora_down for layer in layers if isinstance(layer, AdaptedLinear)]
+    ups, before = [], 0
+    for layer, rank in zip(layers, ranks, strict=True):
+        up = layer.lora_up if rank else mx.zeros((layer.scales.shape[0], 0), downs[0].dtype)
+        ups.append(mx.pad(up, [(0, 0), (before, sum(ranks) - before - rank)]))
+        before += rank
+    return AdaptedLinear(fused, mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=0), tuple(ranks))
 
 
 def _split_rows(fused: Any, rows: list[int]) -> list[Any]:
     """The linear layers that `_stack_rows` made one of, with `rows` outputs each."""
-    ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+    bare, ranks = _bare(fused), fused.ranks if isinstance(fused, AdaptedLinear) else (0,) * len(rows)
     layers = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        layer = clone(fused)
-        for name, array in fused.items():
+    row = column = 0
+    for count, rank in zip(rows, ranks, strict=True):
+        layer = clone(bare)
+        for name, array in bare.items():
             if isinstance(array, mx.array):
-                layer[name] = array[start:end]
+                layer[name] = array[row : row + count]
+        if rank:
+            inner = slice(column, column + rank)
+            layer = AdaptedLinear(layer, fused.lora_down[inner], fused.lora_up[row : row + count, inner])
         layers.append(layer)
+        row, column = row + count, column + rank
     return layers
+
+
+def _bare(layer: Any) -> Any:
+    return layer.without_update() if isinstance(layer, AdaptedLinear) else layer
 
 
 def _kind(layer: Any) -> str:
@@ -269,5 +376,14 @@ def quantization_of(model: Transformer) -> dict[str, Any] | None:
 
 
 def tensors(model: Transformer) -> dict[str, mx.array]:
-    """The model's arrays by published name; quantized layers add `.scales` and `.biases`."""
+    """The model's arrays by published name; quantized layers add `.scales` and `.biases`.
+
+    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold.
+    """
+    adapted = [path for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
+    if adapted:
+        raise InputError(
+            f"{adapted[0]} has a LoRA update beside its quantized weights, which no checkpoint can hold; merge it into "
+            "floating-point weights first: zimage convert SOURCE DIR --lora FILE --quantization NAME"
+        )
     return dict(tree_flatten(unfuse(model).parameters()))
