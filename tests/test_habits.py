@@ -17,14 +17,13 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "quantization"},
-    {"hub"},
-    {"sources"},
-    {"adapters"},
     {"measure", "backend", "blas", "doctor"},
+    {"sources", "hub"},
+    {"adapters"},
     {"kernels", "rope", "patchify"},
     {"transformer"},
     {"transforms"},
-    {"weights"},
+    {"saving", "weights"},
     {"pipeline", "digits", "scheduler", "inputs"},
     {"analysis"},
     {"lab"},

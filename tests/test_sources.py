@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import CONFIG, INDEX, SINGLE, write_config, write_index, write_raw, write_sharded, write_single
+from tests.checkpoints import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    tensors,
+    write_config,
+    write_index,
+    write_raw,
+    write_sharded,
+    write_single,
+)
 from zimage import sources
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, WeightsError, ZImageError
@@ -19,6 +29,19 @@ from safetensors.numpy import save_file
 VALUES = {f"part.{i}.weight": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(5)}
 FIRST = "part.0.weight"
 SHARD = "diffusion_pytorch_model-00001-of-00003.safetensors"
+
+
+def write_packed(folder: Path) -> Path:
+    """A checkpoint whose query projection is packed, 4 bits in groups of 32, with no entry in its config."""
+    values = tensors()
+    rows = CONFIG.dim
+    name = "layers.0.attention.to_q"
+    packed = {
+        f"{name}.weight": np.arange(rows * 8, dtype=np.uint32).reshape(rows, 8),
+        f"{name}.scales": np.ones((rows, 2), np.float32),
+        f"{name}.biases": np.zeros((rows, 2), np.float32),
+    }
+    return write_single(folder, {**values, **packed})
 
 
 def refused(source: str | Path, *words: str) -> str:
@@ -109,9 +132,14 @@ def test_label_embeddings_beside_the_config_are_found(tmp_path: Path) -> None:
 def test_a_quantization_entry_and_a_synthetic_label_are_told(tmp_path: Path) -> None:
     """What config.json says of packing and of the weights' kind is in the description."""
     write_single(tmp_path, VALUES)
-    write_config(tmp_path, quantization={"bits": 4}, _weights_kind="synthetic")
+    write_config(tmp_path, _weights_kind="synthetic")
     info = sources.describe(tmp_path)
-    assert (info.quantization, info.kind) == ({"bits": 4}, "synthetic")
+    assert (info.quantization, info.kind) == (None, "synthetic")
+    packed = write_packed(tmp_path / "packed")
+    entry = {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert sources.describe(packed).quantization == entry
+    write_config(packed, quantization={"bits": 8, "group_size": 64})
+    assert sources.describe(packed).quantization == {"group_size": 64, "bits": 8, "mode": "affine"}
 
 
 @pytest.mark.parametrize(
@@ -131,8 +159,9 @@ def test_an_unknown_source_is_told_what_there_is() -> None:
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     """A folder without config.json is named and told where the file is looked for."""
-    save_file(VALUES, tmp_path / SINGLE)
     refused(tmp_path, str(tmp_path), "no config.json", "transformer/")
+    save_file(VALUES, tmp_path / SINGLE)
+    refused(tmp_path, str(tmp_path), "no config.json", "do not tell the config")
     refused(tmp_path / SINGLE, str(tmp_path / SINGLE), "no config.json beside it")
 
 
@@ -169,7 +198,7 @@ def test_a_folder_of_pickles_says_so(tmp_path: Path) -> None:
     """A folder that holds only a pickle names it and says that pickles are not read."""
     write_config(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    refused(tmp_path, "diffusion_pytorch_model.bin", "no pickles")
+    refused(tmp_path, "diffusion_pytorch_model.bin", "a pickle can run code")
 
 
 def test_an_index_that_names_an_absent_file_is_refused(tmp_path: Path) -> None:
@@ -386,7 +415,7 @@ def test_the_digest_changes_with_any_tensor(change: dict[str, Any], tmp_path: Pa
     assert sources.describe(write_single(tmp_path / "b", VALUES | change)).digest != before
 
 
-@pytest.mark.parametrize("change", [{"norm_eps": 2e-5}, {"t_scale": 999.0}, {"quantization": {"bits": 4}}])
+@pytest.mark.parametrize("change", [{"norm_eps": 2e-5}, {"t_scale": 999.0}])
 def test_the_digest_changes_with_the_config(change: dict[str, Any], tmp_path: Path) -> None:
     """Another config value gives another digest; keys that start with an underscore don't matter."""
     folder = write_single(tmp_path, VALUES)

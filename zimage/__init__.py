@@ -14,7 +14,7 @@ _HOMES = {
     "TransformerConfig": "zimage.config",
     "Transformer": "zimage.transformer",
     "load_transformer": "zimage.weights",
-    "save_transformer": "zimage.weights",
+    "save_transformer": "zimage.saving",
     "sample": "zimage.scheduler",
 }
 _MODULES = (
@@ -28,7 +28,9 @@ _MODULES = (
     "lab",
     "measure",
     "patchify",
+    "quantization",
     "rope",
+    "saving",
     "scheduler",
     "sources",
     "transformer",
@@ -39,10 +41,10 @@ __all__ = ["__version__", "backend", *_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zimage.config import TransformerConfig as TransformerConfig
+    from zimage.saving import save_transformer as save_transformer
     from zimage.scheduler import sample as sample
     from zimage.transformer import Transformer as Transformer
     from zimage.weights import load_transformer as load_transformer
-    from zimage.weights import save_transformer as save_transformer
 
 
 # Before MLX is imported, by us or by the caller: its BLAS and its environment variables cannot be changed afterwards.

@@ -4,9 +4,11 @@ Exit 0: done; 1: it ran and something failed, or was stopped; 2: it was asked wr
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,17 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.
 _quantization = click.option(
     "--quantization", metavar="NAME", help="Pack the weights: 2bit to 6bit, 8bit, 4bit-g32, mxfp4, nvfp4, mxfp8."
 )
+
+
+def _adapters(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[tuple[Path, float]]:
+    from zimage import adapters
+
+    return [adapters.parse(text) for text in texts]
+
+
+_lora = click.option("--lora", multiple=True, callback=_adapters, metavar="FILE[:SCALE]",
+                     help="Apply a LoRA adapter; may be repeated.")  # fmt: skip
+_check_values = click.option("--check-values", is_flag=True, help="Refuse weights with NaN or infinity.")
 _fresh = click.option("--fresh", is_flag=True, help="Run again what is done already.")
 
 
@@ -172,13 +185,26 @@ def show(what: str, as_json: bool, results: Path) -> None:
 @click.argument("directory", type=_Path(), metavar="DIR")
 @click.option("--dtype", metavar="NAME", help="bfloat16 or float32; as suits the device if left out.")
 @_quantization
-def convert(source: str, directory: Path, dtype: str | None, quantization: str | None) -> None:
-    """Load SOURCE, change it as asked, and save it in the new folder DIR as safetensors with a config.json."""
+@_lora
+@_check_values
+def convert(
+    source: str, directory: Path, dtype: str | None, quantization: str | None, lora: list[tuple[Path, float]],
+    check_values: bool,
+) -> None:  # fmt: skip
+    """Load SOURCE, change it as asked, and save it in the new folder DIR as safetensors with a config.json.
+
+    Only one tensor is in memory at a time, so a model can be packed that does not fit unpacked.
+    """
     from zimage import sources, weights
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a half-written folder is removed
     started = time.monotonic()
-    info = sources.describe(weights.convert(source, directory, dtype, quantization))
-    took = time.monotonic() - started
+    with ExitStack() as stack:
+        weights.convert(
+            source, directory, dtype, quantization, lora, check_values,
+            lambda total: stack.enter_context(terminal.transfer(f"writing {directory}", total)),
+        )  # fmt: skip
+    info, took = sources.describe(directory), time.monotonic() - started
     terminal.say(f"{directory}: {len(info.tensors)} tensors, {info.bytes:,} bytes, in {took:.1f} s")
 
 
@@ -214,11 +240,13 @@ def fetch(repository: str, revision: str | None, as_json: bool) -> None:
 @click.option("--shift", type=float, default=1.0, show_default=True, help="Shift of the noise levels.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise to start from.")
 @_quantization
+@_lora
+@_check_values
 @click.option("--out", type=_Path(), metavar="FILE.png",
               help="The picture's file; digits-LABELS.png if left out.")  # fmt: skip
 def generate(
     prompts: tuple[str, ...], source: str, steps: int, shift: float, seed: int, quantization: str | None,
-    out: Path | None,
+    lora: list[tuple[Path, float]], check_values: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Draw PROMPT as a PNG. A prompt of a digits model is a label, such as 7; several are drawn as one grid."""
     from zimage import digits, scheduler, sources, weights
@@ -240,7 +268,7 @@ def generate(
     with terminal.progress(
         f"drawing {len(labels)} digit{'s' * (len(labels) > 1)}", steps * digits.batches(len(labels))
     ) as on:
-        model = weights.load_transformer(source, quantization=quantization)
+        model = weights.load_transformer(source, None, quantization, lora, check_values)
         drawn = digits.draw(model, labels, steps, shift, seed, on, table)
     pixels = Image.fromarray(picture.grid(drawn.images, scale=32))
     write_atomically(path, lambda draft: pixels.save(draft, format="PNG"), "choose another file with --out")

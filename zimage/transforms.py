@@ -3,15 +3,14 @@
 Each returns a new model that shares the arrays it did not touch, and leaves its argument as it was.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from zimage import adapters
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
+from zimage.quantization import Quantization, entry
 from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
 
 import mlx.core as mx
@@ -187,29 +186,6 @@ def unfuse(model: Transformer) -> Transformer:
     return plain
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are packed: MLX's `mode`, bits a weight, and how many weights of a row share one scale."""
-
-    mode: str
-    bits: int
-    group_size: int
-
-    @classmethod
-    def parse(cls, name: str) -> "Quantization":
-        """From a name such as "4bit", "8bit-g32" or "mxfp4". Raises InputError for any other."""
-        fixed = {"mxfp4": ("mxfp4", 4, 32), "nvfp4": ("nvfp4", 4, 16), "mxfp8": ("mxfp8", 8, 32)}
-        if isinstance(name, str) and name in fixed:
-            return cls(*fixed[name])
-        match = re.fullmatch(r"([234568])bit(?:-g(32|64|128))?", name) if isinstance(name, str) else None
-        if match is None:
-            raise InputError(
-                f"unknown quantization {name!r}; known are 2bit, 3bit, 4bit, 5bit, 6bit, 8bit (group 64, or with -g32, "
-                "-g64, -g128), mxfp4, nvfp4, mxfp8"
-            )
-        return cls("affine", int(match[1]), int(match[2] or 64))
-
-
 def quantize(model: Transformer, quantization: str) -> Transformer:
     """The linear layers of all blocks with packed weights; embedders, norms and the final layer stay as they are.
 
@@ -219,18 +195,24 @@ def quantize(model: Transformer, quantization: str) -> Transformer:
     """
     wanted = Quantization.parse(quantization)
     quantized = clone(model)
-    for path, block in blocks(quantized):
+    require_packable(quantized, wanted)
+    for _, block in blocks(quantized):
+        pack(block, lambda _path, _linear: wanted)
+        mx.eval(block.parameters())
+    return quantized
+
+
+def require_packable(model: Transformer, wanted: Quantization) -> None:
+    """Raise InputError where a linear layer of a block is packed already or the group does not divide its width."""
+    for path, block in blocks(model):
         for name, linear in block.named_modules():
             if isinstance(linear, nn.QuantizedLinear):
                 raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
             if isinstance(linear, nn.Linear) and linear.weight.shape[1] % wanted.group_size:
                 raise InputError(
                     f"{path}.{name}: input width {linear.weight.shape[1]} is not divisible by the group size "
-                    f"{wanted.group_size} of {quantization}; use a smaller group"
+                    f"{wanted.group_size} of {wanted}; use a smaller group"
                 )
-        pack(block, lambda _path, _linear: wanted)
-    mx.eval(quantized.parameters())
-    return quantized
 
 
 def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | None]) -> None:
@@ -239,13 +221,16 @@ def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | No
     `choose` is given a layer's path below `module` and the layer. Raises ValueError where MLX cannot pack it so.
     """
 
-    def packed(path: str, layer: nn.Module) -> nn.Module:
+    def chosen(path: str, layer: nn.Module) -> nn.Module:
         wanted = choose(path, layer) if isinstance(layer, nn.Linear) else None
-        if wanted is None:
-            return layer
-        return QuantizedLinear.from_linear(layer, wanted.group_size, wanted.bits, mode=wanted.mode)
+        return layer if wanted is None else packed(layer, wanted)
 
-    module.update_modules(tree_map_with_path(packed, module.leaf_modules(), is_leaf=nn.Module.is_module))
+    module.update_modules(tree_map_with_path(chosen, module.leaf_modules(), is_leaf=nn.Module.is_module))
+
+
+def packed(linear: nn.Linear, wanted: Quantization) -> QuantizedLinear:
+    """The layer with packed weights, unevaluated. Raises ValueError where MLX cannot pack it so."""
+    return QuantizedLinear.from_linear(linear, wanted.group_size, wanted.bits, mode=wanted.mode)
 
 
 def cast(model: Transformer, dtype: str) -> Transformer:
@@ -364,15 +349,13 @@ def quantization_of(model: Transformer) -> dict[str, Any] | None:
 
     None where no layer is quantized.
     """
-    found = {
-        path: {"group_size": m.group_size, "bits": m.bits, "mode": m.mode}
-        for path, m in model.named_modules()
-        if isinstance(m, nn.QuantizedLinear)
-    }
-    if not found:
-        return None
-    common = next(iter(found.values()))
-    return {**common, **{path: entry for path, entry in found.items() if entry != common}}
+    return entry(
+        {
+            path: Quantization(layer.mode, layer.bits, layer.group_size)
+            for path, layer in model.named_modules()
+            if isinstance(layer, nn.QuantizedLinear)
+        }
+    )
 
 
 def tensors(model: Transformer) -> dict[str, mx.array]:

@@ -8,16 +8,15 @@ Nothing here imports MLX.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zimage.adapters.settings import Settings, is_number, read_settings
-from zimage.config import TIMESTEP_HIDDEN, TIMESTEP_WIDTH, TransformerConfig
+from zimage.config import TransformerConfig
 from zimage.errors import InputError, WeightsError
-from zimage.sources import TensorInfo, plain, read_header
+from zimage.sources import TensorInfo, linears, plain, read_header, readable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +67,7 @@ class Update:
 
         Raises WeightsError where the file has changed, InputError where the factor takes a value out of fp32's range.
         """
-        with _readable(self.up.file), np.errstate(over="ignore", invalid="ignore"):
+        with readable(self.up.file), np.errstate(over="ignore", invalid="ignore"):
             down, up = _values(self.down), _values(self.up)[self.first_row : self.first_row + self.rows]
             scaled = up.astype(np.float32) * np.float32(self.factor)
         if not np.isfinite(scaled).all():
@@ -138,7 +137,7 @@ def read(path: str | Path, config: TransformerConfig) -> dict[str, Update]:
         raise WeightsError(f"no adapter at {where}: name a .safetensors file")
     if file.suffix != ".safetensors":
         raise WeightsError(f"{where}: not a .safetensors file; zimage reads no pickles, save it as safetensors")
-    with _readable(file):
+    with readable(file):
         tensors = read_header(file)
         named = _pairs(where, tensors, modules(config))
         settings = None if all("alpha" in roles for _, roles in named) else read_settings(file)
@@ -154,37 +153,6 @@ def read(path: str | Path, config: TransformerConfig) -> dict[str, Update]:
                     )
                 found[part], owner[part] = replace(update, first_row=first, rows=rows), roles["up"]
                 first += rows
-    return found
-
-
-def linears(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """Path and weight shape [rows, width] of every linear layer of the model."""
-    D, temb, hidden = config.dim, config.temb_dim, config.hidden_dim
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    found = {
-        "t_embedder.mlp.0": (TIMESTEP_HIDDEN, TIMESTEP_WIDTH),
-        "t_embedder.mlp.2": (temb, TIMESTEP_HIDDEN),
-        "cap_embedder.1": (D, config.cap_feat_dim),
-    }
-    for patch in config.all_patch_size:
-        pixels = patch * patch * config.in_channels
-        found[f"all_x_embedder.{patch}-1"] = (D, pixels)
-        found[f"all_final_layer.{patch}-1.linear"] = (pixels, D)
-        found[f"all_final_layer.{patch}-1.adaLN_modulation.1"] = (D, temb)
-    refiners = config.n_refiner_layers
-    for part, count in (("noise_refiner", refiners), ("context_refiner", refiners), ("layers", config.n_layers)):
-        for block in (f"{part}.{i}" for i in range(count)):
-            found |= {
-                f"{block}.attention.to_q": (queries, D),
-                f"{block}.attention.to_k": (keys, D),
-                f"{block}.attention.to_v": (keys, D),
-                f"{block}.attention.to_out.0": (D, queries),
-                f"{block}.feed_forward.w1": (hidden, D),
-                f"{block}.feed_forward.w2": (D, hidden),
-                f"{block}.feed_forward.w3": (hidden, D),
-            }
-            if part != "context_refiner":
-                found[f"{block}.adaLN_modulation.0"] = (4 * D, temb)
     return found
 
 
@@ -339,12 +307,3 @@ def _finite(scale: Any, of: object) -> float:
 
 def _first(names: Sequence[str]) -> str:
     return plain(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise WeightsError(f"{plain(error.filename or file)}: cannot be read: {error.strerror or error}") from None

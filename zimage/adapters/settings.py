@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import WeightsError
-from zimage.sources import plain
+from zimage.sources import plain, read_json, read_whole_header
 
-_LONGEST = 4_000_000  # bytes; PEFT writes a few thousand
 _CHANGES_ITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -62,10 +61,8 @@ class Settings:
 
 def read_settings(file: Path) -> Settings | None:
     """The settings in the file's metadata, else in the adapter_config.json beside it, else None."""
-    with file.open("rb") as f:
-        header = _json(f.read(int.from_bytes(f.read(8), "little")), plain(file))
-    metadata = header.get("__metadata__")
-    if isinstance(metadata, dict) and "lora_adapter_metadata" in metadata:
+    metadata = read_whole_header(file).metadata
+    if "lora_adapter_metadata" in metadata:
         where, text = f"{plain(file)}: lora_adapter_metadata", metadata["lora_adapter_metadata"]
         values = _json(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"", where)
         if isinstance(values, dict):  # the keys of each adapted model begin with the model's name
@@ -74,11 +71,7 @@ def read_settings(file: Path) -> Settings | None:
     beside = file.parent / "adapter_config.json"
     if not os.path.isfile(beside):
         return None
-    with beside.open("rb") as f:
-        raw = f.read(_LONGEST + 1)
-    if len(raw) > _LONGEST:
-        raise WeightsError(f"{plain(beside)}: longer than {_LONGEST} bytes, which no adapter's settings are")
-    return _checked(_json(raw, plain(beside)), plain(beside))
+    return _checked(read_json(beside), plain(beside))
 
 
 def _checked(values: Any, where: str) -> Settings:

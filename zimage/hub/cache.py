@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage.errors import WeightsError
-from zimage.sources import plain
+from zimage.sources.files import plain
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _REPOSITORY = re.compile(rf"{_PART}/{_PART}", re.ASCII)

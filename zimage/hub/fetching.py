@@ -17,7 +17,7 @@ from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, DownloadError, WeightsError
 from zimage.hub import network
 from zimage.hub.cache import Plan, RemoteFile, asked, cache_folder, repository_folder
-from zimage.sources import plain
+from zimage.sources.files import plain
 
 _LARGEST_JSON = 50_000_000
 _SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")

@@ -1,6 +1,5 @@
 """What the store holds, as data for programs and as lines for people."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from zimage.lab.progress import span
@@ -74,56 +73,56 @@ def run_lines(run: Run) -> list[str]:
 
 def source_content(info: "SourceInfo") -> dict[str, Any]:
     """A checkpoint source without its tensors' values."""
+    from zimage.errors import ZImageError
+
+    try:
+        info.check()
+        problem = None
+    except ZImageError as error:
+        problem = str(error)
+    parts = info.parameters() if problem is None else {}
     return {
         "source": info.source,
         "kind": info.kind,
         "config": info.config.to_dict(),
         "quantization": info.quantization,
-        "parameters": _parameters(info),
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
         "tensors": len(info.tensors),
+        "files": len(info.files),
         "dtypes": list(info.dtypes),
         "bytes": info.bytes,
         "digest": info.digest,
+        "problem": problem,
     }
 
 
 def source_lines(content: dict[str, Any]) -> list[str]:
     """`source_content` for a terminal."""
-    stored = f"{content['tensors']} tensors, {content['bytes']:,} bytes"
+    files = f"{content['files']} file{'s' * (content['files'] > 1)}"
+    stored = f"{content['tensors']} tensors in {files}, {content['bytes']:,} bytes"
+    parts = content["parameters_by_part"]
     return [
         f"{content['source']}: {content['kind']} weights",
-        f"  parameters  {content['parameters']:,}",
+        *([f"  cannot load  {content['problem']}"] if content["problem"] else []),
+        *([f"  parameters  {content['parameters']:,}"] if parts else []),
+        *(f"    {name:16}{count:>{len(str(content['parameters'])) + 4},}" for name, count in parts.items()),
         f"  stored      {stored if content['tensors'] else 'nothing: the weights are made from a seed'}",
         f"  dtypes      {', '.join(content['dtypes']) or 'as asked for when loading'}",
-        f"  quantized   {content['quantization'] or 'no'}",
+        f"  quantized   {_packed(content['quantization'])}",
         f"  digest      {content['digest']}",
         "  config",
         *(f"    {name}: {value}" for name, value in content["config"].items()),
     ]
 
 
-def _parameters(info: "SourceInfo") -> int:
-    """How many parameters the model has, those of quantized tensors counted unpacked."""
-    if not info.tensors:  # made from a seed: MLX is lazy, so a model that nobody evaluates costs nothing
-        import zimage
-
-        from mlx.utils import tree_flatten
-
-        return sum(int(array.size) for _, array in tree_flatten(zimage.Transformer(info.config).parameters()))
-    count = 0
-    for name, tensor in info.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        scales = info.tensors.get(f"{path}.scales")
-        if scales is None:
-            count += math.prod(tensor.shape)
-        elif leaf == "scales":  # one scale a group
-            entry = info.quantization or {}
-            own = entry.get(path)
-            size = (own if isinstance(own, dict) else entry).get("group_size", entry.get("group_size", 64))
-            count += math.prod(tensor.shape) * int(size)
-        elif leaf == "bias":
-            count += math.prod(tensor.shape)
-    return count
+def _packed(entry: dict[str, Any] | None) -> str:
+    """A `quantization` entry in words."""
+    if entry is None:
+        return "no"
+    others = sum(isinstance(value, dict) for value in entry.values())
+    told = f"{entry['bits']} bits, {entry['mode']}, group {entry['group_size']}"
+    return told + (f"; {others} layer{'s' * (others > 1)} otherwise" if others else "")
 
 
 def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:
