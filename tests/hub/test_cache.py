@@ -150,3 +150,33 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "WeightsError []"
+
+
+def test_a_repository_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Hub) -> None:
+    """`org/name` and `org/name@REV` describe what was fetched, links into the blobs and all; a folder of that name wins."""
+    snapshot = hub.fetch(NAME)
+    asked = len(server.seen)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    info = sources.describe(NAME)
+    assert info.tensors == sources.describe(snapshot).tensors
+    assert all(path.is_symlink() for path in info.files)
+    assert sources.describe(f"{NAME}@{snapshot.name}").digest == info.digest
+    assert len(server.seen) == asked
+    assert f"`zimage fetch {NAME}-2` gets it" in refused(sources.describe, f"{NAME}-2")
+    monkeypatch.chdir(tmp_path)
+    changed = {name: value + 1 for name, value in VALUES.items()}
+    write_single(tmp_path / NAME, changed)
+    assert sources.describe(NAME).digest != info.digest
+
+
+def test_blobs_may_lie_in_a_shared_store_and_files_nowhere_else(tmp_path: Path) -> None:
+    """A blob that is itself a link is followed; a file of a snapshot that leads elsewhere than to the blobs is not."""
+    snapshot = hub.fetch(NAME)
+    shard = snapshot / "transformer" / SHARDS[0]
+    blob = shard.resolve()
+    blob.rename(tmp_path / "stored")
+    blob.symlink_to(tmp_path / "stored")
+    assert set(sources.describe(NAME).tensors) == set(VALUES)
+    shard.unlink()
+    shard.symlink_to(tmp_path / "stored")
+    assert "a link out of the checkpoint's folder" in refused(sources.describe, NAME)

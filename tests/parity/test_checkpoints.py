@@ -4,12 +4,15 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from tests.checkpoints import tensors
 from tests.parity import ours
 from tests.parity.cases import CASES, Case, relative_l2
+from tests.sources.test_layouts import SHAPED, comfy
 from zimage import sources, weights
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytestmark = pytest.mark.parity
 
@@ -50,3 +53,20 @@ def test_diffusers_loads_what_we_save(tmp_path: Path, reference: ModuleType) -> 
     theirs = {name: tensor.numpy() for name, tensor in loaded.state_dict().items()}
     assert set(theirs) == set(ours_by_name)
     assert all(np.array_equal(theirs[name], array) for name, array in ours_by_name.items())
+
+
+@pytest.mark.usefixtures("reference")
+def test_comfyuis_names_are_read_as_diffusers_reads_them(tmp_path: Path) -> None:
+    """diffusers' own conversion of a ComfyUI file and our loading of it give the same values under the same names."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers as convert
+    values = comfy(dict(tensors(SHAPED)), "model.diffusion_model.")
+    save_file(values, tmp_path / "a.safetensors")
+    theirs = convert({name: torch.from_numpy(value) for name, value in values.items()})
+    model = weights.load_transformer(tmp_path / "a.safetensors", dtype="float32")
+    ours_by_name = {name: np.array(array) for name, array in weights.transforms.tensors(model).items()}
+    assert set(theirs) == set(ours_by_name)
+    assert all(np.array_equal(theirs[name].numpy(), array) for name, array in ours_by_name.items())
