@@ -266,6 +266,10 @@ def test_an_adapter_is_merged_while_loading(tmp_path: Path) -> None:
     adapted = transforms.adapt(plain, [(lora, 0.5)])
     assert same_bits(arrays(weights.load_transformer(folder, "float32", lora=[(lora, 0.5)])), arrays(adapted))
     assert not same_bits(arrays(adapted), arrays(plain))
+    halves = {name: value.astype(np.float16) for name, value in tensors().items()}
+    half = write_single(tmp_path / "half", halves)
+    wide = transforms.adapt(weights.load_transformer(half, "float32"), [(lora, 0.5)])
+    assert same_bits(arrays(weights.load_transformer(half, "float32", lora=[(lora, 0.5)])), arrays(wide))
     converted = weights.convert(folder, tmp_path / "b", "float32", lora=[(lora, 0.5)])
     assert same_bits(arrays(weights.load_transformer(converted, "float32")), arrays(adapted))
 

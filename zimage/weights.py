@@ -123,8 +123,8 @@ def _lazy(info: SourceInfo, dtype: str | None, quantization: str | None, lora: L
     in_blocks = {f"{path}." for path, _ in transforms.blocks(model)}
 
     def made(path: str, layer: nn.Module) -> nn.Module:
-        if path in updates:
-            layer.weight = transforms.merged(layer.weight, updates[path])
+        if path in updates:  # in fp32, to be rounded once, to the dtype that was asked for
+            layer.weight = transforms.merged(layer.weight.astype(mx.float32), updates[path])
         if target is not None:
             _cast(layer, target)
         if wanted is None or not isinstance(layer, nn.Linear) or ".".join(path.split(".")[:2]) + "." not in in_blocks:

@@ -153,7 +153,7 @@ except Exception as error:
 
 
 def test_a_repository_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Hub) -> None:
-    """`org/name` and `org/name@REV` describe what was fetched, links into the blobs and all; a folder of that name wins."""
+    """`org/name` and `org/name@REV` describe what was fetched, links and all; a folder of that name wins."""
     snapshot = hub.fetch(NAME)
     asked = len(server.seen)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -65,6 +65,7 @@ def test_a_full_comfyui_checkpoint_loads_its_transformer(tmp_path: Path) -> None
     """The text encoder and the VAE in a ComfyUI checkpoint are left out."""
     values = comfy(dict(tensors()), "model.diffusion_model.")
     values["text_encoders.qwen3_4b.transformer.model.norm.weight"] = np.ones(3, np.int64)
+    values["text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.scale_weight"] = np.ones((), np.float32)
     values["vae.decoder.conv_in.weight"] = np.ones((1, 1, 3, 3), np.float16)
     write_config(tmp_path)
     save_file(values, tmp_path / "full.safetensors")

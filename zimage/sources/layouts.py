@@ -70,10 +70,12 @@ _FOREIGN = (
 def refuse_foreign(where: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise WeightsError for tensors of a format that is known and not read, with the reason and the way out."""
     for name, tensor in tensors.items():
+        if name.startswith(_COMFY_OTHERS):
+            continue
         for foreign in _FOREIGN:
             if foreign.names.search(name):
                 raise WeightsError(f"{where}: tensor {plain(name)}: {foreign.told}")
-        if tensor.dtype.startswith("F8_") and not name.startswith(_COMFY_OTHERS):
+        if tensor.dtype.startswith("F8_"):
             raise WeightsError(
                 f"{where}: tensor {plain(name)} has dtype {tensor.dtype}, expected {' or '.join(FLOATS)}: fp8 weights "
                 f"have lost what packing here would keep; {_AND_PACK}"
