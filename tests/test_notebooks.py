@@ -102,8 +102,9 @@ def test_shared_parameters_are_the_same_everywhere(path: Path) -> None:
     """A shared name has one type, and one default where a model is loaded; other names are explained beside."""
     found, lines = notebooks.read(path, ROOT).parameters, parameter_lines(path)
     assert {"seed", "device"} <= set(found)
-    if "source" in found:
-        assert list(found)[: len(SHARED)] == list(SHARED)
+    if "source" in found:  # a notebook that never runs its model has no use for the sizes of a step
+        shared = [name for name in SHARED if "height" in found or name in ("source", "seed", "device")]
+        assert list(found)[: len(shared)] == shared
     for name, parameter in found.items():
         if name in SHARED:
             default = SHARED[name][1] if "source" in found else parameter.default
@@ -156,6 +157,19 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
             assert set(frame["verdict"]) <= set(KNOWN_VERDICTS)
             holds_one = (frame["ratio_low"] <= 1) & (frame["ratio_high"] >= 1)
             assert ((frame["p_value"] > 0.05) == holds_one).all()
+
+
+def test_every_loader_gives_the_model(ran: Callable[[Path], Run]) -> None:
+    """loading records every loader of the digits model in every round, and all but the packing one give its bytes."""
+    run = ran(ROOT / "notebooks" / "loading.ipynb")
+    rows = run.table("loading")
+    rounds = [*range(1, run.parameters["rounds"] + 1)]
+    found = {arm: list(group["round"]) for arm, group in rows.groupby("arm", sort=False)}
+    assert found == dict.fromkeys(("plain read", "zimage", "zimage 4bit", "mlx"), rounds)
+    whole = sources.describe("digits").bytes
+    assert set(rows.loc[rows["arm"] != "zimage 4bit", "result_bytes"]) == {whole}
+    assert (rows.loc[rows["arm"] == "zimage 4bit", "result_bytes"] < 0.5 * whole).all()
+    assert (rows["peak_bytes"] >= 0.9 * rows["result_bytes"]).all()
 
 
 def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:

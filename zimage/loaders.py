@@ -12,10 +12,10 @@ from typing import Any
 from zimage import backend
 from zimage.errors import InputError, ZImageError
 from zimage.measure import reporting
+from zimage.measure.loading import PLAIN_READ
 from zimage.quantization import Quantization
 from zimage.sources import SourceInfo, describe, linears, plain
 
-PLAIN_READ = "plain read"
 _DTYPES = {"BF16": "bfloat16", "F32": "float32"}
 _PACKED_PARTS = ("noise_refiner.", "context_refiner.", "layers.")
 # In an interpreter that has no zimage. mflux 0.24 reads a folder with this class, before it renames what it read.

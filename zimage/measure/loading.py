@@ -19,6 +19,7 @@ from typing import Any
 import zimage
 from zimage.errors import MeasurementError
 
+PLAIN_READ = "plain read"  # the loader that the others are compared with: the same bytes into fresh memory
 _LONGEST = 300  # characters of what a loader said
 
 
@@ -102,7 +103,7 @@ def take_turns(
 
 def _parse(command: Sequence[str], out: str) -> Loading:
     lines = out.strip().splitlines()
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         content = json.loads(lines[-1] if lines else "")
         found = Loading(float(content["time_s"]), int(content["peak_bytes"]), int(content["result_bytes"]))
         if math.isfinite(found.time_s) and found.time_s > 0 and found.result_bytes > 0:
