@@ -124,7 +124,7 @@ def test_quality_alone() -> None:
 
 
 def test_loading_beside_a_plain_read() -> None:
-    """A loader's median time is told beside a plain read's, its peak beside its result, or the files' where it packs."""
+    """A loader's median time stands beside a plain read's; its peak beside its result, or the files' where it packs."""
     found = findings(stored(loading=fabricated.loading()))
     assert [line.text for line in found] == [
         "zimage loads in 1.10 times a plain read's time, with a peak memory of 1.05 times the result",
