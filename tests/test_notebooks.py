@@ -251,6 +251,21 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
         assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
 
 
+def test_loading_writes_a_synthetic_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source without files is written as bfloat16 and loaded from there; nothing of it is left behind."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    results = tmp_path / "results"
+    assert zimage_run(ROOT / "notebooks" / "loading.ipynb", results, source="synthetic:tiny", **LEAST) == 0
+    (run,) = Store(results).runs("loading")
+    rows = run.table("loading")
+    assert list(rows["arm"]) == ["plain read", "zimage", "mlx"]
+    parameters = sum(sources.describe("synthetic:tiny").parameters().values())
+    assert set(rows["result_bytes"]) == {2 * parameters}
+    assert [*scratch.rglob("*.safetensors")] == []
+
+
 def test_what_cannot_be_quantized_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiny model's widths don't fit groups of 64: the run fails with a line that names layer, width and group."""
     path = ROOT / "notebooks" / "quantization.ipynb"
