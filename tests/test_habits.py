@@ -24,7 +24,7 @@ ROWS = (
     {"transformer"},
     {"transforms"},
     {"saving", "weights"},
-    {"pipeline", "digits", "scheduler", "inputs"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

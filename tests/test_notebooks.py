@@ -102,8 +102,9 @@ def test_shared_parameters_are_the_same_everywhere(path: Path) -> None:
     """A shared name has one type, and one default where a model is loaded; other names are explained beside."""
     found, lines = notebooks.read(path, ROOT).parameters, parameter_lines(path)
     assert {"seed", "device"} <= set(found)
-    if "source" in found:
-        assert list(found)[: len(SHARED)] == list(SHARED)
+    if "source" in found:  # a notebook that never runs its model has no use for the sizes of a step
+        shared = [name for name in SHARED if "height" in found or name in ("source", "seed", "device")]
+        assert list(found)[: len(shared)] == shared
     for name, parameter in found.items():
         if name in SHARED:
             default = SHARED[name][1] if "source" in found else parameter.default
@@ -156,6 +157,19 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
             assert set(frame["verdict"]) <= set(KNOWN_VERDICTS)
             holds_one = (frame["ratio_low"] <= 1) & (frame["ratio_high"] >= 1)
             assert ((frame["p_value"] > 0.05) == holds_one).all()
+
+
+def test_every_loader_gives_the_model(ran: Callable[[Path], Run]) -> None:
+    """loading records every loader of the digits model in every round, and all but the packing one give its bytes."""
+    run = ran(ROOT / "notebooks" / "loading.ipynb")
+    rows = run.table("loading")
+    rounds = [*range(1, run.parameters["rounds"] + 1)]
+    found = {arm: list(group["round"]) for arm, group in rows.groupby("arm", sort=False)}
+    assert found == dict.fromkeys(("plain read", "zimage", "zimage 4bit", "mlx"), rounds)
+    whole = sources.describe("digits").bytes
+    assert set(rows.loc[rows["arm"] != "zimage 4bit", "result_bytes"]) == {whole}
+    assert (rows.loc[rows["arm"] == "zimage 4bit", "result_bytes"] < 0.5 * whole).all()
+    assert (rows["peak_bytes"] >= 0.9 * rows["result_bytes"]).all()
 
 
 def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
@@ -235,6 +249,21 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     if "quality" in run.tables():
         quality = run.table("quality")
         assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
+
+
+def test_loading_writes_a_synthetic_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source without files is written as bfloat16 and loaded from there; nothing of it is left behind."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    results = tmp_path / "results"
+    assert zimage_run(ROOT / "notebooks" / "loading.ipynb", results, source="synthetic:tiny", **LEAST) == 0
+    (run,) = Store(results).runs("loading")
+    rows = run.table("loading")
+    assert list(rows["arm"]) == ["plain read", "zimage", "mlx"]
+    parameters = sum(sources.describe("synthetic:tiny").parameters().values())
+    assert set(rows["result_bytes"]) == {2 * parameters}
+    assert [*scratch.rglob("*.safetensors")] == []
 
 
 def test_what_cannot_be_quantized_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,25 @@ def test_quality_alone() -> None:
     assert {line.verdict for line in found} == {""}
 
 
+def test_loading_beside_a_plain_read() -> None:
+    """A loader's median time stands beside a plain read's; its peak beside its result, or the files' where it packs."""
+    found = findings(stored(loading=fabricated.loading()))
+    assert [line.text for line in found] == [
+        "zimage loads in 1.10 times a plain read's time, with a peak memory of 1.05 times the result",
+        "zimage 4bit loads in 1.55 times a plain read's time, with a peak memory of 0.325 times the files",
+    ]
+    assert found[0].evidence == ("2.20 s (of 3: 2.09 s to 2.42 s) against 2 s", "peak 8.40 GB, result 8.00 GB")
+    assert found[1].evidence[1] == "peak 2.60 GB, files 8.00 GB"
+    assert {line.verdict for line in found} == {""}
+
+
+def test_loading_without_a_plain_read_or_memory() -> None:
+    """Nothing is compared with what was not measured, and a null peak is not told."""
+    table = fabricated.loading().query("arm != 'plain read'").assign(peak_bytes=None)
+    found = findings(stored(loading=table))
+    assert [line.text for line in found] == ["zimage loads in 2.20 s", "zimage 4bit loads in 3.10 s"]
+
+
 def test_the_last_step_counts() -> None:
     """Of a quality measured at several steps the last one is reported, whatever the order of the rows."""
     rows = [{"arm": "4bit", "metric": "psnr_db", "step": s, "value": v} for s, v in ((19, 31.0), (0, 50.0))]

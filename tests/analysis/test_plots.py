@@ -19,6 +19,7 @@ FIGURES = {
     "quality": plots.quality,
     "memory": plots.memory,
     "samples": plots.samples,
+    "loading": plots.loading,
 }
 HOSTILE = "<b>x</b><a href='javascript:alert(1)'>$\\alpha$</a>"
 
@@ -121,6 +122,15 @@ def test_memory_is_in_units_of_its_size() -> None:
     figure = plots.memory(stored("memory", fabricated.quantization()["memory"]))
     assert list(figure.data[0].x) == pytest.approx([12.8, 3.72, 2.11])
     assert "weights (MB)" in figure.layout.annotations[0].text
+
+
+def test_loading_has_a_panel_for_time_and_one_for_memory() -> None:
+    """Every loader has its median time, with whiskers to its fastest and slowest round, and its median peak."""
+    time, memory = plots.loading(stored("loading", fabricated.loading())).data
+    assert list(time.y) == list(memory.y) == ["plain read", "zimage", "zimage 4bit"]
+    assert list(time.x) == pytest.approx([2.0, 2.2, 3.1])
+    assert list(memory.x) == pytest.approx([8.0, 8.4, 2.6])
+    assert (time.error_x.arrayminus[1], time.error_x.array[1]) == pytest.approx((0.11, 0.22))
 
 
 def test_samples_leave_out_warm_ups_and_drops() -> None:

@@ -56,6 +56,20 @@ def qkv() -> pd.DataFrame:
     )
 
 
+def loading() -> pd.DataFrame:
+    """A plain read, a loader that keeps what it reads and one that packs it, each in three rounds."""
+    loads = {"plain read": (2.0, 8e9, 8e9), "zimage": (2.2, 8e9, 8.4e9), "zimage 4bit": (3.1, 2.5e9, 2.6e9)}
+    rows = [
+        {
+            "arm": arm, "round": number, "time_s": time_s * scale, "result_bytes": int(result), "peak_bytes": int(peak),
+            "bandwidth_bytes_per_s": result / (time_s * scale),
+        }
+        for arm, (time_s, result, peak) in loads.items()
+        for number, scale in ((1, 1.1), (2, 0.95), (3, 1.0))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def quantization() -> dict[str, pd.DataFrame]:
     """Three arms as the quantization notebook records them."""
     arms = ("float32", "8bit", "4bit")

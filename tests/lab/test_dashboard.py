@@ -283,7 +283,7 @@ def test_a_figures_json_cannot_leave_its_script() -> None:
     assert json.loads(made.json)["layout"]["annotations"][0]["text"] == HOSTILE + "<!--\u2028"
 
 
-@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples"])
+@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples", "loading"])
 @pytest.mark.parametrize("rows", [[], [{"arm": "a"}], [{"arm": None}]])
 def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     """A table without rows, or whose rows say next to nothing, still gives a page and a sentence."""
@@ -291,6 +291,16 @@ def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) ->
     fabricated.add_run(tmp_path, "e", "a1", {name: frame})
     assert "nan" not in page_of(tmp_path, "e").text.lower().split()
     assert dashboard.findings(Store(tmp_path), "e").startswith(f"On {fabricated.DEVICE}")
+
+
+def test_loading_has_its_section(tmp_path: Path) -> None:
+    """A table of loading becomes a figure, a table and a finding beside the plain read's time."""
+    fabricated.add_run(tmp_path, "e", "a1", {"loading": fabricated.loading()})
+    page = page_of(tmp_path, "e")
+    assert "What loading costs" in page.text and "2.09 s to 2.42 s" in page.text
+    (figure,) = page.figures().values()
+    assert [trace["y"] for trace in figure["data"]] == [["plain read", "zimage", "zimage 4bit"]] * 2
+    assert "zimage loads in 1.10 times a plain read's time" in dashboard.findings(Store(tmp_path), "e")
 
 
 def test_broken_files_are_told_and_the_rest_is_shown(results: Path) -> None:

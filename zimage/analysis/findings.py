@@ -13,12 +13,14 @@ from zimage.analysis.reading import (
     best_scope,
     final_step,
     is_fraction,
+    loads,
     metric_name,
     metric_value,
     part_of,
     profile,
     records,
 )
+from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
 
@@ -45,9 +47,10 @@ class Finding:
 def findings(tables: Tables) -> list[Finding]:
     """The findings of one run or of several runs with the same parameters.
 
-    `tables` maps table names (stages, ablation, memory, quality) to frames; missing and empty ones are left out.
+    `tables` maps table names (stages, ablation, memory, quality, loading) to frames; missing and empty ones are left
+    out.
     """
-    return [*_where_time_goes(tables.get("stages")), *_arms(tables)]
+    return [*_where_time_goes(tables.get("stages")), *_arms(tables), *_loading(tables.get("loading"))]
 
 
 def sentence(clauses: list[str], device: str, weights: str | None) -> str:
@@ -211,6 +214,34 @@ def _overlap(mine: "pd.Series[float]", theirs: "pd.Series[float]") -> str:
     if any(units.missing(end) for end in ends):
         return ""
     return " (intervals overlap)" if ends[0] <= ends[3] and ends[2] <= ends[1] else ""
+
+
+def _loading(frame: pd.DataFrame | None) -> list[Finding]:
+    """One finding a loader: its time beside a plain read's, and its memory beside what it gives.
+
+    What gives less than it reads, because it packs, has its memory compared with the files instead.
+    """
+    if frame is None or frame.empty:
+        return []
+    rows = {str(row["arm"]): row for row in records(loads(frame))}
+    plain = rows.pop(PLAIN_READ, None)
+    found = []
+    for arm, row in rows.items():
+        spread = f"{units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])}"
+        numbers = [f"{units.seconds(row['time_s'])} (of {row['rounds']}: {spread})"]
+        if plain is None:
+            text = f"{arm} loads in {units.seconds(row['time_s'])}"
+        else:
+            text = f"{arm} loads in {units.significant(row['time_s'] / plain['time_s'])} times a plain read's time"
+            numbers[0] += f" against {units.seconds(plain['time_s'])}"
+        peak, result = row["peak_bytes"], row["result_bytes"]
+        if not (units.missing(peak) or units.missing(result)):
+            packs = plain is not None and result < 0.9 * plain["result_bytes"]
+            whole, name = (plain["result_bytes"], "files") if plain is not None and packs else (result, "result")
+            text += f", with a peak memory of {units.significant(peak / whole)} times the {name}"
+            numbers.append(f"peak {units.size(peak)}, {name} {units.size(whole)}")
+        found.append(Finding(text, "", tuple(numbers), f"{text} ({'; '.join(numbers)})"))
+    return found
 
 
 def _numbers(row: Mapping[str, object]) -> str:

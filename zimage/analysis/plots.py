@@ -13,6 +13,7 @@ from zimage.analysis.reading import (
     best_scope,
     final_step,
     is_fraction,
+    loads,
     memory_groups,
     metric_name,
     metric_value,
@@ -20,6 +21,7 @@ from zimage.analysis.reading import (
     profile,
     records,
 )
+from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -164,6 +166,20 @@ def memory(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
         texts = [units.size(float(v)) for v in group["bytes"]]
         panels.append((f"{name} ({unit})", [*labels.fillna("")], values, [], [], texts))
     return _panels(panels, baseline)
+
+
+def loading(frame: pd.DataFrame) -> go.Figure:
+    """Bars of the median time, with its fastest and slowest round, and of the median peak memory of every loader."""
+    rows = loads(tables.complete("loading", frame))
+    long, time_unit = units.time_unit(rows["time_s"].max() if len(rows) else float("nan"))
+    large, size_unit = units.size_unit(rows["peak_bytes"].max() if len(rows) else float("nan"))
+    times = [rows[name] / long for name in ("time_s", "time_low_s", "time_high_s")]
+    seconds, sizes = [units.seconds(v) for v in rows["time_s"]], [units.size(v) for v in rows["peak_bytes"]]
+    panels: list[Panel] = [
+        (f"time ({time_unit})", [*rows["arm"]], [*times[0]], [*times[1]], [*times[2]], seconds),
+        (f"peak memory ({size_unit})", [*rows["arm"]], [*(rows["peak_bytes"] / large)], [], [], sizes),
+    ]
+    return _panels(panels, PLAIN_READ)
 
 
 def ratios(frame: pd.DataFrame) -> go.Figure:

@@ -39,6 +39,19 @@ def arms(frame: pd.DataFrame | None) -> list[str]:
     return [] if frame is None else [str(arm) for arm in dict.fromkeys(frame["arm"].dropna())]
 
 
+def loads(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a loader of a `loading` table: medians over its rounds, and its fastest and slowest one."""
+    kept = frame.dropna(subset=["arm", "time_s"])
+    return kept.groupby("arm", sort=False, as_index=False).agg(
+        rounds=("time_s", "size"),
+        time_s=("time_s", "median"),
+        time_low_s=("time_s", "min"),
+        time_high_s=("time_s", "max"),
+        result_bytes=("result_bytes", "median"),
+        peak_bytes=("peak_bytes", "median"),
+    )
+
+
 def metric_name(metric: str) -> str:
     """A metric's column value in words: `digit_accuracy` -> `digit accuracy`."""
     return _NAMES.get(metric, metric.replace("_", " "))

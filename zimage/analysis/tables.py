@@ -42,6 +42,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "quality": _schema(step=_INT, metric=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, weights_kind=_TEXT),
     "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
+    "loading": _schema(
+        round=_INT, time_s=_FLOAT, result_bytes=_INT, peak_bytes=_INT, bandwidth_bytes_per_s=_FLOAT,
+    ),
     "environment": _schema(key=_TEXT, value=_TEXT),
 }  # fmt: skip
 
@@ -51,6 +54,7 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "ablation": ("scope",),
     "quality": ("metric",),
     "memory": ("stage", "metric"),
+    "loading": ("round",),
 }
 
 

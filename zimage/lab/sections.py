@@ -251,6 +251,29 @@ def stages(frame: pd.DataFrame, id: str) -> Section:
     return Section(title, note, charts, Table(title, heads, cells), folded=bool(charts))
 
 
+def loading(frame: pd.DataFrame, id: str) -> Section:
+    """What every loader took in time and memory."""
+    rows = reading.records(reading.loads(frame))
+    title = "What loading costs"
+    heads = [Head("Loader"), *(Head(name, True) for name in ("Time", "Fastest to slowest", "Peak memory", "Result"))]
+    cells = [
+        [
+            Cell(str(row["arm"])),
+            Cell(units.seconds(row["time_s"]), "num"),
+            Cell(_times(row), "num"),
+            Cell(units.size(row["peak_bytes"]), "num"),
+            Cell(units.size(row["result_bytes"]), "num"),
+        ]
+        for row in rows
+    ]
+    alt = "Time and peak memory: " + "; ".join(
+        f"{row['arm']} {units.seconds(row['time_s'])}, {units.size(row['peak_bytes'])}" for row in rows
+    )
+    note = "Medians over the rounds, each load in a process of its own; whiskers reach to the fastest and the slowest."
+    charts = [chart(plots.loading(frame), f"{id}-loading", alt)] if rows else []
+    return Section(title, note, charts, Table(title, heads, cells), folded=bool(charts))
+
+
 def samples(frame: pd.DataFrame, id: str) -> Section | None:
     """The raw timed values, for who wants to see the spread."""
     kept = frame[(frame["kind"] == "sample") & frame["time_s"].notna()]
@@ -280,6 +303,8 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         # What a page is about comes first: a profile's only other table is its memory.
         place = len(shown) if "ablation" in tables else 0
         shown.insert(place, stages(frame, id))
+    if (frame := _some(tables, "loading")) is not None:
+        shown.append(loading(frame, id))
     folds = []
     if (frame := _some(tables, "samples")) is not None and (part := samples(frame, id)) is not None:
         folds.append(part)
