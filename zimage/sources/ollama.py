@@ -14,7 +14,7 @@ from typing import Any
 from zimage.errors import WeightsError
 from zimage.quantization import Quantization
 from zimage.sources import layouts
-from zimage.sources.files import TensorInfo, inside, plain, read_json, read_whole_header
+from zimage.sources.files import Header, TensorInfo, inside, plain, read_json, read_whole_header
 from zimage.sources.folders import config_of
 from zimage.sources.info import SourceInfo, packing_of
 
@@ -47,13 +47,13 @@ def read_model(source: str) -> SourceInfo:
     config_blob = _blob(root, manifest, config_layer, hashes)
     config, _ = config_of(config_blob, read_json(config_blob))
     stored: dict[str, TensorInfo] = {}
-    metadata: dict[Path, dict[str, Any]] = {}
+    headers: dict[Path, Header] = {}
     for layer in layers:
         if layer[0] == _TENSOR and layer[1].startswith(_COMPONENT):
             blob = _blob(root, manifest, layer, hashes)
-            header = read_whole_header(blob)
-            metadata[blob] = header.metadata
-            for name, tensor in _tensors(blob, header.tensors, layer[1].removeprefix(_COMPONENT)).items():
+            if blob not in headers:  # equal tensors share one
+                headers[blob] = read_whole_header(blob)
+            for name, tensor in _tensors(blob, headers[blob].tensors, layer[1].removeprefix(_COMPONENT)).items():
                 if name in stored:
                     raise WeightsError(f"{manifest}: tensor {plain(name)} stands in two layers; pull the model again")
                 stored[name] = tensor
@@ -63,7 +63,7 @@ def read_model(source: str) -> SourceInfo:
     packing = packing_of(config, tensors, None)
     for path, packed in packing.items():
         weight = tensors[f"{path}.weight"]
-        _check_type(weight, packed, metadata[weight.file])
+        _check_type(weight, packed, headers[weight.file].metadata)
     return SourceInfo(source, "trained", config, tensors, packing, manifest.parent, hashes=hashes)
 
 
@@ -135,7 +135,7 @@ def _blob(root: Path, manifest: Path, layer: tuple[str, str, str, int | None], h
         raise WeightsError(f"{manifest}: layer {plain(name)} is {path.name}, which is not there; pull the model again")
     found = inside(path, root).stat().st_size
     if size is not None and found != size:
-        raise WeightsError(f"{path}: {found} bytes long, expected {size}; pull the model again")
+        raise WeightsError(f"{path}: {found} bytes long, expected {plain(size)}; pull the model again")
     hashes[path] = digest
     return path
 
