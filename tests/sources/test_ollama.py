@@ -140,6 +140,16 @@ def test_a_blob_may_group_tensors(prefix: str, root: Path, tmp_path: Path) -> No
         refused_here(TINY, f"quant_type {wrong}" if wrong == "int8" else "'int3' is not known")
 
 
+def test_equal_tensors_may_share_a_blob(root: Path, tmp_path: Path) -> None:
+    """Two tensors of equal bytes are one blob where both are keyed `data`, and load as the two that they are."""
+    values = {**VALUES, "cap_pad_token": VALUES["x_pad_token"]}
+    folder = write_single(tmp_path / "folder", values)
+    store.write_model(root, [PLAIN[0], *store.separate_layers(store.stored(values))])
+    assert len(list((root / "blobs").iterdir())) < len(values) + 1
+    assert_same(TINY, folder)
+    weights.load_transformer(TINY, dtype="bfloat16", check_values=True)
+
+
 def test_other_components_are_ignored(root: Path, tmp_path: Path) -> None:
     """Layers of the text encoder, the VAE and the tokenizer are neither read nor have to be there."""
     folder = write_single(tmp_path / "folder", VALUES)
