@@ -71,7 +71,7 @@ def plain(name: object) -> str:
     """A name out of a file, fit for a line of text: without line breaks or odd characters, and not endless."""
     text = str(name)
     text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 1000 else f"{text[:1000]}..."
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def inside(path: Path, root: Path) -> Path:

@@ -52,7 +52,7 @@ _FOREIGN = (
     ),
     _Foreign(
         re.compile(
-            r"\.(absmax|quant_map|nested_absmax|quant_state\..*|qweight|qzeros|wscales|proj_down|smooth_factor)$"
+            r"\.((absmax|quant_map|nested_absmax|qweight|qzeros|wscales|proj_down|smooth_factor)$|quant_state\.)"
         ),
         f"these weights were packed by another library (bitsandbytes, GPTQ or Nunchaku); {_AND_PACK}",
     ),

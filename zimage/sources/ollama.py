@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import WeightsError
+from zimage.quantization import Quantization
 from zimage.sources import layouts
-from zimage.sources.files import TensorInfo, inside, plain, read_json, read_whole_header
+from zimage.sources.files import Header, TensorInfo, inside, plain, read_json, read_whole_header
 from zimage.sources.folders import config_of
 from zimage.sources.info import SourceInfo, packing_of
 
@@ -46,18 +47,24 @@ def read_model(source: str) -> SourceInfo:
     config_blob = _blob(root, manifest, config_layer, hashes)
     config, _ = config_of(config_blob, read_json(config_blob))
     stored: dict[str, TensorInfo] = {}
+    headers: dict[Path, Header] = {}
     for layer in layers:
         if layer[0] == _TENSOR and layer[1].startswith(_COMPONENT):
             blob = _blob(root, manifest, layer, hashes)
-            for name, tensor in _tensors(blob, layer[1].removeprefix(_COMPONENT)).items():
+            if blob not in headers:  # equal tensors share one
+                headers[blob] = read_whole_header(blob)
+            for name, tensor in _tensors(blob, headers[blob].tensors, layer[1].removeprefix(_COMPONENT)).items():
                 if name in stored:
                     raise WeightsError(f"{manifest}: tensor {plain(name)} stands in two layers; pull the model again")
                 stored[name] = tensor
+    stored = _with_published_suffixes(manifest, stored)  # before other tools' names: one of them is weight_scale
     layouts.refuse_foreign(manifest, stored)
-    tensors = layouts.published(_with_published_suffixes(manifest, stored))
-    return SourceInfo(
-        source, "trained", config, tensors, packing_of(config, tensors, None), manifest.parent, hashes=hashes
-    )  # fmt: skip
+    tensors = layouts.published(stored)
+    packing = packing_of(config, tensors, None)
+    for path, packed in packing.items():
+        weight = tensors[f"{path}.weight"]
+        _check_type(weight, packed, headers[weight.file].metadata)
+    return SourceInfo(source, "trained", config, tensors, packing, manifest.parent, hashes=hashes)
 
 
 def roots() -> list[Path]:
@@ -128,54 +135,40 @@ def _blob(root: Path, manifest: Path, layer: tuple[str, str, str, int | None], h
         raise WeightsError(f"{manifest}: layer {plain(name)} is {path.name}, which is not there; pull the model again")
     found = inside(path, root).stat().st_size
     if size is not None and found != size:
-        raise WeightsError(f"{path}: {found} bytes long, expected {size}; pull the model again")
+        raise WeightsError(f"{path}: {found} bytes long, expected {plain(size)}; pull the model again")
     hashes[path] = digest
     return path
 
 
-def _tensors(blob: Path, name: str) -> dict[str, TensorInfo]:
+def _tensors(blob: Path, header: dict[str, TensorInfo], name: str) -> dict[str, TensorInfo]:
     """The tensors of a layer called `name`: one alone, one with scale and bias, or a group under their own names."""
-    header = read_whole_header(blob)
-    keys = [key for key in (name, f"{_COMPONENT}{name}", "data") if key in header.tensors]
-    if not keys:
-        found = {key.removeprefix(_COMPONENT): tensor for key, tensor in header.tensors.items()}
-        main = [key for key in found if not key.endswith((".scale", ".bias"))]
-        if not main:
+    key = next((key for key in (name, f"{_COMPONENT}{name}", "data") if key in header), None)
+    if key is None:
+        found = {key.removeprefix(_COMPONENT): tensor for key, tensor in header.items()}
+        if len(found) < len(header) or all(key.endswith((".scale", ".bias")) for key in found):
             raise WeightsError(f"{blob}: no tensor {plain(name)}; pull the model again")
-        for key in main:
-            _check_type(blob, header.metadata, f"{_COMPONENT}{key}", found, key)
         return found
-    key = keys[0]
-    found = {name: header.tensors[key]}
-    for suffix in (".scale", ".bias"):
-        if f"{key}{suffix}" in header.tensors:
-            found[f"{name}{suffix}"] = header.tensors[f"{key}{suffix}"]
-    unknown = [other for other in header.tensors if other not in (key, f"{key}.scale", f"{key}.bias")]
+    unknown = [other for other in header if other not in (key, f"{key}.scale", f"{key}.bias")]
     if unknown:
         raise WeightsError(f"{blob}: tensor {plain(unknown[0])} is unexpected in the layer of {plain(name)}")
-    _check_type(blob, header.metadata, key, found, name)
-    return found
+    return {f"{name}{stored.removeprefix(key)}": tensor for stored, tensor in header.items()}
 
 
-def _check_type(blob: Path, metadata: dict[str, Any], key: str, found: dict[str, TensorInfo], name: str) -> None:
-    """Refuse a quantization type that is not known, or that what is stored contradicts."""
-    told = metadata.get(f"{key}.quant_type", metadata.get("quant_type"))
-    if told is None or f"{name}.scale" not in found:
+def _check_type(weight: TensorInfo, packed: Quantization, metadata: dict[str, Any]) -> None:
+    """Refuse a quantization type that is not known, or that the shapes contradict."""
+    told = metadata.get(f"{weight.stored}.quant_type", metadata.get("quant_type"))
+    group = metadata.get(f"{weight.stored}.group_size", metadata.get("group_size"))
+    if told is None:
         return
     if not isinstance(told, str) or told not in _BITS:
         raise WeightsError(
-            f"{blob}: quant_type {plain(repr(told))} is not known; known are {', '.join(_BITS)}; pull another tag"
+            f"{weight.file}: quant_type {plain(repr(told))} is not known; known are {', '.join(_BITS)}; pull another "
+            "tag"
         )
-    mode, bits = _BITS[told]
-    weight, scale = found[name], found[f"{name}.scale"]
-    group = metadata.get(f"{key}.group_size", metadata.get("group_size"))
-    stored = (scale.dtype != "U8") == (mode == "affine") and len(weight.shape) == len(scale.shape) == 2
-    width = weight.shape[1] * 32 // bits if stored else 0
-    size = width // scale.shape[1] if stored and scale.shape[1] else 0
-    if not stored or (group is not None and str(group) != str(size)):
+    if _BITS[told] != (packed.mode, packed.bits) or (group is not None and str(group) != str(packed.group_size)):
         raise WeightsError(
-            f"{blob}: quant_type {told} with group_size {plain(repr(group))} is not what it stores: weight "
-            f"{list(weight.shape)}, scale {scale.dtype} {list(scale.shape)}; pull the model again"
+            f"{weight.file}: quant_type {told} with group_size {plain(repr(group))} is not what it stores: "
+            f"{plain(weight.stored)} is packed as {packed}; pull the model again"
         )
 
 
