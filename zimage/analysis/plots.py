@@ -249,9 +249,12 @@ def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
     """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
     titles = [f"<b>{_plain([panel[0]])[0]}</b>" for panel in panels]
     several = len(panels) > 1
+    # A panel's labels stand in the gap before it: 0.009 of a page's width is one of their characters.
+    widest = max((len(n) + len(t) for p in panels[1:] for n, t in zip(p[1], p[5], strict=True)), default=0)
     figure = make_subplots(
-        rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None, horizontal_spacing=0.1
-    )
+        rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None,
+        horizontal_spacing=min(max(0.1, 0.03 + 0.009 * widest), 0.5 / max(len(panels) - 1, 1)),
+    )  # fmt: skip
     longest = 1
     for place, (_, labels, values, low, high, texts) in enumerate(panels, start=1):
         longest = max(longest, len(labels))
