@@ -26,6 +26,7 @@ __all__ = ["check_values", "convert", "describe", "load_transformer", "require_f
 
 Lora = Sequence[tuple[str | Path, float]]
 _LANES = 4  # streams that read at once: an H100's host took 6.5 s for 12 GB with one, 1.8 with four and with eight
+# (unified memory); two CPU cores take a sixth longer with four than with one, so they are for CUDA only
 _GROUP_BYTES = 2**29
 _OWN = threading.local()  # MLX's streams belong to the thread that made them
 _NAN_BYTES = {"mxfp8": (0x7F, 0xFF), "nvfp4": (0x7F, 0xFF), "mxfp4": (0xFF,)}  # of scales: fp8 e4m3, and e8m0 for mxfp
@@ -167,13 +168,14 @@ def _parts(model: Transformer, group_bytes: int) -> Iterator[list[mx.array]]:
 def _stored(info: SourceInfo) -> dict[str, mx.array]:
     """The source's tensors, not read before they are used, and then several at a time."""
     _allow_open_files(len(info.files) + _LANES**2)
+    lanes = _LANES if mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available() else 1
     streams, lane_of = _streams(), {path: i for i, path in enumerate(info.files)}
     contents: dict[tuple[Path, int], dict[str, mx.array]] = {}
     arrays: dict[tuple[Path, str], mx.array] = {}
     for tensor in info.tensors.values():
         stored = (tensor.file, tensor.stored)
         if stored not in arrays:
-            lane = (lane_of[tensor.file] if len(info.files) >= _LANES else len(arrays)) % _LANES
+            lane = (lane_of[tensor.file] if len(info.files) >= lanes else len(arrays)) % lanes
             content = contents.get((tensor.file, lane))
             if content is None:
                 content = contents[tensor.file, lane] = _load(tensor.file, streams[lane])
