@@ -25,8 +25,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 __all__ = ["check_values", "convert", "describe", "load_transformer", "require_free", "save_transformer"]
 
 Lora = Sequence[tuple[str | Path, float]]
-_LANES = 4  # streams that read at once: an H100's host took 6.5 s for 12 GB with one, 1.8 with four and with eight
-# (unified memory); two CPU cores take a sixth longer with four than with one, so they are for CUDA only
+# Streams that read at once, on CUDA only. Into unified memory 12 GB took an H100's host 6.5 s with one, 1.8 with four
+# and with eight; two CPU cores take a sixth longer with four than with one.
+_LANES = 4
 _GROUP_BYTES = 2**29
 _OWN = threading.local()  # MLX's streams belong to the thread that made them
 _NAN_BYTES = {"mxfp8": (0x7F, 0xFF), "nvfp4": (0x7F, 0xFF), "mxfp4": (0xFF,)}  # of scales: fp8 e4m3, and e8m0 for mxfp
