@@ -29,7 +29,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         parameters=_INT, flops=_FLOAT, bytes=_INT, peak_bytes=_INT,
     ),
     "operations": _schema(
-        stage=_TEXT, operation=_TEXT, time_s=_FLOAT, flops=_FLOAT, bytes=_INT,
+        stage=_TEXT, operation=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT, time_high_s=_FLOAT, flops=_FLOAT, bytes=_INT,
         intensity_flop_per_byte=_FLOAT, attained_fraction=_FLOAT, bound=_TEXT,
     ),
     "samples": _schema(
@@ -45,6 +45,18 @@ SCHEMAS: dict[str, pa.Schema] = {
     "loading": _schema(
         round=_INT, time_s=_FLOAT, result_bytes=_INT, peak_bytes=_INT, bandwidth_bytes_per_s=_FLOAT,
     ),
+    "modules": _schema(
+        path=_TEXT, parameters=_INT, bytes=_INT, flops=_FLOAT, time_s=_FLOAT, time_low_s=_FLOAT, time_high_s=_FLOAT,
+        share=_FLOAT,
+    ),
+    "scaling": _schema(
+        height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, use=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT,
+        time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT,
+    ),
+    "power": _schema(
+        scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,
+        memory_clock_hz=_FLOAT, temperature_c=_FLOAT, throttle=_TEXT,
+    ),
     "environment": _schema(key=_TEXT, value=_TEXT),
 }  # fmt: skip
 
@@ -55,6 +67,9 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "quality": ("metric",),
     "memory": ("stage", "metric"),
     "loading": ("round",),
+    "modules": ("path",),
+    "scaling": ("height", "width", "use"),
+    "power": ("scope",),
 }
 
 

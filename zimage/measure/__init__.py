@@ -1,1 +1,27 @@
 """Timings and how they are judged. Knows callables, not models; nothing else reports a timing."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "compare_many": "comparison",
+    "timed": "timing",
+    "trial": "timing",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from zimage.measure.comparison import Comparison as Comparison
+    from zimage.measure.comparison import compare as compare
+    from zimage.measure.comparison import compare_many as compare_many
+    from zimage.measure.timing import timed as timed
+    from zimage.measure.timing import trial as trial
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: some of it needs MLX, and reading results must not."""
+    if name in _HOMES:
+        return getattr(import_module(f"zimage.measure.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'zimage.measure' has no attribute {name!r}")

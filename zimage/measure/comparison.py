@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from zimage.errors import MeasurementError
+from zimage.measure.samples import Timed
 from zimage.measure.statistics import LOOKS, analyse, verdict
-from zimage.measure.timing import Timed
 
 import numpy as np
 

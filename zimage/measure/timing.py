@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from zimage.errors import MeasurementError
+from zimage.measure.samples import Timed
 
 import mlx.core as mx
 import numpy as np
-
-Timed = Callable[[], float]
 
 
 def timed(work: Callable[[], Any]) -> Timed:
