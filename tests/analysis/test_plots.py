@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tests.lab import fabricated
 from zimage.analysis import plots
+from zimage.analysis.drawing import BASELINE_COLOR
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -113,7 +114,7 @@ def test_quality_has_a_panel_a_metric() -> None:
     error, accuracy = figure.data
     assert list(error.x) == [0.0, 0.0054, 0.0813]
     assert list(accuracy.y) == ["float32", "8bit", "4bit"]
-    assert accuracy.marker.color[0] == plots.BASELINE_COLOR != accuracy.marker.color[1]
+    assert accuracy.marker.color[0] == BASELINE_COLOR != accuracy.marker.color[1]
     assert accuracy.error_x.arrayminus[0] == pytest.approx(0.012)
 
 

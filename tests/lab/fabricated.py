@@ -95,6 +95,77 @@ def quantization() -> dict[str, pd.DataFrame]:
     return {"ablation": times, "memory": pd.DataFrame(memory), "quality": pd.DataFrame(quality)}
 
 
+def operations() -> pd.DataFrame:
+    """A block's operations under a roof of 8e14 FLOP/s and 3e12 B/s, and what is left over, negative."""
+    peak, bandwidth = 8e14, 3e12
+    rows = []
+    for name, flops, size, attained in (
+        ("adaln", 2e9, 6e7, 0.5),
+        ("attention_norm1", 1e8, 6.4e7, 0.45),
+        ("to_q", 1.2e11, 9e7, 0.62),
+        ("qk_norm", 2e8, 1.3e8, 0.5),
+        ("rope", 1e8, 1.4e8, 0.3),
+        ("sdpa", 2.6e11, 1.2e8, 0.51),
+        ("to_out", 1.2e11, 9e7, 0.61),
+        ("swiglu", 2e8, 2.5e8, 0.8),
+        ("w2", 3.2e11, 2.1e8, 0.77),
+    ):
+        roof_s, bound = max((flops / peak, "compute"), (size / bandwidth, "memory"))
+        time_s = roof_s / attained
+        rows.append(
+            {
+                "operation": name,
+                "time_s": time_s,
+                "time_low_s": 0.97 * time_s,
+                "time_high_s": 1.04 * time_s,
+                "flops": flops,
+                "bytes": int(size),
+                "intensity_flop_per_byte": flops / size,
+                "attained_fraction": attained,
+                "bound": bound,
+            }
+        )
+    rows.append({"operation": "unattributed", "time_s": -4e-5})
+    return pd.DataFrame(rows).assign(arm="baseline", stage="layers.0")  # fmt: skip
+
+
+def modules() -> pd.DataFrame:
+    """A module tree of three levels whose root is the whole step."""
+    rows = [("", 100, 1.0), ("layers", 90, 0.9), ("layers.0", 45, 0.45), ("layers.0.attention", 15, 0.2)]
+    return pd.DataFrame(
+        [
+            {"arm": "baseline", "path": path, "parameters": n, "bytes": 2 * n, "flops": 2e6 * n, "time_s": 0.01 * share,
+             "share": share}
+            for path, n, share in rows
+        ]
+    )  # fmt: skip
+
+
+def scaling() -> pd.DataFrame:
+    """Times over sizes: three to calibrate with, three held out and 2, 4 and 10 % off."""
+    rows = [
+        (256, "calibration", 0.0), (512, "calibration", 0.0), (1024, "calibration", 0.0), (384, "held out", 0.04),
+        (768, "held out", -0.02), (1536, "held out", 0.1),
+    ]  # fmt: skip
+    return pd.DataFrame(
+        [
+            {"arm": "baseline", "height": px, "width": px, "batch": 1, "caption_tokens": 32, "use": use,
+             "time_s": 1.3e-7 * px**2, "time_low_s": 1.28e-7 * px**2, "time_high_s": 1.33e-7 * px**2,
+             "predicted_s": 1.3e-7 * px**2 * (1 + error), "error": error, "flops": 5e7 * px**2, "mfu": 0.5}
+            for px, use, error in rows
+        ]
+    )  # fmt: skip
+
+
+def power() -> pd.DataFrame:
+    """One arm's burst, with everything readable, and one whose machine tells nothing."""
+    known = {"steps": 100, "time_s": 13.0, "energy_j": 8000.0, "power_w": 615.0, "clock_hz": 1.755e9,
+             "temperature_c": 61.0, "throttle": "power cap"}  # fmt: skip
+    return pd.DataFrame(
+        [{"arm": "baseline", "scope": "step", "regime": "burst", **known}, {"arm": "b", "scope": "step"}]
+    )
+
+
 def samples(*arms: str, time_s: float = 0.0112) -> pd.DataFrame:
     random = np.random.default_rng(7)
     rows = []

@@ -1,13 +1,19 @@
-"""Figures: a result table in, a plotly figure out. Used by notebooks and by the dashboard alike.
-
-Backgrounds are transparent and text is a mid grey, so that a figure reads on white and on black; the dashboard sets
-exact colours to the reader's scheme. Colours follow Okabe and Ito and never carry a meaning alone.
-"""
-
-import html
-from collections.abc import Iterable, Sequence
+"""Figures: a result table in, a plotly figure out. Used by notebooks and by the dashboard alike."""
 
 from zimage.analysis import tables, units
+from zimage.analysis.drawing import (
+    ARM_COLORS,
+    BAND,
+    INK,
+    PART_COLORS,
+    VERDICTS,
+    Panel,
+    finish,
+    plain,
+    side_by_side,
+    whiskers,
+    wrapped,
+)
 from zimage.analysis.reading import (
     ablation_labels,
     best_scope,
@@ -25,29 +31,7 @@ from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-INK = "#7b828c"
-GRID = "rgba(128,136,148,0.22)"
-BAND = "rgba(128,136,148,0.16)"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-
-PART_COLORS = {
-    "embedders": "#8f97a3",
-    "noise refiner": "#cf8a14",
-    "context refiner": "#a45fa0",
-    "main layers": "#3f7fc1",
-    "final layer": "#1c9a78",
-    "other": "#b5793f",
-}
-VERDICTS = {  # colour and marker: the marker points to where the time went
-    "faster": ("#1c9a78", "triangle-left"),
-    "slower": ("#d4622a", "triangle-right"),
-    "equivalent": ("#3f7fc1", "circle"),
-    "inconclusive": ("#8f97a3", "circle-open"),
-}
-BASELINE_COLOR = "#8f97a3"
-ARM_COLORS = ("#3f7fc1", "#cf8a14", "#1c9a78", "#a45fa0", "#d4622a", "#5aa9d6", "#b5793f", "#c2a500")
 MAX_POINTS = 400  # points drawn of one arm's samples
 
 
@@ -73,25 +57,25 @@ def stages(frame: pd.DataFrame) -> go.Figure:
     for place, (name, group) in enumerate(groups):
         color = ARM_COLORS[place % len(ARM_COLORS)] if several else PART_COLORS[name]
         figure.add_bar(
-            y=_plain(group["stage"]),
+            y=plain(group["stage"]),
             x=(group["time_s"] / scale).tolist(),
-            name=_plain([name])[0],
+            name=plain([name])[0],
             orientation="h",
             marker={"color": color, "line": {"width": 0}, "cornerradius": 2},
-            error_x=_whiskers(group["low"], group["high"]),
+            error_x=whiskers(group["low"], group["high"]),
             customdata=[_stage_facts(row, whole) for row in records(group)],
             hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
         )
     label = f"time ({unit})" + (f", whole step {units.seconds(whole)}" if whole is not None else "")
     # About 30 px a bar; long profiles pack closer so that a whole model still fits a screen or two.
     pitch = 28 if len(names) <= 16 else 20
-    _finish(figure, height=92 + pitch * max(len(names), 1) * (len(arms) if several else 1))
+    finish(figure, height=92 + pitch * max(len(names), 1) * (len(arms) if several else 1))
     figure.update_layout(barmode="group" if several else "overlay", bargap=0.28, margin={"r": 64})
     figure.update_xaxes(title_text=label, zeroline=True)
-    figure.update_yaxes(categoryorder="array", categoryarray=_plain(names)[::-1], showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=plain(names)[::-1], showgrid=False)
     if whole and not several:
         shares = [
-            {"y": _plain([row["stage"]])[0], "text": units.percent(row["time_s"] / whole), "font": {"size": 12},
+            {"y": plain([row["stage"]])[0], "text": units.percent(row["time_s"] / whole), "font": {"size": 12},
              "x": 1, "xref": "paper", "xanchor": "left", "xshift": 10, "showarrow": False}
             for row in records(rows)
         ]  # fmt: skip
@@ -115,26 +99,24 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
             continue
         figure.add_scatter(
             x=group["ratio"].tolist(),
-            y=[_plain([label])[0] for label, keep in zip(labels, chosen, strict=True) if keep],
+            y=[plain([label])[0] for label, keep in zip(labels, chosen, strict=True) if keep],
             mode="markers",
             name=verdict,
             marker={"color": color, "symbol": symbol, "size": 12, "line": {"width": 2, "color": color}},
-            error_x=_whiskers(group["ratio"] - group["ratio_low"], group["ratio_high"] - group["ratio"], color),
+            error_x=whiskers(group["ratio"] - group["ratio_low"], group["ratio_high"] - group["ratio"], color),
             customdata=[[_interval(row)] for row in records(group)],
             hovertemplate="<b>%{y}</b><br>" + verdict + ", ratio %{x:.3f}%{customdata[0]}<extra></extra>",
         )
-    _finish(figure, height=104 + 38 * max(len(labels), 1))
+    finish(figure, height=104 + 38 * max(len(labels), 1))
     figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
     figure.add_vline(x=1, line={"color": INK, "width": 1.5})
     ends = [float(v) for c in ("ratio", "ratio_low", "ratio_high") for v in frame[c].dropna()] + [1 - delta, 1 + delta]
     pad = 0.08 * (max(ends) - min(ends))
     figure.update_xaxes(title_text="time ratio to the baseline", zeroline=False, nticks=6)
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
-    figure.update_yaxes(categoryorder="array", categoryarray=_plain(labels)[::-1], showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=plain(labels)[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])
-    figure.update_yaxes(
-        tickmode="array", tickvals=_plain(labels), ticktext=[_wrapped(label) for label in _plain(labels)]
-    )
+    figure.update_yaxes(tickmode="array", tickvals=plain(labels), ticktext=[wrapped(label) for label in plain(labels)])
     return figure
 
 
@@ -147,7 +129,7 @@ def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
          [metric_value(str(metric), v) for v in group["value"]])
         for metric, group in rows.groupby("metric", sort=False)
     ]  # fmt: skip
-    figure = _panels(panels, baseline)
+    figure = side_by_side(panels, baseline)
     for place, metric in enumerate(dict.fromkeys(rows["metric"]), start=1):
         if is_fraction(metric):
             figure.update_xaxes(tickformat=".0%", col=place)
@@ -165,7 +147,7 @@ def memory(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
         values = [float(v) / scale for v in group["bytes"]]
         texts = [units.size(float(v)) for v in group["bytes"]]
         panels.append((f"{name} ({unit})", [*labels.fillna("")], values, [], [], texts))
-    return _panels(panels, baseline)
+    return side_by_side(panels, baseline)
 
 
 def loading(frame: pd.DataFrame) -> go.Figure:
@@ -179,7 +161,7 @@ def loading(frame: pd.DataFrame) -> go.Figure:
         (f"time ({time_unit})", [*rows["arm"]], [*times[0]], [*times[1]], [*times[2]], seconds),
         (f"peak memory ({size_unit})", [*rows["arm"]], [*(rows["peak_bytes"] / large)], [], [], sizes),
     ]
-    return _panels(panels, PLAIN_READ)
+    return side_by_side(panels, PLAIN_READ)
 
 
 def ratios(frame: pd.DataFrame) -> go.Figure:
@@ -188,7 +170,7 @@ def ratios(frame: pd.DataFrame) -> go.Figure:
     rows = frame[frame["scope"] == scope].dropna(subset=["ratio"]).drop_duplicates("arm")
     baseline = next(iter(rows["baseline"].dropna()), "baseline")
     missing = float("nan")
-    return _panels(
+    return side_by_side(
         [
             (
                 f"time ratio, {scope}",
@@ -221,8 +203,8 @@ def samples(frame: pd.DataFrame) -> go.Figure:
         thin = values.iloc[:: -(-len(values) // MAX_POINTS)]
         figure.add_box(
             x=thin.tolist(),
-            y=_plain([arm]) * len(thin),
-            name=_plain([arm])[0],
+            y=plain([arm]) * len(thin),
+            name=plain([arm])[0],
             orientation="h",
             boxpoints="all",
             jitter=0.6,
@@ -233,121 +215,17 @@ def samples(frame: pd.DataFrame) -> go.Figure:
             hovertemplate="%{y}: %{x:.4g} " + unit + "<extra></extra>",
         )
     spread = rows["time_s"].max() / rows["time_s"].min() if len(rows) and rows["time_s"].min() > 0 else 1.0
-    _finish(figure, height=110 + 64 * max(len(arms), 1))
+    finish(figure, height=110 + 64 * max(len(arms), 1))
     figure.update_layout(showlegend=False)
     figure.update_xaxes(
         title_text=f"time of one sample ({unit})", zeroline=False, type="log" if spread > 20 else "linear"
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=_plain(arms)[::-1], showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=plain(arms)[::-1], showgrid=False)
     return figure
-
-
-Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[float], Sequence[str]]
-
-
-def _panels(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
-    """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
-    titles = [f"<b>{_plain([panel[0]])[0]}</b>" for panel in panels]
-    several = len(panels) > 1
-    # A panel's labels stand in the gap before it: 0.009 of a page's width is one of their characters.
-    widest = max((len(n) + len(t) for p in panels[1:] for n, t in zip(p[1], p[5], strict=True)), default=0)
-    figure = make_subplots(
-        rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None,
-        horizontal_spacing=min(max(0.1, 0.03 + 0.009 * widest), 0.5 / max(len(panels) - 1, 1)),
-    )  # fmt: skip
-    longest = 1
-    for place, (_, labels, values, low, high, texts) in enumerate(panels, start=1):
-        longest = max(longest, len(labels))
-        whiskers = _whiskers(_below(values, low), _below(high, values))
-        figure.add_bar(
-            y=_plain(labels), x=list(values), orientation="h", row=1, col=place, showlegend=False,
-            marker={
-                "color": [BASELINE_COLOR if n == baseline else ARM_COLORS[0] for n in labels],
-                "line": {"width": 0}, "cornerradius": 2,
-            },
-            error_x=whiskers,
-            customdata=[[t] for t in _plain(texts)],
-            hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
-        )  # fmt: skip
-        # The value stands left of the axis with the label, where no whisker can cross it.
-        figure.update_yaxes(
-            categoryorder="array", categoryarray=_plain(dict.fromkeys(labels))[::-1], showgrid=False, row=1, col=place,
-            tickmode="array", tickvals=_plain(labels),
-            ticktext=[f"{n}  <b>{t}</b>" for n, t in zip(_plain(labels), _plain(texts), strict=True)],
-        )  # fmt: skip
-        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, row=1, col=place)
-    _finish(figure, height=64 + 34 * longest)
-    figure.update_layout(bargap=0.34, margin={"t": 34, "b": 22}, showlegend=False)
-    figure.update_annotations(font={"size": 13})
-    if titles and not several:
-        corner = {"x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 8, "l": 0}}
-        figure.update_layout(title={"text": titles[0], "font": {"size": 13}, **corner})
-    return figure
-
-
-def _finish(figure: go.Figure, height: int) -> None:
-    figure.update_layout(
-        height=height,
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "size": 13, "color": INK},
-        margin={"l": 8, "r": 12, "t": 36, "b": 40},
-        showlegend=True,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xref": "container",
-            "y": 1,
-            "yanchor": "bottom",
-            "xanchor": "left",
-            "title": {"text": ""},
-        },
-        hoverlabel={"align": "left", "font": {"family": FONT, "size": 13}},
-        dragmode=False,
-    )
-    figure.update_xaxes(
-        gridcolor=GRID, zerolinecolor=INK, zerolinewidth=1, tickangle=0, showline=False, automargin=True,
-        fixedrange=True, title_font={"size": 12}, title_standoff=10, tickfont={"size": 12},
-    )  # fmt: skip
-    figure.update_yaxes(
-        gridcolor=GRID, zeroline=False, showline=False, automargin=True, fixedrange=True, type="category",
-        ticks="outside", ticklen=6, tickcolor="rgba(0,0,0,0)",
-    )  # fmt: skip
 
 
 def _by_part(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(part, rows[rows["part"] == part]) for part in PART_COLORS if (rows["part"] == part).any()]
-
-
-def _whiskers(below: Iterable[float], above: Iterable[float], color: str = INK) -> dict[str, object]:
-    """Asymmetric error bars; what is missing has none."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [0.0 if units.missing(v) else max(float(v), 0.0) for v in above],
-        "arrayminus": [0.0 if units.missing(v) else max(float(v), 0.0) for v in below],
-        "color": color,
-        "thickness": 1.5,
-        "width": 3,
-    }
-
-
-def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
-    """upper - lower, element by element; nothing where either side is missing."""
-    pairs = zip(upper, lower, strict=False)
-    return [0.0 if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
-
-
-def _plain(texts: Iterable[object]) -> list[str]:
-    """Texts that plotly draws as they are written: it reads a small HTML in labels, which data must not reach."""
-    return [html.escape(str(text), quote=False).replace("$", "&#36;") for text in texts]
-
-
-def _wrapped(label: str) -> str:
-    """A label of several parts on two lines where it is long."""
-    head, joint, tail = label.rpartition(" · ")
-    return f"{head}<br>{tail}" if joint and len(label) > 20 else label
 
 
 def _interval(row: dict[str, float]) -> str:

@@ -17,6 +17,8 @@ PARTS = {  # the parts of the forward pass and how their stages' names begin
     "final layer": "final_layer",
     "other": "",
 }
+UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
+OVERHEAD = "overhead"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
 _NAMES = {
     "relative_l2_error": "relative L2 error",
     "weight_bytes": "weights",
@@ -82,7 +84,7 @@ def profile(frame: pd.DataFrame) -> tuple[pd.DataFrame, float | None]:
     `whole` the time is None.
     """
     whole = frame[frame["view"] == "whole"]
-    rest = frame[frame["view"] != "whole"]
+    rest = frame[~frame["view"].isin(["whole", OVERHEAD])]
     views = list(dict.fromkeys(rest["view"].dropna()))
     view = "prefix" if "prefix" in views or not views else views[0]
     times = whole["time_s"].dropna()

@@ -19,8 +19,9 @@ from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
+from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, case, verdicts
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
 
 import jinja2

@@ -97,6 +97,7 @@ class Section:
     table: Table | None = None
     pictures: list[Shown] = field(default_factory=list)
     folded: bool = False  # the table says what the charts say, and lies folded below them
+    stacked: bool = False  # charts below each other at full width, not beside each other
 
 
 def script_json(text: str) -> Markup:
@@ -171,7 +172,7 @@ def verdicts(frame: pd.DataFrame, id: str) -> Section:
 
 def by_arm(tables: Tables, id: str) -> Section | None:
     """Time, size and quality of every arm side by side; None where no memory or quality was recorded."""
-    memory, quality, ablation = (_some(tables, name) for name in ("memory", "quality", "ablation"))
+    memory, quality, ablation = (some(tables, name) for name in ("memory", "quality", "ablation"))
     if memory is None and quality is None:
         return None
     baseline = baseline_arm(tables)
@@ -233,7 +234,7 @@ def stages(frame: pd.DataFrame, id: str) -> Section:
             Cell(str(row["stage"])),
             *([Cell(_text(row["arm"]))] if several else []),
             Cell(units.seconds(row["time_s"]), "num"),
-            Cell(_times(row), "num"),
+            Cell(times(row), "num"),
             Cell(units.percent(row["time_s"] / whole) if whole else units.MISSING, "num"),
             Cell(units.count(row["parameters"]), "num"),
             Cell(units.size(row["bytes"]), "num"),
@@ -260,7 +261,7 @@ def loading(frame: pd.DataFrame, id: str) -> Section:
         [
             Cell(str(row["arm"])),
             Cell(units.seconds(row["time_s"]), "num"),
-            Cell(_times(row), "num"),
+            Cell(times(row), "num"),
             Cell(units.size(row["peak_bytes"]), "num"),
             Cell(units.size(row["result_bytes"]), "num"),
         ]
@@ -284,34 +285,8 @@ def samples(frame: pd.DataFrame, id: str) -> Section | None:
     return Section("Samples", note, [chart(plots.samples(frame), f"{id}-samples", f"Spread of samples: {counts}")])
 
 
-def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) -> tuple[list[Section], list[Section]]:
-    """The open and the collapsed sections of one run's tables, most telling first.
-
-    Without `compared` the verdicts are left to an overview of several runs.
-    """
-    shown: list[Section] = []
-    if compared and (frame := _some(tables, "ablation")) is not None:
-        shown.append(verdicts(frame, id))
-    if (part := by_arm(tables, id)) is not None:
-        shown.append(part)
-    if pictures:
-        arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
-        order = {f"_{arm}": place for place, arm in reversed([*enumerate(arms)]) if arm}
-        ordered = sorted(pictures, key=lambda p: min((n for e, n in order.items() if p.name.endswith(e)), default=99))
-        shown.append(Section("Pictures", "Enlarged without smoothing.", pictures=ordered))
-    if (frame := _some(tables, "stages")) is not None:
-        # What a page is about comes first: a profile's only other table is its memory.
-        place = len(shown) if "ablation" in tables else 0
-        shown.insert(place, stages(frame, id))
-    if (frame := _some(tables, "loading")) is not None:
-        shown.append(loading(frame, id))
-    folds = []
-    if (frame := _some(tables, "samples")) is not None and (part := samples(frame, id)) is not None:
-        folds.append(part)
-    return shown, folds
-
-
-def _some(tables: Tables, name: str) -> pd.DataFrame | None:
+def some(tables: Tables, name: str) -> pd.DataFrame | None:
+    """A table that is there and has rows."""
     frame = tables.get(name)
     return None if frame is None or frame.empty else frame
 
@@ -329,7 +304,8 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])}"
 
 
-def _times(row: dict[str, Any]) -> str:
+def times(row: dict[str, Any]) -> str:
+    """The interval of a row's time in words."""
     if units.missing(row["time_low_s"]) or units.missing(row["time_high_s"]):
         return units.MISSING
     return f"{units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])}"

@@ -1,0 +1,152 @@
+"""What all figures share: colours, fonts and axes, plain labels, whiskers, and panels beside each other.
+
+Backgrounds are transparent and text is a mid grey, so that a figure reads on white and on black; the dashboard sets
+exact colours to the reader's scheme. Colours follow Okabe and Ito and never carry a meaning alone.
+"""
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from zimage.analysis import units
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+INK = "#7b828c"
+GRID = "rgba(128,136,148,0.22)"
+BAND = "rgba(128,136,148,0.16)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+
+PART_COLORS = {
+    "embedders": "#8f97a3",
+    "noise refiner": "#cf8a14",
+    "context refiner": "#a45fa0",
+    "main layers": "#3f7fc1",
+    "final layer": "#1c9a78",
+    "other": "#b5793f",
+}
+VERDICTS = {  # colour and marker: the marker points to where the time went
+    "faster": ("#1c9a78", "triangle-left"),
+    "slower": ("#d4622a", "triangle-right"),
+    "equivalent": ("#3f7fc1", "circle"),
+    "inconclusive": ("#8f97a3", "circle-open"),
+}
+BASELINE_COLOR = "#8f97a3"
+ARM_COLORS = ("#3f7fc1", "#cf8a14", "#1c9a78", "#a45fa0", "#d4622a", "#5aa9d6", "#b5793f", "#c2a500")
+
+Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[float], Sequence[str]]
+
+
+def side_by_side(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
+    """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
+    titles = [f"<b>{plain([panel[0]])[0]}</b>" for panel in panels]
+    several = len(panels) > 1
+    # A panel's labels stand in the gap before it: 0.009 of a page's width is one of their characters.
+    widest = max((len(n) + len(t) for p in panels[1:] for n, t in zip(p[1], p[5], strict=True)), default=0)
+    figure = make_subplots(
+        rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None,
+        horizontal_spacing=min(max(0.1, 0.03 + 0.009 * widest), 0.5 / max(len(panels) - 1, 1)),
+    )  # fmt: skip
+    longest = 1
+    for place, (_, labels, values, low, high, texts) in enumerate(panels, start=1):
+        longest = max(longest, len(labels))
+        figure.add_bar(
+            y=plain(labels), x=list(values), orientation="h", row=1, col=place, showlegend=False,
+            marker={
+                "color": [BASELINE_COLOR if n == baseline else ARM_COLORS[0] for n in labels],
+                "line": {"width": 0}, "cornerradius": 2,
+            },
+            error_x=whiskers(_below(values, low), _below(high, values)),
+            customdata=[[t] for t in plain(texts)],
+            hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
+        )  # fmt: skip
+        # The value stands left of the axis with the label, where no whisker can cross it.
+        figure.update_yaxes(
+            categoryorder="array", categoryarray=plain(dict.fromkeys(labels))[::-1], showgrid=False, row=1, col=place,
+            tickmode="array", tickvals=plain(labels),
+            ticktext=[f"{n}  <b>{t}</b>" for n, t in zip(plain(labels), plain(texts), strict=True)],
+        )  # fmt: skip
+        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, row=1, col=place)
+    finish(figure, height=64 + 34 * longest)
+    figure.update_layout(bargap=0.34, margin={"t": 34, "b": 22}, showlegend=False)
+    figure.update_annotations(font={"size": 13})
+    if titles and not several:
+        corner = {"x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 8, "l": 0}}
+        figure.update_layout(title={"text": titles[0], "font": {"size": 13}, **corner})
+    return figure
+
+
+def log_ticks(low: float, high: float) -> dict[str, object]:
+    """A logarithmic axis over [low, high]: ticks at powers of ten, and at twice and five times those where few fit."""
+    if not 0 < low <= high < math.inf:
+        return {"type": "log"}
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [step * 10.0**power for power in powers for step in steps]
+    shown = [v for v in values if 0.999 * low <= v <= 1.001 * high]
+    texts = [re.sub(r"\.0+(?=\D|$)", "", units.count(v)) if v >= 1e4 else f"{v:g}" for v in shown]
+    return {"type": "log", "tickmode": "array", "tickvals": shown, "ticktext": texts,
+            "range": [math.log10(low), math.log10(high)]}  # fmt: skip
+
+
+def finish(figure: go.Figure, height: int) -> None:
+    figure.update_layout(
+        height=height,
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 13, "color": INK},
+        margin={"l": 8, "r": 12, "t": 36, "b": 40},
+        showlegend=True,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xref": "container",
+            "y": 1,
+            "yanchor": "bottom",
+            "xanchor": "left",
+            "title": {"text": ""},
+        },
+        hoverlabel={"align": "left", "font": {"family": FONT, "size": 13}},
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        gridcolor=GRID, zerolinecolor=INK, zerolinewidth=1, tickangle=0, showline=False, automargin=True,
+        fixedrange=True, title_font={"size": 12}, title_standoff=10, tickfont={"size": 12},
+    )  # fmt: skip
+    figure.update_yaxes(
+        gridcolor=GRID, zeroline=False, showline=False, automargin=True, fixedrange=True, type="category",
+        ticks="outside", ticklen=6, tickcolor="rgba(0,0,0,0)",
+    )  # fmt: skip
+
+
+def whiskers(below: Iterable[float], above: Iterable[float], color: str = INK) -> dict[str, object]:
+    """Asymmetric error bars; what is missing has none."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [0.0 if units.missing(v) else max(float(v), 0.0) for v in above],
+        "arrayminus": [0.0 if units.missing(v) else max(float(v), 0.0) for v in below],
+        "color": color,
+        "thickness": 1.5,
+        "width": 3,
+    }
+
+
+def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
+    """upper - lower, element by element; nothing where either side is missing."""
+    pairs = zip(upper, lower, strict=False)
+    return [0.0 if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
+
+
+def plain(texts: Iterable[object]) -> list[str]:
+    """Texts that plotly draws as they are written: it reads a small HTML in labels, which data must not reach."""
+    return [html.escape(str(text), quote=False).replace("$", "&#36;") for text in texts]
+
+
+def wrapped(label: str) -> str:
+    """A label of several parts on two lines where it is long."""
+    head, joint, tail = label.rpartition(" · ")
+    return f"{head}<br>{tail}" if joint and len(label) > 20 else label

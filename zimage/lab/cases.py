@@ -1,0 +1,43 @@
+"""All sections of one run's tables, in the order of the page: what is most telling comes first."""
+
+from zimage.analysis import reading
+from zimage.analysis.findings import Tables, baseline_arm
+from zimage.lab import cost_sections
+from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
+
+
+def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) -> tuple[list[Section], list[Section]]:
+    """The open and the collapsed sections of one run's tables, most telling first.
+
+    Without `compared` the verdicts are left to an overview of several runs.
+    """
+    shown: list[Section] = []
+    if compared and (frame := some(tables, "ablation")) is not None:
+        shown.append(verdicts(frame, id))
+    if (part := by_arm(tables, id)) is not None:
+        shown.append(part)
+    if pictures:
+        arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
+        order = {f"_{arm}": place for place, arm in reversed([*enumerate(arms)]) if arm}
+        ordered = sorted(pictures, key=lambda p: min((n for e, n in order.items() if p.name.endswith(e)), default=99))
+        shown.append(Section("Pictures", "Enlarged without smoothing.", pictures=ordered))
+    if (frame := some(tables, "stages")) is not None:
+        # What a page is about comes first: a profile's only other table is its memory.
+        place = len(shown) if "ablation" in tables else 0
+        shown.insert(place, stages(frame, id))
+    if (frame := some(tables, "operations")) is not None:
+        shown += cost_sections.operations(frame, id)
+    if (frame := some(tables, "scaling")) is not None:
+        shown.append(cost_sections.scaling(frame, id))
+    if (frame := some(tables, "loading")) is not None:
+        shown.append(loading(frame, id))
+    folds = []
+    if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
+        folds.append(part)
+    if (frame := some(tables, "modules")) is not None:
+        folds.append(cost_sections.modules(frame))
+    if (frame := some(tables, "power")) is not None:
+        folds.append(cost_sections.power(frame))
+    if (frame := some(tables, "samples")) is not None and (part := samples(frame, id)) is not None:
+        folds.append(part)
+    return shown, folds

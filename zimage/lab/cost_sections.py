@@ -1,0 +1,153 @@
+"""The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
+
+from typing import Any
+
+from zimage.analysis import cost_plots, reading, units
+from zimage.lab.sections import Cell, Head, Section, Table, chart, times
+
+import pandas as pd
+
+
+def operations(frame: pd.DataFrame, id: str) -> list[Section]:
+    """One section a profiled stage: its operations' times, and where they stand under the roofline."""
+    found = []
+    for place, (stage, group) in enumerate(frame.groupby("stage", sort=False)):
+        rows = reading.records(group)
+        rest = next((row for row in rows if row["operation"] == reading.UNATTRIBUTED), None)
+        note = (
+            "Each operation alone at its real shapes, inputs and weights rotated; bytes are the fewest that can be "
+            "moved, and the roof is what this device was measured to reach."
+        )
+        if rest is not None and not units.missing(rest["time_s"]):
+            note += (
+                f" {units.seconds(rest['time_s'])} of the stage are unattributed: what it takes beyond the sum of its "
+                "operations, negative where they overlap in it."
+            )
+        alt = f"Time of the operations of {stage}: " + "; ".join(
+            f"{row['operation']} {units.seconds(row['time_s'])}" for row in rows
+        )
+        heads = [Head("Operation"), *(Head(n, True) for n in ("Time", "Interval", "FLOPs", "Bytes", "FLOP/byte"))]
+        heads += [Head("Bound"), Head("Of the roof", True)]
+        cells = [
+            [
+                Cell(str(row["operation"])),
+                Cell(units.seconds(row["time_s"]), "num"),
+                Cell(times(row), "num"),
+                Cell(units.count(row["flops"]), "num"),
+                Cell(units.size(row["bytes"]), "num"),
+                Cell(units.significant(row["intensity_flop_per_byte"]), "num"),
+                Cell(row["bound"] if isinstance(row["bound"], str) else ""),
+                Cell(units.percent(row["attained_fraction"], 0), "num"),
+            ]
+            for row in rows
+        ]
+        charts = [chart(cost_plots.operations(group), f"{id}-operations-{place}", alt)]
+        if (group["attained_fraction"] > 0).any():
+            words = f"Roofline of {stage}: rate over arithmetic intensity of every operation"
+            charts.append(chart(cost_plots.roofline(group), f"{id}-roofline-{place}", words))
+        title = f"Operations of {stage}"
+        found.append(Section(title, note, charts, Table(title, heads, cells), folded=True, stacked=True))
+    return found
+
+
+def modules(frame: pd.DataFrame) -> Section:
+    """The module tree: parameters, bytes, FLOPs, time and share of every module, indented by depth."""
+    timed = frame["time_s"].notna().any()
+    heads = [Head("Module"), *(Head(name, True) for name in ("Parameters", "Weights", "FLOPs"))]
+    heads += [Head("Time", True), Head("Share", True)] if timed else []
+    cells = []
+    for row in reading.records(frame):
+        path = str(row["path"])
+        depth = path.count(".") + 1 if path else 0
+        name = "\N{NO-BREAK SPACE}" * 3 * depth + (path.rpartition(".")[2] or "the whole step")
+        line = [
+            Cell(name),
+            Cell(units.count(row["parameters"]), "num"),
+            Cell(units.size(row["bytes"]), "num"),
+            Cell(units.count(row["flops"]), "num"),
+        ]
+        if timed:
+            line += [Cell(units.seconds(row["time_s"]), "num"), Cell(units.percent(row["share"]), "num")]
+        cells.append(line)
+    note = "Times are of the prefix view where a module is a stage, and of the operation view below that."
+    return Section("Module tree", note if timed else "", table=Table("Module tree", heads, cells))
+
+
+def overhead(frame: pd.DataFrame) -> Section | None:
+    """What a profile measured beside its stages: the depth view, the first call, kernel build, its own cost."""
+    rows = frame[frame["view"].isin([reading.OVERHEAD, "depth"])]
+    if rows.empty:
+        return None
+    heads = [Head("What"), Head("Time", True), Head("Interval", True)]
+    cells = [
+        [Cell(str(row["stage"])), Cell(units.seconds(row["time_s"]), "num"), Cell(times(row), "num")]
+        for row in reading.records(rows)
+    ]
+    note = "Measured apart and in no stage's time. The depth view regresses the time of a step on its number of blocks."
+    return Section("Beside the stages", note, table=Table("Beside the stages", heads, cells))
+
+
+def scaling(frame: pd.DataFrame, id: str) -> Section:
+    """Time of a step over sizes, and how far the calibrated prediction is off where it was not calibrated."""
+    rows = reading.records(frame)
+    heads = [Head("Size"), Head("Used for"), *(Head(n, True) for n in ("Time", "Interval", "Predicted", "Off", "MFU"))]
+    cells = [
+        [
+            Cell(cost_plots.size_name(row)),
+            Cell(str(row["use"])),
+            Cell(units.seconds(row["time_s"]), "num"),
+            Cell(times(row), "num"),
+            Cell(units.seconds(row["predicted_s"]), "num"),
+            Cell(units.percent(row["error"]), "num"),
+            Cell(units.percent(row["mfu"]), "num"),
+        ]
+        for row in rows
+    ]
+    held = frame[frame["use"] == "held out"]["error"].abs().dropna()
+    note = ""
+    if len(held):
+        note = (
+            f"Predicted from the cost model after calibration at {(frame['use'] == 'calibration').sum()} sizes: "
+            f"median absolute error {units.percent(float(held.median()))} at {len(held)} sizes held out, "
+            f"{units.percent(float(held.max()))} at most."
+        )
+    charts = []
+    if frame["predicted_s"].notna().any():
+        charts.append(chart(cost_plots.scaling(frame), f"{id}-scaling", f"Measured over predicted time. {note}"))
+    else:
+        charts.append(chart(cost_plots.throughput(frame), f"{id}-throughput", "Time of a step for every size"))
+    title = "Time over sizes"
+    return Section(title, note, charts, Table(title, heads, cells))
+
+
+def power(frame: pd.DataFrame) -> Section:
+    """Energy, power and clocks while steps ran."""
+    heads = [Head("Arm"), Head("Scope"), *(Head(n, True) for n in ("Energy a step", "Power", "Clock", "Temperature"))]
+    heads.append(Head("Throttled by"))
+    cells = [
+        [
+            Cell(_text(row["arm"])),
+            Cell(", ".join(filter(None, (_text(row["scope"]), _text(row["regime"]))))),
+            Cell(_unit(_per_step(row), "J"), "num"),
+            Cell(_unit(row["power_w"], "W"), "num"),
+            Cell(_unit(row["clock_hz"] / 1e9, "GHz"), "num"),
+            Cell(_unit(row["temperature_c"], "\N{DEGREE SIGN}C"), "num"),
+            Cell(_text(row["throttle"]) or units.MISSING, "free"),
+        ]
+        for row in reading.records(frame)
+    ]
+    return Section("Power and clocks", "", table=Table("Power and clocks", heads, cells))
+
+
+def _per_step(row: dict[str, Any]) -> float | None:
+    if units.missing(row["energy_j"]) or units.missing(row["steps"]) or not row["steps"]:
+        return None
+    return float(row["energy_j"]) / float(row["steps"])
+
+
+def _unit(value: float | None, unit: str) -> str:
+    return units.MISSING if units.missing(value) else f"{units.significant(value)} {unit}"
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
