@@ -175,3 +175,31 @@ def test_baseline() -> None:
 def test_time_phrase(ratio: float, text: str) -> None:
     """A ratio is told as a change of time, and as none where it rounds to none."""
     assert time_phrase(ratio) == text
+
+
+def test_the_slowest_operation_and_what_is_unattributed() -> None:
+    """A profiled stage's finding names its slowest operation, the share bound by memory, and the signed rest."""
+    (found,) = findings(stored(operations=fabricated.operations()))
+    assert found.text == "sdpa takes the most of layers.0, 31 % at 51 % of the roof"
+    assert found.evidence == ("21 % in operations bound by memory", "-2 % unattributed")
+
+
+def test_operations_without_peaks_are_not_placed() -> None:
+    """Without measured peaks nothing is said of a roof."""
+    (found,) = findings(stored(operations=fabricated.operations().drop(columns=["bound", "attained_fraction"])))
+    assert "roof" not in found.text and "memory" not in "".join(found.evidence)
+
+
+def test_the_prediction_is_judged_where_it_was_not_calibrated() -> None:
+    """The error stated is of sizes held out, and a table without such sizes states none."""
+    (found,) = findings(stored(scaling=fabricated.scaling()))
+    assert found.text == "calibrated at 3 sizes, the cost model predicts the others to 4.0 % in the median"
+    assert found.evidence == ("3 sizes held out, at most 10.0 % off",)
+    assert findings(stored(scaling=fabricated.scaling().assign(use="calibration"))) == []
+
+
+def test_energy_is_stated_where_it_is_known() -> None:
+    """Joules a step are total energy over steps; an arm whose machine tells nothing is left out."""
+    (found,) = findings(stored(power=fabricated.power()))
+    assert found.text == "baseline: 80.0 J a step"
+    assert found.evidence == ("615 W on average", "throttled by power cap")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from zimage.analysis import units
 from zimage.analysis.reading import (
+    UNATTRIBUTED,
     arms,
     best_scope,
     final_step,
@@ -47,10 +48,17 @@ class Finding:
 def findings(tables: Tables) -> list[Finding]:
     """The findings of one run or of several runs with the same parameters.
 
-    `tables` maps table names (stages, ablation, memory, quality, loading) to frames; missing and empty ones are left
+    `tables` maps the names of tables to frames; missing and empty ones are left
     out.
     """
-    return [*_where_time_goes(tables.get("stages")), *_arms(tables), *_loading(tables.get("loading"))]
+    return [
+        *_where_time_goes(tables.get("stages")),
+        *_operations(tables.get("operations")),
+        *_arms(tables),
+        *_scaling(tables.get("scaling")),
+        *_power(tables.get("power")),
+        *_loading(tables.get("loading")),
+    ]
 
 
 def sentence(clauses: list[str], device: str, weights: str | None) -> str:
@@ -214,6 +222,62 @@ def _overlap(mine: "pd.Series[float]", theirs: "pd.Series[float]") -> str:
     if any(units.missing(end) for end in ends):
         return ""
     return " (intervals overlap)" if ends[0] <= ends[3] and ends[2] <= ends[1] else ""
+
+
+def _operations(frame: pd.DataFrame | None) -> list[Finding]:
+    """One finding a profiled stage: what takes most of it, how near the roof that is, and what is unattributed."""
+    if frame is None or frame.empty:
+        return []
+    found = []
+    for stage, group in frame.dropna(subset=["time_s"]).groupby("stage", sort=False):
+        rest = group[group["operation"] == UNATTRIBUTED]["time_s"]
+        rows = group[group["operation"] != UNATTRIBUTED].sort_values("time_s", ascending=False)
+        whole = float(rows["time_s"].sum()) + (float(rest.iloc[0]) if len(rest) else 0.0)
+        if rows.empty or whole <= 0:
+            continue
+        kinds = rows.groupby(rows["bound"].fillna(""), sort=False)["time_s"].sum()
+        memory = float(kinds.get("memory", 0.0))
+        text = (
+            f"{rows['operation'].iloc[0]} takes the most of {stage}, {units.percent(rows['time_s'].iloc[0] / whole, 0)}"
+        )
+        attained = rows["attained_fraction"].iloc[0]
+        if not units.missing(attained):
+            text += f" at {units.percent(attained, 0)} of the roof"
+        numbers = [f"{units.percent(memory / whole, 0)} in operations bound by memory"] if len(kinds) > 1 else []
+        if len(rest):
+            numbers.append(f"{units.percent(float(rest.iloc[0]) / whole, 0)} unattributed")
+        found.append(Finding(text, "", tuple(numbers)))
+    return found
+
+
+def _scaling(frame: pd.DataFrame | None) -> list[Finding]:
+    """How far the calibrated cost model is off where it was not calibrated."""
+    if frame is None or frame.empty:
+        return []
+    held = frame[frame["use"] == "held out"]["error"].abs().dropna()
+    if held.empty:
+        return []
+    sizes = int((frame["use"] == "calibration").sum())
+    text = (
+        f"calibrated at {sizes} sizes, the cost model predicts the others to {units.percent(float(held.median()))} in "
+        "the median"
+    )
+    numbers = f"{len(held)} sizes held out, at most {units.percent(float(held.max()))} off"
+    return [Finding(text, "", (numbers,), f"{text} ({numbers})")]
+
+
+def _power(frame: pd.DataFrame | None) -> list[Finding]:
+    """What a step costs in energy, where the device tells."""
+    if frame is None or frame.empty:
+        return []
+    found = []
+    for row in records(frame.dropna(subset=["energy_j", "steps"])):
+        if row["steps"] > 0:
+            text = f"{row['arm']}: {units.significant(row['energy_j'] / row['steps'])} J a step"
+            power = "" if units.missing(row["power_w"]) else f"{units.significant(row['power_w'])} W on average"
+            throttle = f"throttled by {row['throttle']}" if _text(row["throttle"]) else ""
+            found.append(Finding(text, "", tuple(filter(None, (power, throttle)))))
+    return found
 
 
 def _loading(frame: pd.DataFrame | None) -> list[Finding]:
