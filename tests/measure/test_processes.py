@@ -2,24 +2,19 @@
 
 import math
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.measure.clock import Clock
-from zimage.analysis.tables import conform
+from tests.measure.watching import ends, pids
 from zimage.errors import MeasurementError
-from zimage.measure import Program, Resident, compare, in_fresh_processes, processes
-from zimage.measure.processes import Arm, ProcessComparison
+from zimage.measure import Program, Resident, compare
+from zimage.measure.processes import Arm
 
-import numpy as np
-import pandas as pd
 import pytest
 
 PROGRAMS = "tests.measure.programs"
@@ -47,28 +42,6 @@ def refused(arm: Arm, calls: int = 0, timeout_s: float = TIMEOUT_S) -> str:
     said = str(caught.value)
     assert "\n" not in said and said.isprintable() and len(said) < 1000
     return said
-
-
-def ends(pid: int) -> bool:
-    """Whether the process ends within 5 seconds; one that only waits to be collected has ended."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        if not shown.stdout.strip() or shown.stdout.startswith("Z"):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def pids(log: Path, count: int = 1) -> list[int]:
-    """The pids in `log`, once there are so many."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = log.read_text(encoding="ascii").split() if log.exists() else []
-        if len(found) >= count:
-            return [int(pid) for pid in found]
-        time.sleep(0.05)
-    raise AssertionError("the program did not come so far")
 
 
 def test_a_program_is_timed_where_it_runs() -> None:
@@ -133,7 +106,7 @@ def test_what_a_program_prints_disturbs_nothing(size: int) -> None:
 def test_a_program_that_fails_is_one_line(arm: Program, calls: int, words: tuple[str, ...]) -> None:
     """A program that raises, exits, dies or isn't there is a MeasurementError with its name and its last words."""
     said = refused(arm, calls)
-    assert all(word in said for word in (arm.function, *words)), said
+    assert all(word in said for word in (str(arm), *words)), said
 
 
 @pytest.mark.parametrize(
@@ -192,10 +165,30 @@ def test_an_arm_that_failed_is_gone_at_once() -> None:
             resident()
 
 
-@pytest.mark.parametrize("given", [["/nowhere/python"], [""], ["a\0b"], []])
-def test_a_command_that_is_not_there(given: list[str]) -> None:
+@pytest.mark.parametrize("given", [["/nowhere/python"], [""], ["a\0b"], [], [None]])
+def test_a_command_that_is_not_there(given: Any) -> None:
     """A command that cannot be started is one line too."""
     assert "cannot be started" in refused(given)
+
+
+def test_a_command_is_a_list() -> None:
+    """A command in one text is refused: no shell takes it apart."""
+    assert "a command is a list of words, found 'python serve.py'" in refused("python serve.py")
+
+
+def test_a_resident_is_one_process() -> None:
+    """Entered again while it runs it refuses, and goes on running."""
+    resident = Resident(command(SERVES + "print(1)"), timeout_s=TIMEOUT_S)
+    with resident:
+        with pytest.raises(MeasurementError, match="is running already"):
+            resident.__enter__()
+        assert resident() == 1
+
+
+def test_programs_are_told_apart() -> None:
+    """A program is called by its function and its arguments, in one line that is not endless."""
+    assert str(program("sleeping", time_s=0.1, log="a\nb")) == f"{PROGRAMS}:sleeping(time_s=0.1, log=a b)"
+    assert len(str(program("sleeping", log="x" * 1000))) < 150
 
 
 PARENT = """
@@ -248,133 +241,3 @@ def test_what_is_no_program_is_refused(function: Any, arguments: Any, words: str
     with pytest.raises(MeasurementError, match=re.escape(words)) as caught:
         Program(function, arguments)
     assert str(caught.value).isprintable()
-
-
-def test_fresh_processes_find_a_planted_delay(tmp_path: Path) -> None:
-    """An arm that sleeps 30 ms longer than a 30 ms baseline is slower by about two, in eight processes of each.
-
-    Every process is a new one and the one before has ended by then; first calls and warm-ups are kinds of their own.
-    """
-    log, alive = tmp_path / "log", []
-
-    def advance() -> None:
-        alive.extend(pid for pid in pids(log) if not ends(pid))
-
-    found = in_fresh_processes(
-        program("sleeping", time_s=0.03, first_s=0.1, log=str(log)),
-        program("sleeping", time_s=0.06, first_s=0.1, log=str(log)),
-        seed=3, samples=3, warm_up=2, timeout_s=TIMEOUT_S, advance=advance,
-    )  # fmt: skip
-    assert found.verdict == "slower"
-    assert 1.6 < found.ratio < 2.2
-    assert len(set(pids(log))) == 16 and alive == []
-    frame = pd.DataFrame(found.sample_rows("step"))
-    assert frame.groupby("kind").size().to_dict() == {"first call": 16, "warm-up": 32, "sample": 48}
-    assert sorted(frame["process"].unique()) == list(range(1, 17))
-    assert frame.groupby("process")["arm"].nunique().eq(1).all()
-    assert frame[frame["kind"] == "first call"]["time_s"].min() > 0.12
-    assert frame[frame["kind"] != "first call"]["time_s"].max() < 0.12
-    conform("samples", frame)
-
-
-class Fake:
-    """Stands for `Resident`: an arm is a call of an injected clock, and at most one is alive at a time."""
-
-    alive = 0
-
-    def __init__(self, arm: Any, *, warm_up: int, timeout_s: float) -> None:
-        self._call, self.before_s = arm, [1.0] * (1 + warm_up)
-        assert timeout_s > 0
-
-    def __enter__(self) -> Callable[[], float]:
-        Fake.alive += 1
-        assert Fake.alive == 1
-        return self  # type: ignore[return-value]
-
-    def __exit__(self, *_: object) -> None:
-        Fake.alive -= 1
-
-    def __call__(self) -> float:
-        return float(self._call())
-
-
-def compared(clock: Clock, ratio: float, monkeypatch: pytest.MonkeyPatch, **options: Any) -> ProcessComparison:
-    monkeypatch.setattr(processes, "Resident", Fake)
-    return in_fresh_processes(clock.arm("baseline"), clock.arm("arm", ratio), **{"seed": 0, **options})  # type: ignore[arg-type]
-
-
-def test_pairs_of_processes_in_a_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair is a process of each arm, in both orders, drawn from the seed; first calls and warm-ups are not judged."""
-    clock = Clock()
-    found = compared(clock, 1.5, monkeypatch, pairs=20, samples=4, seed=5)
-    blocks = [clock.calls[i : i + 4] for i in range(0, len(clock.calls), 4)]
-    assert all(len(set(block)) == 1 for block in blocks)
-    firsts = [block[0] for block in blocks[::2]]
-    assert all({a[0], b[0]} == {"baseline", "arm"} for a, b in zip(blocks[::2], blocks[1::2], strict=True))
-    rng = random.Random(5)
-    assert firsts == ["arm" if rng.random() < 0.5 else "baseline" for _ in range(20)] and len(set(firsts)) == 2
-    assert found.ratio == pytest.approx(1.5, rel=0.01)
-    assert {s.process for s in found.samples} == set(range(1, 41))
-
-
-def test_a_pair_is_one_difference_of_mean_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate is that of `analyse` over the pairs' differences of mean log times at a single look."""
-    found = compared(Clock(noise=0.05), 1.1, monkeypatch, samples=5)
-    frame = pd.DataFrame([vars(s) for s in found.samples if s.kind == "sample"])
-    means = np.log(frame["time_s"]).groupby([frame["pair"], frame["arm"]]).mean().unstack()
-    wanted = processes.analyse((means["arm"] - means["baseline"]).to_numpy(), 0.05)
-    assert (found.ratio, found.low, found.high, found.p) == pytest.approx(
-        (wanted.ratio, wanted.low, wanted.high, wanted.p)
-    )
-
-
-@pytest.mark.parametrize(
-    ("noise", "ratio", "floor", "verdict"),
-    [
-        (0.0, 1.0, None, "equivalent"),
-        (0.001, 0.9, None, "faster"),
-        (0.001, 1.1, None, "slower"),
-        (0.001, 1.1, 0.2, "inconclusive"),
-        (0.5, 1.0, None, "inconclusive"),
-    ],
-)
-def test_verdicts_of_processes(
-    noise: float, ratio: float, floor: float | None, verdict: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Equal times are equivalent, different ones faster or slower, and noise or a floor above them inconclusive."""
-    found = compared(Clock(noise=noise), ratio, monkeypatch, noise_floor=floor)
-    assert found.verdict == verdict, found
-    said = str(found)
-    assert "\n" not in said and verdict in said and "8 pairs of fresh processes" in said
-    assert (found.reason in said) == (verdict == "inconclusive")
-    row = found.row("step")
-    assert (row["regime"], row["quads"], row["verdict_without_drops"], row["noise_floor"]) == (
-        "burst",
-        8,
-        verdict,
-        floor,
-    )
-    conform("ablation", pd.DataFrame([row]))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"pairs": 7}, "at least 8 pairs, found 7"),
-        ({"pairs": 8.0}, "found 8.0"),
-        ({"samples": 0}, "at least one sample"),
-        ({"warm_up": -1}, "warm_up must be a number of calls, found -1"),
-        ({"timeout_s": 0}, "timeout_s must be positive"),
-        ({"timeout_s": math.nan}, "timeout_s must be positive"),
-        ({"timeout_s": math.inf}, "timeout_s must be positive"),
-        ({"alpha": 0}, "alpha and delta"),
-        ({"noise_floor": -1}, "noise_floor"),
-        ({"names": ("a", "a")}, "both called 'a'"),
-        ({"seed": 0.5}, "seed must be an integer"),
-    ],
-)
-def test_impossible_comparisons_are_refused(options: dict[str, Any], words: str) -> None:
-    """Arguments out of range, fewer than eight processes a side among them, are refused before anything runs."""
-    arm = program("exiting", status=9)
-    with pytest.raises(MeasurementError, match=words):
-        in_fresh_processes(arm, arm, **{"seed": 0, **options})

@@ -1,13 +1,11 @@
 """Arms and loaders in processes of their own: run to their end, or resident and timed call by call. Needs no MLX.
 
-Two arms that don't fit in memory together alternate as processes here, and fresh processes tell what one start of a
-program, with its addresses and its warm-up, does to the times. Every process leads a group, which is ended as a whole.
+Every process leads a group, and is ended with all that it started.
 """
 
 import json
 import math
 import os
-import random
 import selectors
 import signal
 import subprocess
@@ -21,11 +19,7 @@ from typing import Any
 
 import zimage
 from zimage.errors import MeasurementError
-from zimage.measure.statistics import analyse, verdict
 
-import numpy as np
-
-FEWEST_PAIRS = 8
 _LONGEST = 300  # characters of what a process said
 _LONGEST_JOB = 32_768  # bytes: what a pipe takes before anyone reads from it
 _END_S = 2.0  # for a process to end by itself once its input has ended
@@ -48,11 +42,12 @@ class Program:
         if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
             raise MeasurementError(f'a program is "module:function", found {line(repr(self.function))}')
         if module == "__main__":
-            raise MeasurementError(f"{line(self)} is known to this process only; put the function into a module")
+            raise MeasurementError(f"{self.function} is known to this process only; put the function into a module")
         self.job(0)
 
     def __str__(self) -> str:
-        return self.function
+        given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        return line(f"{self.function}({given})", 120)
 
     def job(self, warm_up: int) -> bytes:
         """The line that tells `zimage.measure.worker` what to do."""
@@ -62,9 +57,11 @@ class Program:
             content = {"function": self.function, "arguments": dict(self.arguments), "warm_up": warm_up}
             job = json.dumps({**content, "path": sys.path}, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise MeasurementError(f"the arguments of {line(self)} must be JSON: {line(error)}") from None
+            raise MeasurementError(f"the arguments of {line(self.function)} must be JSON: {line(error)}") from None
         if len(job) > _LONGEST_JOB:
-            raise MeasurementError(f"the arguments of {line(self)} are too long; hand over the name of a file instead")
+            raise MeasurementError(
+                f"the arguments of {line(self.function)} are too long; hand over the name of a file instead"
+            )
         return job
 
 
@@ -90,7 +87,7 @@ class Resident:
             raise MeasurementError(f"timeout_s must be positive and finite, found {timeout_s!r}")
         if isinstance(arm, Program):
             self._command: Sequence[str] = [sys.executable, "-P", "-m", "zimage.measure.worker"]
-            self._job, self._what = arm.job(warm_up), f"the program {line(arm)}"
+            self._job, self._what = arm.job(warm_up), f"the program {arm}"
         else:
             self._command, self._job, self._what = arm, b"", f"the program {named(arm)}"
         self._timeout_s = timeout_s
@@ -99,6 +96,8 @@ class Resident:
         self.before_s: list[float] = []  # seconds of a Program's first call and of its warm-ups
 
     def __enter__(self) -> "Resident":
+        if self._process is not None:
+            raise MeasurementError(f"{self._what} is running already; make another Resident for another process")
         self._process = start(self._command, self._what, own=bool(self._job), stdin=subprocess.PIPE)
         self._out = self._err = b""
         try:
@@ -213,150 +212,6 @@ class Resident:
                 pass
 
 
-@dataclass(frozen=True)
-class ProcessSample:
-    """One timed call: of which arm, in which process and pair, the how-manieth there, and of what kind."""
-
-    arm: str
-    process: int
-    pair: int
-    position: int
-    kind: str
-    time_s: float
-
-
-@dataclass(frozen=True)
-class ProcessComparison:
-    """What an arm did to the time over pairs of fresh processes; the fields mean what those of `Comparison` do."""
-
-    baseline: str
-    arm: str
-    ratio: float
-    low: float
-    high: float
-    p: float
-    verdict: str
-    reason: str
-    pairs: int
-    alpha: float
-    delta: float
-    noise_floor: float | None
-    seed: int
-    samples: list[ProcessSample]
-
-    def __str__(self) -> str:
-        confidence = f"{100 * (1 - self.alpha):g} % CI"
-        evidence = f"{self.pairs} pairs of fresh processes"
-        if self.noise_floor is not None:
-            evidence += f", noise floor {100 * self.noise_floor:.1f} %"
-        if self.verdict == "inconclusive":
-            evidence += f" ({self.reason})"
-        if self.low <= 1 <= self.high:
-            found = f"time ratio {self.ratio:.3f} to {self.baseline}, {confidence} {self.low:.3f}-{self.high:.3f}"
-        else:
-            change, *ends = (100 * abs(1 - x) for x in (self.ratio, self.low, self.high))
-            found = f"{change:.1f} % {'less' if self.ratio < 1 else 'more'} time than {self.baseline}, "
-            found += f"{confidence} {min(ends):.1f}-{max(ends):.1f}"
-        return f"{self.arm}: {self.verdict}, {found}, {evidence}"
-
-    def row(self, scope: str) -> dict[str, Any]:
-        """The comparison as a row of the `ablation` table, pairs of processes in the place of quads."""
-        return {
-            "arm": self.arm, "baseline": self.baseline, "scope": scope, "regime": "burst", "ratio": self.ratio,
-            "ratio_low": self.low, "ratio_high": self.high, "p_value": self.p, "verdict": self.verdict,
-            "reason": self.reason, "verdict_without_drops": self.verdict, "quads": self.pairs, "dropped_quads": 0,
-            "noise_floor": self.noise_floor,
-        }  # fmt: skip
-
-    def sample_rows(self, scope: str, trial: int = 0) -> list[dict[str, Any]]:
-        """Every timed call as a row of the `samples` table: first calls and warm-ups are kinds of their own.
-
-        Processes are numbered from 1 in the order they ran; 0 is the one that asks.
-        """
-        return [
-            {
-                "arm": s.arm, "scope": scope, "process": s.process, "trial": trial, "quad": s.pair,
-                "position": s.position, "kind": s.kind, "regime": "burst", "time_s": s.time_s, "dropped": False,
-            }
-            for s in self.samples
-        ]  # fmt: skip
-
-
-def in_fresh_processes(
-    baseline: Arm,
-    arm: Arm,
-    *,
-    seed: int,
-    pairs: int = FEWEST_PAIRS,
-    samples: int = 10,
-    warm_up: int = 3,
-    alpha: float = 0.05,
-    delta: float = 0.01,
-    noise_floor: float | None = None,
-    timeout_s: float = 600.0,
-    names: tuple[str, str] = ("baseline", "arm"),
-    advance: Callable[[], None] = lambda: None,
-) -> ProcessComparison:
-    """Compare two arms, each loaded alone in `pairs` processes of its own, one process alive at a time.
-
-    A process makes its first call, `warm_up` more, then `samples`; a pair is one process of each arm, in an order drawn
-    from `seed`, and gives one difference of mean log times. They are judged once, by the signed-rank test over pairs.
-    advance: called after each of the 2 `pairs` processes. Raises MeasurementError for fewer than 8 pairs and other
-    arguments out of range, and as `Resident` does.
-    """
-    _check(pairs, samples, alpha, delta, noise_floor, names, seed)
-    rng = random.Random(seed)
-    taken: list[ProcessSample] = []
-    differences: list[float] = []
-    for pair in range(pairs):
-        order = [(names[0], baseline), (names[1], arm)]
-        if rng.random() < 0.5:
-            order.reverse()
-        means = {}
-        for i, (name, program) in enumerate(order, start=1):
-            with Resident(program, warm_up=warm_up, timeout_s=timeout_s) as resident:
-                before = resident.before_s
-                times = [resident() for _ in range(samples)]
-            kinds = ["first call", "warm-up"]
-            kinds = kinds[: len(before)] + kinds[1:] * (len(before) - 2) + ["sample"] * samples
-            taken += [
-                ProcessSample(name, 2 * pair + i, pair, position, kind, time_s)
-                for position, (kind, time_s) in enumerate(zip(kinds, [*before, *times], strict=True))
-            ]
-            means[name] = float(np.log(times).mean())
-            advance()
-        differences.append(means[names[1]] - means[names[0]])
-    estimate = analyse(np.array(differences), alpha)
-    word, reason = verdict(estimate, delta, noise_floor)
-    return ProcessComparison(
-        *names, estimate.ratio, estimate.low, estimate.high, estimate.p, word, reason, pairs, alpha, delta,
-        noise_floor, seed, taken,
-    )  # fmt: skip
-
-
-def _check(
-    pairs: int,
-    samples: int,
-    alpha: float,
-    delta: float,
-    noise_floor: float | None,
-    names: tuple[str, str],
-    seed: int,
-) -> None:
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < FEWEST_PAIRS:
-        raise MeasurementError(f"fresh processes are compared in at least {FEWEST_PAIRS} pairs, found {pairs!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise MeasurementError(f"a process must take at least one sample, found {samples!r}")
-    if not 0 < alpha < 1 or not 0 < delta < 1:
-        raise MeasurementError(f"alpha and delta must lie between 0 and 1, found {alpha} and {delta}")
-    if noise_floor is not None and not 0 <= noise_floor < math.inf:
-        raise MeasurementError(f"noise_floor must be a |log ratio|, 0 or more, found {noise_floor}")
-    if names[0] == names[1]:
-        raise MeasurementError(f"baseline and arm are both called {names[0]!r}; their names must differ")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise MeasurementError(f"seed must be an integer, found {seed!r}")
-
-
 def run_to_end(command: Sequence[str], what: str, timeout_s: float) -> str:
     """Run a command of ours in a process of its own to its end; what it printed.
 
@@ -378,6 +233,8 @@ def run_to_end(command: Sequence[str], what: str, timeout_s: float) -> str:
 
 def start(command: Sequence[str], what: str, own: bool, stdin: int) -> subprocess.Popen[bytes]:
     """A process that leads a group of its own, its output in pipes; an `own` one's zimage is this one."""
+    if isinstance(command, str):
+        raise MeasurementError(f"a command is a list of words, found {line(repr(command))}")
     environment = dict(os.environ)
     if own:
         home = str(Path(zimage.__file__).parent.parent)
@@ -400,7 +257,8 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def named(command: Sequence[str]) -> str:
     """The program and its first words, without a whole text of code."""
-    return line(" ".join(word for word in command[:4] if len(word) < 200 and "\n" not in word))
+    words = [command] if isinstance(command, str) else [str(word) for word in command[:4]]
+    return line(" ".join(word for word in words if len(word) < 200 and "\n" not in word))
 
 
 def last_words(text: str) -> str:
@@ -408,10 +266,10 @@ def last_words(text: str) -> str:
     return line(next((one for one in reversed(text.splitlines()) if one.strip()), "it said nothing"))
 
 
-def line(text: object) -> str:
+def line(text: object, longest: int = _LONGEST) -> str:
     """Any text as one printable line of bounded length."""
     one = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return one if len(one) <= _LONGEST else f"{one[:_LONGEST]}..."
+    return one if len(one) <= longest else f"{one[:longest]}..."
 
 
 def _too_slow(what: str, timeout_s: float) -> MeasurementError:
