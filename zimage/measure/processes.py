@@ -73,7 +73,8 @@ class Resident:
 
     arm: a Program, called once and `warm_up` times before it is ready, or a command. A command says `ready` in a line
     once it is, then answers every line on its standard input with a line whose last word is the seconds of one call,
-    and ends with its input. timeout_s: for getting ready, and for each call.
+    and ends with its input. timeout_s: for getting ready, and for each call. Compare a resident with another one: an
+    arm in this process shares it with whatever else is loaded here.
 
     Entering and calling raise MeasurementError, one line with the last that the process said, when it cannot be
     started, fails, answers anything else, or takes too long. It and all that it started end with the block, or when it
