@@ -20,6 +20,7 @@ _HOMES = {
 _MODULES = (
     "adapters",
     "analysis",
+    "arms",
     "config",
     "digits",
     "errors",

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Comparison": "comparison",
+    "Program": "processes",
+    "Resident": "processes",
     "compare": "comparison",
     "compare_many": "comparison",
+    "in_fresh_processes": "fresh",
     "timed": "timing",
     "trial": "timing",
 }
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from zimage.measure.comparison import Comparison as Comparison
     from zimage.measure.comparison import compare as compare
     from zimage.measure.comparison import compare_many as compare_many
+    from zimage.measure.fresh import in_fresh_processes as in_fresh_processes
+    from zimage.measure.processes import Program as Program
+    from zimage.measure.processes import Resident as Resident
     from zimage.measure.timing import timed as timed
     from zimage.measure.timing import trial as trial
 

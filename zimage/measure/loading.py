@@ -6,21 +6,16 @@ models: a loader is a command that ends its output with the line that `reporting
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import zimage
 from zimage.errors import MeasurementError
+from zimage.measure.processes import line, named, run_to_end
 
 PLAIN_READ = "plain read"  # the loader that the others are compared with: the same bytes into fresh memory
-_LONGEST = 300  # characters of what a loader said
 
 
 @dataclass(frozen=True)
@@ -43,37 +38,7 @@ def measure_loading(command: Sequence[str], timeout_s: float = 600.0) -> Loading
     Raises MeasurementError when it cannot be started, fails, reports nothing of the kind or takes longer than
     `timeout_s`; then it and all that it started are ended.
     """
-    home = str(Path(zimage.__file__).parent.parent)  # the loader's zimage is this one
-    path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise MeasurementError(f"the loader {_line(command[0])} cannot be started: {_line(reason)}") from None
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except BaseException as error:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise MeasurementError(
-                f"the loader {_named(command)} took longer than {timeout_s:g} s and was ended; give it more time"
-            ) from None
-        raise
-    if process.returncode != 0:
-        said = next((line for line in reversed(err.splitlines()) if line.strip()), "it said nothing")
-        raise MeasurementError(f"the loader {_named(command)} failed ({process.returncode}): {_line(said)}")
-    return _parse(command, out)
+    return _parse(command, run_to_end(command, f"the loader {named(command)}", timeout_s))
 
 
 def take_turns(
@@ -108,16 +73,5 @@ def _parse(command: Sequence[str], out: str) -> Loading:
         found = Loading(float(content["time_s"]), int(content["peak_bytes"]), int(content["result_bytes"]))
         if math.isfinite(found.time_s) and found.time_s > 0 and found.result_bytes > 0:
             return found
-    said = _line(lines[-1]) if lines else "nothing"
-    raise MeasurementError(f"the loader {_named(command)} must print its time_s and bytes as JSON, found {said}")
-
-
-def _named(command: Sequence[str]) -> str:
-    """The program and its first words, without a whole text of code."""
-    return _line(" ".join(word for word in command[:4] if len(word) < 200 and "\n" not in word))
-
-
-def _line(text: object) -> str:
-    """Any text as one printable line of bounded length."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    said = line(lines[-1]) if lines else "nothing"
+    raise MeasurementError(f"the loader {named(command)} must print its time_s and bytes as JSON, found {said}")

@@ -1,0 +1,100 @@
+"""Arms as data: what a step, a block or a QKV projection of some model computes, from names and numbers alone.
+
+In this process a notebook calls `scopes` on models it has loaded. In another process the same arm is
+`measure.Program("zimage.arms:step", {"source": ..., ...})`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zimage import backend, inputs
+from zimage.errors import InputError
+from zimage.inputs import Inputs
+from zimage.transformer import State, Transformer
+from zimage.transforms import fuse_gate_up, fuse_qkv
+from zimage.weights import load_transformer
+
+import mlx.core as mx
+
+Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
+FIRST_BLOCK = "layers.0"
+TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {"fuse_qkv": fuse_qkv, "fuse_gate_up": fuse_gate_up}
+
+
+def step(
+    source: str,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    transforms: Sequence[str] = (),
+    height: int = 1024,
+    width: int = 1024,
+    batch: int = 1,
+    caption_tokens: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    scope: str = "step",
+) -> Work:
+    """What one arm computes: `source` loaded, the named `transforms` applied in order, and one of its `SCOPES`.
+
+    The other arguments are those of `load_transformer`, `inputs.example` and `backend.use_device`, and it raises what
+    they raise, and InputError for a transform or scope that is not known.
+    """
+    if scope not in SCOPES:
+        raise InputError(f"scope {scope!r} is not known; known are {', '.join(SCOPES)}")
+    _known(transforms)
+    backend.use_device(device)
+    model = transformed(load_transformer(source, dtype, quantization), transforms)
+    return SCOPES[scope](model, inputs.example(model, source, height, width, batch, caption_tokens, seed))
+
+
+def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
+    """The model after the transforms of these names, in order. Raises InputError for one that is not known."""
+    _known(names)
+    for name in names:
+        model = TRANSFORMS[name](model)
+    return model
+
+
+def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
+    """The work of every scope for a loaded model and its inputs: "qkv", "block" and "step"."""
+    return {name: scope(model, example) for name, scope in SCOPES.items()}
+
+
+def _step(model: Transformer, example: Inputs) -> Work:
+    return lambda: model(*example)
+
+
+def _block(model: Transformer, example: Inputs) -> Work:
+    state = _before_first_block(model, example)
+    block = next(stage for stage in model.stages(*example) if stage.name == FIRST_BLOCK)
+    return lambda: block(state).arrays()
+
+
+def _qkv(model: Transformer, example: Inputs) -> Work:
+    state, block = _before_first_block(model, example), model.layers[0]
+    assert state.image is not None and state.caption is not None
+    tokens = block.attention_norm1(mx.concatenate([state.image, state.caption], axis=1))
+    mx.eval(tokens)
+    return lambda: block.attention.project(tokens)
+
+
+SCOPES: dict[str, Callable[[Transformer, Inputs], Work]] = {"qkv": _qkv, "block": _block, "step": _step}
+
+
+def _before_first_block(model: Transformer, example: Inputs) -> State:
+    """The activations that really reach the first main block, computed."""
+    state = State(*example)
+    for stage in model.stages(*example):
+        if stage.name == FIRST_BLOCK:
+            break
+        state = stage(state)
+    mx.eval(state.arrays())
+    return state
+
+
+def _known(names: Sequence[str]) -> None:
+    if not isinstance(names, (list, tuple)):
+        raise InputError(f"transforms must be a list of names, found {names!r}")
+    for name in names:
+        if not isinstance(name, str) or name not in TRANSFORMS:
+            raise InputError(f"transform {name!r} is not known; known are {', '.join(TRANSFORMS)}")
