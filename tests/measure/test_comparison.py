@@ -8,7 +8,8 @@ from typing import Any
 from tests.measure.clock import Clock
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
-from zimage.measure.comparison import Comparison, compare, compare_many, schedule
+from zimage.measure.comparison import Comparison, compare, compare_many
+from zimage.measure.quads import schedule
 
 import numpy as np
 import pandas as pd
@@ -184,11 +185,11 @@ def test_up_to_six_arms_can_conclude_at_ten_quads(arms: int) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"alpha": 0.0}, "alpha and delta"),
-        ({"alpha": 1.0}, "alpha and delta"),
-        ({"alpha": math.nan}, "alpha and delta"),
-        ({"delta": 0.0}, "alpha and delta"),
-        ({"delta": -0.01}, "alpha and delta"),
+        ({"alpha": 0.0}, "alpha must lie between 0 and 1, found 0.0"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"delta": 0.0}, "delta must lie between 0 and 1"),
+        ({"delta": -0.01}, "delta"),
         ({"max_quads": 0}, "max_quads must be an integer between 1 and 40, found 0"),
         ({"max_quads": 41}, "max_quads"),
         ({"max_quads": 10.0}, "max_quads"),
