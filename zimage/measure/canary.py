@@ -21,10 +21,7 @@ def default_canary() -> Timed:
     """
     kind = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
     size = _SIZE[kind]
-    x, weight = (mx.random.normal((size, size), key=mx.random.key(seed)) for seed in (0, 1))
-    # A gain of 2 before the sine keeps the values at a root mean square of about 0.7 however often it is repeated.
-    weight *= 2 / size**0.5
-    mx.eval(x, weight)
+    x, weight = _data(size)
     repeats = 1
     while repeats <= _MOST_REPEATS:
         canary = timed(partial(_work, x, weight, repeats))
@@ -33,6 +30,14 @@ def default_canary() -> Timed:
             return canary
         repeats *= 2
     raise MeasurementError(f"{_MOST_REPEATS} products of size {size} are too short for a canary on this {kind}")
+
+
+def _data(size: int) -> tuple[mx.array, mx.array]:
+    x, weight = (mx.random.normal((size, size), key=mx.random.key(seed)) for seed in (0, 1))
+    # A gain of 2 before the sine keeps the values at a root mean square of about 0.7 however often it is repeated.
+    weight *= 2 / size**0.5
+    mx.eval(x, weight)
+    return x, weight
 
 
 def _work(x: mx.array, weight: mx.array, repeats: int) -> mx.array:
