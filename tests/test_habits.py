@@ -34,6 +34,7 @@ ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
+    *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks"),
     *("quantization", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

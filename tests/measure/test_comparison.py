@@ -3,12 +3,14 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from tests.measure.clock import Clock
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
-from zimage.measure.comparison import Comparison, compare, compare_many, schedule
+from zimage.measure.comparison import Comparison, compare, compare_many
+from zimage.measure.quads import schedule
 
 import numpy as np
 import pandas as pd
@@ -184,11 +186,11 @@ def test_up_to_six_arms_can_conclude_at_ten_quads(arms: int) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"alpha": 0.0}, "alpha and delta"),
-        ({"alpha": 1.0}, "alpha and delta"),
-        ({"alpha": math.nan}, "alpha and delta"),
-        ({"delta": 0.0}, "alpha and delta"),
-        ({"delta": -0.01}, "alpha and delta"),
+        ({"alpha": 0.0}, "alpha must lie between 0 and 1, found 0.0"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"delta": 0.0}, "delta must lie between 0 and 1"),
+        ({"delta": -0.01}, "delta"),
         ({"max_quads": 0}, "max_quads must be an integer between 1 and 40, found 0"),
         ({"max_quads": 41}, "max_quads"),
         ({"max_quads": 10.0}, "max_quads"),
@@ -198,7 +200,19 @@ def test_up_to_six_arms_can_conclude_at_ten_quads(arms: int) -> None:
         ({"noise_floor": math.nan}, "noise_floor"),
         ({"seed": None}, "seed must be an integer, found None"),
         ({"seed": 1.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"alpha": "0.05"}, "alpha must lie between 0 and 1, found '0.05'"),
+        ({"delta": None}, "delta"),
+        ({"budget_s": math.inf}, "budget_s"),
+        ({"budget_s": "60"}, "budget_s"),
+        ({"noise_floor": "0.01"}, "noise_floor must be"),
+        ({"canary": 0.02}, "canary must be a callable"),
         ({"names": ("same", "same")}, "both called 'same'"),
+        ({"names": ("alone",)}, "names must be two"),
+        ({"names": "ab"}, "names must be two"),
+        ({"names": ("a", "")}, "name must be a text"),
+        ({"names": ("a", 3)}, "name must be a text"),
+        ({"names": ("a", "canary")}, "no arm can be called 'canary'"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_called(options: dict[str, Any], words: str) -> None:
@@ -210,10 +224,33 @@ def test_bad_arguments_are_refused_before_anything_is_called(options: dict[str, 
     assert "\n" not in str(caught.value)
 
 
-def test_no_arms_are_refused() -> None:
+@pytest.mark.parametrize("arms", [{}, None, ["arm"]])
+def test_no_arms_are_refused(arms: Any) -> None:
     """A comparison with nothing to compare is a MeasurementError."""
     with pytest.raises(MeasurementError, match="at least one arm"):
-        compare_many(Clock().arm("a"), {}, seed=0)
+        compare_many(Clock().arm("a"), arms, seed=0)
+
+
+def test_what_cannot_be_called_is_refused_by_its_name() -> None:
+    """An arm that is no function is named in a MeasurementError, also one that is called as the argument is."""
+    clock = Clock()
+    with pytest.raises(MeasurementError, match="baseline must be a callable"):
+        compare_many(clock.arm("plain"), {"x": clock.arm("x"), "baseline": 3.0}, seed=0, baseline_name="plain")  # type: ignore[dict-item]
+    assert clock.calls == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("broken arm"), MemoryError])
+def test_what_an_arm_raises_passes_through(error: Any) -> None:
+    """Neither an interruption nor an arm's own error is swallowed."""
+    clock = Clock()
+
+    def call() -> float:
+        if len(clock.calls) > 20:
+            raise error
+        return clock.arm("arm")()
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        compare(clock.arm("baseline"), call, seed=0, canary=clock.arm("canary"))
 
 
 @pytest.mark.parametrize("time_s", [0.0, -1e-3, math.nan, math.inf, None, True, "1"])
@@ -276,3 +313,12 @@ def test_the_text_of_a_difference(ratio: float, words: str) -> None:
     comparison = compared(Clock(noise=1e-4), ratio)
     low, high = sorted(100 * abs(1 - end) for end in (comparison.low, comparison.high))
     assert str(comparison) == f"arm: {words} time than baseline, 95 % CI {low:.1f}-{high:.1f}, 10 quads"
+
+
+def test_the_text_names_what_was_dropped_and_what_it_changed() -> None:
+    """Dropped quads are counted in the line by the arm before them, and another verdict without drops is given."""
+    plain = compared(Clock(noise=1e-4), 0.95, noise_floor=0.004)
+    dropped = replace(plain, dropped={"arm": 2, "baseline": 1}, verdict_without_drops="inconclusive")
+    text = "10 quads, 3 dropped (2 after arm, 1 after baseline), noise floor 0.4 %; inconclusive if none were dropped"
+    assert str(dropped).endswith(f", {text}")
+    assert str(plain).endswith(", 10 quads, noise floor 0.4 %")

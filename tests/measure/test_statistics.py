@@ -4,7 +4,7 @@ import math
 from itertools import product
 
 from zimage.errors import MeasurementError
-from zimage.measure.statistics import Estimate, analyse, verdict, walsh_averages
+from zimage.measure.statistics import Estimate, analyse, analyse_many, verdict, walsh_averages
 
 import hypothesis.strategies as st
 import numpy as np
@@ -113,11 +113,22 @@ def test_verdicts(low: float, ratio: float, high: float, floor: float | None, wa
     assert words in reason
 
 
+@pytest.mark.parametrize("n", [1, 7, 10, 20])
+def test_many_are_analysed_as_each_alone(n: int) -> None:
+    """A row's estimate does not depend on the rows beside it, to the last bit, with ties and without."""
+    random = np.random.default_rng(n)
+    differences = np.concatenate([random.normal(0.005, 0.01, (50, n)), random.integers(-2, 3, (50, n)) / 100])
+    many = analyse_many(differences, 0.0125)
+    for i, row in enumerate(differences):
+        assert analyse(row, 0.0125) == Estimate(many.ratio[i], many.low[i], many.high[i], many.p[i])
+
+
 @pytest.mark.parametrize("differences", [[], [0.1, math.nan], [math.inf]])
 def test_what_is_no_difference_is_refused(differences: list[float]) -> None:
-    """No differences, or some that are not finite, give a MeasurementError."""
-    with pytest.raises(MeasurementError, match="at least one and all finite"):
-        analyse(np.array(differences), 0.05)
+    """No differences, or some that are not finite, give a MeasurementError of one line."""
+    with pytest.raises(MeasurementError, match="at least one and all finite") as caught:
+        analyse(np.array(differences * 40), 0.05)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, math.nan])

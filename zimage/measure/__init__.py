@@ -5,20 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Comparison": "comparison",
+    "NoiseFloor": "floor",
     "Program": "processes",
     "Resident": "processes",
     "compare": "comparison",
     "compare_many": "comparison",
+    "default_canary": "canary",
     "in_fresh_processes": "fresh",
+    "noise_floor": "floor",
+    "sustained": "blocks",
     "timed": "timing",
     "trial": "timing",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from zimage.measure.blocks import sustained as sustained
+    from zimage.measure.canary import default_canary as default_canary
     from zimage.measure.comparison import Comparison as Comparison
     from zimage.measure.comparison import compare as compare
     from zimage.measure.comparison import compare_many as compare_many
+    from zimage.measure.floor import NoiseFloor as NoiseFloor
+    from zimage.measure.floor import noise_floor as noise_floor
     from zimage.measure.fresh import in_fresh_processes as in_fresh_processes
     from zimage.measure.processes import Program as Program
     from zimage.measure.processes import Resident as Resident

@@ -29,6 +29,16 @@ class Estimate:
     p: float
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """Estimates of many comparisons [R]: the fields of Estimate as arrays."""
+
+    ratio: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+
+
 @lru_cache(maxsize=64)
 def _cumulative(n: int) -> Floats:
     """P(W <= k) for k = 0 .. n(n+1)/2 of the signed-rank statistic of n quads without ties."""
@@ -38,40 +48,53 @@ def _cumulative(n: int) -> Floats:
     return np.cumsum(ways / 2.0**n)
 
 
+def _critical(n: int, level: float) -> int:
+    """The largest number of Walsh averages on one side of a shift that still rejects it; -1 where none does."""
+    return int(np.searchsorted(2 * _cumulative(n), level, side="right")) - 1
+
+
 def walsh_averages(differences: Floats) -> Floats:
-    """The n(n+1)/2 means of all pairs of `differences` [n], sorted."""
-    i, j = np.triu_indices(len(differences))
-    return np.sort((differences[i] + differences[j]) / 2)
+    """The n(n+1)/2 means of all pairs of `differences` [..., n], sorted."""
+    i, j = np.triu_indices(differences.shape[-1])
+    return np.sort((differences[..., i] + differences[..., j]) / 2, axis=-1)
 
 
-def analyse(differences: Floats, level: float) -> Estimate:
-    """Estimate from the quads' log differences [n]; the interval rejects at `level`, two-sided.
+def analyse_many(differences: Floats, level: float) -> Estimates:
+    """Estimates from R comparisons' log differences [R, n], one of each quad; the intervals reject at `level`.
 
-    The interval is closed, and holds 1 if and only if p > level. With too few quads for any rejection at this level it
-    is 0 to infinity. Raises MeasurementError for no differences, for those that are not finite, and for other levels.
+    Two-sided. An interval is closed, and holds 1 if and only if p > level. With too few quads for any rejection at this
+    level it is 0 to infinity. Raises MeasurementError for no differences, for those that are not finite, and for levels
+    outside (0, 1).
     """
-    n = len(differences)
+    n = differences.shape[-1]
     if not n or not np.isfinite(differences).all():
-        raise MeasurementError(f"an estimate needs log differences, at least one and all finite, found {differences}")
+        odd = int((~np.isfinite(differences)).sum())
+        raise MeasurementError(
+            f"an estimate needs log differences, at least one and all finite, found {n} a comparison, {odd} not finite"
+        )
     if not 0 < level < 1:
         raise MeasurementError(f"level must lie between 0 and 1, found {level}")
     walsh = walsh_averages(differences)
-    cumulative = _cumulative(n)
-    fewest = min(int((walsh <= 0).sum()), int((walsh >= 0).sum()))
-    p = min(1.0, 2 * float(cumulative[fewest]))
-    # The largest count on one side of a shift that still rejects it: a shift below walsh[critical], counted from 0, has
-    # at most that many averages on its lower side.
-    critical = int(np.searchsorted(2 * cumulative, level, side="right")) - 1
-    low, high = (walsh[critical], walsh[-critical - 1]) if critical >= 0 else (-math.inf, math.inf)
-    return Estimate(_exp(float(np.median(walsh))), _exp(float(low)), _exp(float(high)), p)
+    fewest = np.minimum((walsh <= 0).sum(axis=-1), (walsh >= 0).sum(axis=-1))
+    p = np.minimum(1.0, 2 * _cumulative(n)[fewest])
+    middle = (walsh[:, (walsh.shape[-1] - 1) // 2] + walsh[:, walsh.shape[-1] // 2]) / 2
+    # A shift below walsh[critical], counted from 0, has at most `critical` averages on its lower side.
+    critical = _critical(n, level)
+    infinite = np.full(len(walsh), math.inf)
+    low, high = (walsh[:, critical], walsh[:, -critical - 1]) if critical >= 0 else (-infinite, infinite)
+    return Estimates(_exp(middle), _exp(low), _exp(high), p)
 
 
-def _exp(shift: float) -> float:
-    """exp, on the same side of 1 as `shift` is of 0 however small it is, so that rounding changes no verdict."""
-    if shift > 700:
-        return math.inf
-    ratio = math.exp(shift)
-    return math.nextafter(1, 1 + math.copysign(1, shift)) if ratio == 1 and shift else ratio
+def analyse(differences: Floats, level: float) -> Estimate:
+    """The estimate from one comparison's log differences [n], as `analyse_many` gives it."""
+    found = analyse_many(differences[None], level)
+    return Estimate(float(found.ratio[0]), float(found.low[0]), float(found.high[0]), float(found.p[0]))
+
+
+def _exp(shifts: Floats) -> Floats:
+    """exp, on the same side of 1 as a shift is of 0 however small it is, so that rounding changes no verdict."""
+    ratios = np.where(shifts > 700, math.inf, np.exp(np.minimum(shifts, 700)))
+    return np.where((ratios == 1) & (shifts != 0), np.nextafter(1, 1 + np.sign(shifts)), ratios)
 
 
 def verdict(estimate: Estimate, delta: float, noise_floor: float | None) -> tuple[str, str]:
