@@ -11,7 +11,7 @@ from tests.measure.watching import ends, pids
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
 from zimage.measure import Program, fresh, in_fresh_processes
-from zimage.measure.fresh import ProcessComparison
+from zimage.measure.comparison import Comparison
 from zimage.measure.statistics import analyse
 
 import numpy as np
@@ -74,7 +74,7 @@ class Fake:
         return float(self._call())
 
 
-def compared(clock: Clock, ratio: float, monkeypatch: pytest.MonkeyPatch, **options: Any) -> ProcessComparison:
+def compared(clock: Clock, ratio: float, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Comparison:
     monkeypatch.setattr(fresh, "Resident", Fake)
     return in_fresh_processes(clock.arm("baseline"), clock.arm("arm", ratio), **{"seed": 0, **options})  # type: ignore[arg-type]
 
@@ -97,7 +97,7 @@ def test_a_pair_is_one_difference_of_mean_logs(monkeypatch: pytest.MonkeyPatch) 
     """The estimate is that of `analyse` over the pairs' differences of mean log times at a single look."""
     found = compared(Clock(noise=0.05), 1.1, monkeypatch, samples=5)
     frame = pd.DataFrame([vars(s) for s in found.samples if s.kind == "sample"])
-    means = np.log(frame["time_s"]).groupby([frame["pair"], frame["arm"]]).mean().unstack()
+    means = np.log(frame["time_s"]).groupby([frame["quad"], frame["arm"]]).mean().unstack()
     wanted = analyse((means["arm"] - means["baseline"]).to_numpy(), 0.05)
     assert (found.ratio, found.low, found.high, found.p) == pytest.approx(
         (wanted.ratio, wanted.low, wanted.high, wanted.p)
@@ -125,7 +125,7 @@ def test_verdicts_of_processes(
     assert (found.reason in said) == (verdict == "inconclusive")
     row = found.row("step")
     assert (row["regime"], row["quads"], row["verdict_without_drops"], row["noise_floor"]) == (
-        "burst",
+        "fresh processes",
         8,
         verdict,
         floor,
@@ -136,14 +136,14 @@ def test_verdicts_of_processes(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pairs": 7}, "at least 8 pairs, found 7"),
+        ({"pairs": 7}, "pairs must be an integer of at least 8, found 7"),
         ({"pairs": 8.0}, "found 8.0"),
-        ({"samples": 0}, "at least one sample"),
+        ({"samples": 0}, "samples must be an integer of at least 1"),
         ({"warm_up": -1}, "warm_up must be a number of calls, found -1"),
         ({"timeout_s": 0}, "timeout_s must be positive"),
         ({"timeout_s": math.nan}, "timeout_s must be positive"),
         ({"timeout_s": math.inf}, "timeout_s must be positive"),
-        ({"alpha": 0}, "alpha and delta"),
+        ({"alpha": 0}, "alpha must lie between 0 and 1"),
         ({"noise_floor": -1}, "noise_floor"),
         ({"names": ("a", "a")}, "both called 'a'"),
         ({"seed": 0.5}, "seed must be an integer"),

@@ -23,6 +23,7 @@ from zimage.measure.quads import Quads, Sample, sample_rows
 from zimage.measure.samples import Timed
 from zimage.measure.statistics import LOOKS, Estimate, analyse, verdict
 
+_UNITS = {"sustained": "sustained quads", "fresh processes": "pairs of fresh processes"}
 _FEWEST = 4  # quads before a budget may end a comparison
 
 
@@ -33,7 +34,8 @@ class Comparison:
     verdict is "faster", "slower", "equivalent" or "inconclusive". The interval holds 1 exactly when p > alpha; `level`
     is the part of alpha that one look at one arm has. `quads` are those the numbers come from; `dropped` counts the
     others by the arm that ran before them, and `verdict_without_drops` is what all of them together would have said.
-    regime is "burst" or "sustained". `samples` holds every timed call of both arms and of the canary.
+    regime is "burst", "sustained", or "fresh processes", where a pair of them stands for a quad. `samples` holds every
+    timed call of both arms and of the canary.
     """
 
     baseline: str
@@ -75,7 +77,7 @@ class Comparison:
         )
 
     def _evidence(self) -> str:
-        text = f"{self.quads} {'sustained ' if self.regime == 'sustained' else ''}quads"
+        text = f"{self.quads} {_UNITS.get(self.regime, 'quads')}"
         if self.dropped:
             text += f", {self.dropped_quads} dropped ("
             text += ", ".join(f"{count} after {arm}" for arm, count in self.dropped.items()) + ")"

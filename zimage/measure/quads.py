@@ -27,7 +27,9 @@ TOLERANCE = 0.05
 class Sample:
     """One call: of which arm, in which quad, at which of its four positions.
 
-    kind is "sample", "canary" (position -1) or "warm-up" (in sustained blocks: a call right after a switch).
+    kind is "sample", "canary" (position -1) or "warm-up" (in sustained blocks: a call right after a switch). In fresh
+    processes a pair of them stands for the quad, kinds are "first call", "warm-up" and "sample", and processes are
+    numbered from 1; 0 is the one that asks.
     """
 
     arm: str
@@ -36,6 +38,7 @@ class Sample:
     time_s: float
     kind: str = "sample"
     dropped: bool = False
+    process: int = 0
 
 
 def schedule(rng: random.Random) -> Iterator[tuple[bool, bool]]:
@@ -114,7 +117,7 @@ def sample_rows(samples: list[Sample], scope: str, regime: str, trial: int) -> l
     """Samples as rows of the `samples` table; `trial` tells comparisons with one baseline apart."""
     return [
         {
-            "arm": s.arm, "scope": scope, "process": 0, "trial": trial, "quad": s.quad, "position": s.position,
+            "arm": s.arm, "scope": scope, "process": s.process, "trial": trial, "quad": s.quad, "position": s.position,
             "kind": s.kind, "regime": regime, "time_s": s.time_s, "dropped": s.dropped,
         }
         for s in samples
