@@ -38,7 +38,7 @@ def validate(document: Document, model: type[_M], kind: str, name: str) -> _M:
     Raises ExperimentError for the fault on the lowest line, and counts the others.
     """
     if not isinstance(document.value, dict):
-        raise document.error((), f"{name} file is a mapping that starts with 'kind: {kind}'")
+        raise document.error((), f"{name} is a mapping that starts with 'kind: {kind}'")
     found = document.value.get("kind")
     if found != kind:
         said = f"kind {short(found)} is not {name}" if "kind" in document.value else "key 'kind' is missing"
