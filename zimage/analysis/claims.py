@@ -15,7 +15,7 @@ is "not measured here".
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -45,7 +45,7 @@ class Claim:
     measured_by: str
     note: str = ""
     devices: tuple[str, ...] = ()
-    where: Mapping[str, Any] | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
 
     def concerns(self, device: str) -> bool:
         """Whether it is about this device."""
@@ -55,9 +55,9 @@ class Claim:
         """Whether a row of an `ablation` table is its comparison."""
         return all(row.get(name) == getattr(self, name) for name in ("baseline", "arm", "scope"))
 
-    def counts(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a run with these parameters meets its conditions; a parameter that a run lacks is null."""
-        return all(_meets(parameters.get(name), wanted) for name, wanted in (self.where or {}).items())
+    def unmet(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its conditions that a run with these parameters does not meet; a parameter it lacks is null."""
+        return {name: value for name, value in self.where.items() if not _meets(parameters.get(name), value)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def judge(claim: Claim, device: str | None, rows: Sequence[Measured]) -> Judgeme
     if not claim.concerns(device):
         return _unmeasured(claim, device, f"it is about {' and '.join(claim.devices)}")
     compared = [one for one in newest(rows) if one.device == device and claim.compares(one.row)]
-    cases = tuple(_case(claim, one) for one in compared if claim.counts(one.parameters))
+    cases = tuple(_case(claim, one) for one in compared if not claim.unmet(one.parameters))
     if not cases:
         return _unmeasured(claim, device, _missing(claim, compared))
     verdicts = {case.verdict for case in cases}
@@ -202,8 +202,15 @@ def _missing(claim: Claim, compared: Sequence[Measured]) -> str:
     runs = len({one.run for one in compared})
     if not runs:
         return f"no run compares {what}"
-    wanted = ", ".join(f"{name} {json.dumps(value, default=repr)}" for name, value in (claim.where or {}).items())
-    return f"{runs} run{'s compare' if runs > 1 else ' compares'} {what}, but with other settings than {wanted}"
+    nearest = min((claim.unmet(one.parameters) for one in compared), key=len)
+    wanted = " and ".join(f"{name} {_wanted(value)}" for name, value in nearest.items())
+    return f"{runs} run{'s compare' if runs > 1 else ' compares'} {what}, but not with {wanted}"
+
+
+def _wanted(value: object) -> str:
+    """A condition's value in words."""
+    values = value if isinstance(value, list) else [value]
+    return " or ".join(one if isinstance(one, str) else json.dumps(one) for one in values)
 
 
 def _number(value: Any) -> float | None:

@@ -73,8 +73,8 @@ def nearest(start: Path) -> Path:
 
 def read(path: Path) -> list[Claim]:
     """The claims in the file `path`. Raises ExperimentError with file and line for anything that does not fit."""
-    document = load(path)
-    file = validate(document, _File, "claims", "a list of claims")
+    document = load(path, "a claims file")
+    file = validate(document, _File, "claims", "a claims file")
     return [_claim(document, index, file) for index in range(len(file.claims))]
 
 

@@ -124,7 +124,7 @@ class Experiment:
 def read(path: Path) -> Experiment:
     """The experiment in `path`, checked against its notebooks. Raises ExperimentError with file and line."""
     document = load(path)
-    file = validate(document, _File, "experiment", "an experiment")
+    file = validate(document, _File, "experiment", "an experiment file")
     try:
         check_name(file.name)
     except StoreError as error:

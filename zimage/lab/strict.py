@@ -33,7 +33,7 @@ _M = TypeVar("_M", bound=Strict)
 
 
 def validate(document: Document, model: type[_M], kind: str, name: str) -> _M:
-    """What `document` holds, as a `model`; it must be of `kind`, in words `name` ("an experiment").
+    """What `document` holds, as a `model`; it must be of `kind`, in words `name` ("an experiment file").
 
     Raises ExperimentError for the fault on the lowest line, and counts the others.
     """
