@@ -32,7 +32,15 @@ ROWS = (
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
 WITHOUT_MLX = (
-    *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
+    *(
+        "analysis",
+        "lab.store",
+        "lab.dashboard",
+        "lab.claims",
+        "measure.statistics",
+        "measure.samples",
+        "measure.comparison",
+    ),
     *("quantization", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

@@ -203,14 +203,14 @@ def test_conditions(where: dict[str, Any], parameters: dict[str, Any], counts: b
 
 
 def test_a_run_with_other_settings_is_mentioned() -> None:
-    """Where runs compare the arms but under other conditions, the reason counts them and says what the nearest lacks."""
+    """Where runs compare the arms with other settings, the reason counts them and says what the nearest lacks."""
     wanted = claim(where={"height": 1024, "source": ["a", "b*"], "quantization": None})
     rows = [row(*INSIDE, run=f"e/{h}", parameters={"height": h, "quantization": "4bit"}) for h in (8, 1024)]
     assert on_h100(wanted, *rows).reason == (
-        "2 runs compare fused_qkv against separate_qkv, scope step, but not with source a or b* and quantization null"
+        "2 runs compare fused_qkv against separate_qkv, scope step, but not with source a or b*, quantization null"
     )
     assert on_h100(wanted, rows[0]).reason.endswith(
-        "1 run compares fused_qkv against separate_qkv, scope step, but not with height 1024 and source a or b* and "
+        "1 run compares fused_qkv against separate_qkv, scope step, but not with height 1024, source a or b*, "
         "quantization null"
     )
 

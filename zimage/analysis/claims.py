@@ -203,7 +203,7 @@ def _missing(claim: Claim, compared: Sequence[Measured]) -> str:
     if not runs:
         return f"no run compares {what}"
     nearest = min((claim.unmet(one.parameters) for one in compared), key=len)
-    wanted = " and ".join(f"{name} {_wanted(value)}" for name, value in nearest.items())
+    wanted = ", ".join(f"{name} {_wanted(value)}" for name, value in nearest.items())
     return f"{runs} run{'s compare' if runs > 1 else ' compares'} {what}, but not with {wanted}"
 
 
