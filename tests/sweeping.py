@@ -10,7 +10,7 @@ from pathlib import Path
 from zimage.lab.store import Store
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path.name != "claims.yaml")
 _OF_A_RUN = ("ZIMAGE_RUN_DIR", "ZIMAGE_RUN_KEY", "ZIMAGE_EXPERIMENT", "ZIMAGE_DEVICE")
 
 

@@ -223,6 +223,12 @@ def test_adapting_a_fused_model(
     assert same_bits(arrays(twice), arrays(wanted))
 
 
+def test_a_copied_projection_stays_copied(whole: Path) -> None:
+    """Adapting a model that copies after the split keeps its blocks doing so."""
+    adapted = transforms.adapt(transforms.fuse_qkv_copied(model()), [(whole, 1.0)])
+    assert {type(block.attention) for _, block in transforms.blocks(adapted)} == {transforms.CopiedQKVAttention}
+
+
 def test_a_block_that_is_not_fused_stays_so(some: Path) -> None:
     """Adapting a model of which one block is fused leaves that block fused and the others not."""
     mixed = model("4bit")

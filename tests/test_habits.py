@@ -35,6 +35,15 @@ WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks"),
+    *(
+        "analysis",
+        "lab.store",
+        "lab.dashboard",
+        "lab.claims",
+        "measure.statistics",
+        "measure.samples",
+        "measure.comparison",
+    ),
     *("quantization", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

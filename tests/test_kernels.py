@@ -38,7 +38,7 @@ def attention_in_fp64(q: Array, k: Array, v: Array, scale: float, mask: Array | 
     return weights / weights.sum(-1, keepdims=True) @ wide[2]
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None = None) -> Array:
+def attention(q: Array, k: Array, v: Array, scale: float, mask: NDArray[np.generic] | None = None) -> Array:
     given_mask = None if mask is None else mx.array(mask)
     return np.array(kernels.attention(mx.array(q), mx.array(k), mx.array(v), scale, given_mask))
 
@@ -97,6 +97,20 @@ def test_hidden_keys_have_no_weight() -> None:
     assert np.array_equal(attention(q, k, v, 0.2, mask), whole)
     alone = attention_in_fp64(q, k[:, :, :7], v[:, :, :7], 0.2, None)
     assert error(whole, alone) <= 2e-6
+
+
+@both_paths
+@pytest.mark.usefixtures("path")
+def test_a_mask_may_be_boolean() -> None:
+    """True lets a query see a key and False hides it: the same as adding 0 and -inf."""
+    q, k, v = inputs(0, 2, 2, 2, 12, 32)
+    mask = padding(5, 2, 12)
+    assert np.isinf(mask).any()
+    found = attention(q, k, v, 0.2, mask == 0)
+    assert error(found, attention_in_fp64(q, k, v, 0.2, mask)) <= 2e-6
+    assert (
+        error(attention(q, k, v, 0.2, np.ones((1, 1, 1, 12), np.bool_)), attention_in_fp64(q, k, v, 0.2, None)) <= 2e-6
+    )
 
 
 @both_paths

@@ -129,8 +129,6 @@ def test_one_parameter_name_has_one_meaning() -> None:
 def test_an_experiment_runs_quickly(experiment: Path, swept: Callable[[Path], Sweep]) -> None:
     """Every experiment file opens with its command and cost, has a quick version, and that completes without a word."""
     text = experiment.read_text(encoding="utf-8")
-    if "kind: claims" in text:
-        pytest.skip("not an experiment")
     assert text.startswith(f"# Command: zimage sweep experiments/{experiment.name}\n# Cost: ")
     done = swept(experiment)
     assert (done.status, done.err) == (0, ""), done.out
@@ -205,6 +203,25 @@ def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> N
     assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
 
 
+def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run]) -> None:
+    """published_claims compares the arms that qkv_fusion doesn't; only quantized products compute other values."""
+    run = ran(ROOT / "notebooks" / "published_claims.ipynb")
+    ablation = run.table("ablation")
+    assert [tuple(row) for row in ablation[["arm", "baseline", "scope"]].values] == [
+        ("no_mask", "all_ones_mask", "step"),
+        ("fused_qkv", "fused_qkv_copied", "step"),
+        ("quantized_matmul_4bit", "matmul", "matmul"),
+        ("quantized_matmul_8bit", "matmul", "matmul"),
+    ]
+    samples = run.table("samples")
+    assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
+    assert len(samples) == 4 * ablation["quads"].sum()
+    errors = run.table("quality").set_index("arm")["value"]
+    assert errors["all_ones_mask"] < (1e-6 if backend.default_dtype() == "float32" else 0.02)
+    assert errors["fused_qkv_copied"] == 0
+    assert 0 < errors["quantized_matmul_8bit"] < 0.02 < errors["quantized_matmul_4bit"] < 0.2
+
+
 def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run]) -> None:
     """quantization records time, bytes, error and recognised digits of 8 and 4 bits, and a picture of every arm."""
     run = ran(ROOT / "notebooks" / "quantization.ipynb")
@@ -235,6 +252,7 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
         ("profile_layers", "synthetic:tiny", 32),
         ("qkv_fusion", "synthetic:tiny", 32),
         ("quantization", "synthetic:small", 32),
+        ("published_claims", "synthetic:small", 32),
     ],
 )
 def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
@@ -243,8 +261,8 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     assert zimage_run(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, **sizes, **LEAST) == 0
     (run,) = Store(tmp_path).runs(name)
     assert run.meta["weights"]["kind"] == "synthetic"
-    wanted = {"profile_layers": {"stages", "memory"}, "qkv_fusion": {"ablation", "quality"}}
-    assert set(run.tables()) >= wanted.get(name, {"ablation", "memory", "quality"}) | {"samples", "environment"}
+    wanted = {"profile_layers": {"stages", "memory"}, "quantization": {"ablation", "memory", "quality"}}
+    assert set(run.tables()) >= wanted.get(name, {"ablation", "quality"}) | {"samples", "environment"}
     assert run.pictures() == []
     if "quality" in run.tables():
         quality = run.table("quality")

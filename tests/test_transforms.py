@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from tests.parity.cases import relative_l2
-from zimage import transforms
+from zimage import kernels, transforms
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.transformer import Transformer, count_parameters, weight_bytes
@@ -33,6 +33,8 @@ TRANSFORMS = {
     "quantize": lambda model: transforms.quantize(model, "4bit"),
     "cast": lambda model: transforms.cast(model, "bfloat16"),
     "unfuse": transforms.unfuse,
+    "fuse_qkv_copied": transforms.fuse_qkv_copied,
+    "with_all_ones_mask": transforms.with_all_ones_mask,
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_fusion = pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS)
@@ -67,6 +69,82 @@ def test_fusing_is_exact_to_rounding(config: TransformerConfig, fuse: Callable[[
     assert error(run(fuse(model)), run(model)) <= 1e-6
 
 
+@every_config
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copies_after_the_split_change_no_bit(config: TransformerConfig, dtype: str) -> None:
+    """fuse_qkv_copied gives the bits of fuse_qkv, shares the weights of a fused model, and unfuses."""
+    model = transforms.cast(Transformer(config), dtype)
+    fused = transforms.fuse_qkv(model)
+    copied = transforms.fuse_qkv_copied(fused)
+    assert mx.array_equal(run(copied), run(fused))
+    assert all(arrays(copied)[name] is array for name, array in arrays(fused).items())
+    assert {type(block.attention) for _, block in transforms.blocks(copied)} == {transforms.CopiedQKVAttention}
+    assert {type(block.attention) for _, block in transforms.blocks(fused)} == {transforms.FusedQKVAttention}
+    assert same_bits(arrays(transforms.unfuse(copied)), arrays(model))
+
+
+def test_copied_projections_are_arrays_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three of Q, K and V of a copied fused projection pass through a copy, and those of a fused one don't."""
+    copies: list[tuple[int, ...]] = []
+    copy = mx.contiguous
+
+    def counted(array: mx.array) -> mx.array:
+        copies.append(array.shape)
+        return copy(array)
+
+    monkeypatch.setattr(mx, "contiguous", counted)
+    model = Transformer(CONFIGS["grouped queries"])
+    x = mx.random.normal((2, 5, 192))
+    transforms.fuse_qkv(model).layers[0].attention.project(x)
+    assert copies == []
+    transforms.fuse_qkv_copied(model).layers[0].attention.project(x)
+    assert copies == [(2, 5, 6, 32), (2, 5, 2, 32), (2, 5, 2, 32)]
+
+
+@every_config
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mask_of_ones_changes_nothing(config: TransformerConfig, dtype: str) -> None:
+    """With an all-ones mask the output stays the same, to the rounding of the path that attention takes for masks."""
+    model = transforms.cast(Transformer(config), dtype)
+    masked = transforms.with_all_ones_mask(model)
+    even = [mx.random.normal((32, config.cap_feat_dim), key=mx.random.key(n)) for n in (1, 2)]
+    latents = mx.random.normal((2, config.in_channels, 6, 4), key=mx.random.key(3))
+    wanted, found = (one(latents, mx.array([0.3, 0.8]), even) for one in (model, masked))
+    assert error(found, wanted) <= (1e-6 if dtype == "float32" else 0.02)
+    assert error(run(masked), run(model)) <= (1e-6 if dtype == "float32" else 0.02)
+
+
+def test_a_mask_of_ones_reaches_the_attention_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attention of a masked model gets a boolean mask of its length; masks of padding stay as they are."""
+    seen: list[mx.array | None] = []
+    attention = kernels.attention
+
+    def spied(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+        seen.append(mask)
+        return attention(q, k, v, scale, mask)
+
+    monkeypatch.setattr(kernels, "attention", spied)
+    model = Transformer(PLAIN)
+    masked = transforms.with_all_ones_mask(model)
+    latents, even = mx.zeros((1, PLAIN.in_channels, 6, 4)), mx.zeros((1, 5, PLAIN.cap_feat_dim))
+    model(latents, mx.array([0.5]), even)
+    assert seen == [None] * len(seen)
+    blocks, seen[:] = len(seen), []
+    masked(latents, mx.array([0.5]), even)
+    masks = [mask for mask in seen if mask is not None]
+    assert len(masks) == blocks == len(list(transforms.blocks(model)))
+    assert {mask.dtype for mask in masks} == {mx.bool_} and all(mask.all().item() for mask in masks)
+    assert [mask.shape[-1] for mask in masks] == [32] * (blocks - 2) + [64] * 2
+    seen[:] = []
+    run(model)
+    padding = seen[:]
+    seen[:] = []
+    run(masked)
+    for own, given in zip(padding, seen, strict=True):
+        assert given is not None and (given.dtype == mx.bool_ if own is None else bool(mx.array_equal(given, own)))
+    assert any(own is not None for own in padding)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_fusing_packed_weights_repacks_nothing(mode: str) -> None:
     """Fusing a quantized model gives the bits of quantizing a fused one, and its output to rounding."""
@@ -94,12 +172,15 @@ def test_a_transform_leaves_its_argument_alone(name: str) -> None:
     assert mx.array_equal(run(model), output)
 
 
-@pytest.mark.parametrize("name", ["fuse_qkv", "fuse_gate_up", "quantize", "unfuse"])
+@pytest.mark.parametrize(
+    "name", ["fuse_qkv", "fuse_qkv_copied", "fuse_gate_up", "quantize", "unfuse", "with_all_ones_mask"]
+)
 def test_untouched_arrays_are_shared(name: str) -> None:
     """Arrays that a transform does not concern are the very same objects in its result."""
     model = Transformer(PLAIN)
     before, after = arrays(model), arrays(TRANSFORMS[name](model))
-    touched = {"fuse_qkv": r"to_[qkv]\.", "fuse_gate_up": r"\.w[13]\.", "unfuse": "(?!)",
+    touched = {"fuse_qkv": r"to_[qkv]\.", "fuse_qkv_copied": r"to_[qkv]\.", "fuse_gate_up": r"\.w[13]\.",
+               "unfuse": "(?!)", "with_all_ones_mask": "(?!)",
                "quantize": r"^(noise_refiner|context_refiner|layers).*(to_|w[123]|adaLN).*weight"}[name]  # fmt: skip
     untouched = [key for key in before if not re.search(touched, key)]
     assert len(untouched) > 30

@@ -311,6 +311,22 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
     )
 
 
+@cli.command(name="claims")
+@click.option("--claims", "file", type=_Path(), metavar="FILE",
+              help="The claims; the project's experiments/claims.yaml if left out.")  # fmt: skip
+@_as_json
+@_results
+def claims_command(file: Path | None, as_json: bool, results: Path) -> None:
+    """Judge published claims on the results, for each device that they are from; needs no MLX."""
+    from zimage.lab import claims
+    from zimage.lab.store import Store
+
+    published, store = claims.read(file or claims.nearest(Path.cwd())), Store(results)
+    judged, problems = claims.judgements(published, store)
+    terminal.skipped(problems)
+    terminal.show(claims.content(judged), as_json, lambda: claims.lines(judged, store))
+
+
 @cli.command()
 @_as_json
 @_results

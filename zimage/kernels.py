@@ -31,7 +31,8 @@ def silu(x: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     """softmax(q k^T * scale + mask) v for q [B, N, L, D], k and v [B, N_kv, L, D] with N a multiple of N_kv.
 
-    mask is additive, of q's dtype, the same for all heads, and broadcasts to [B, 1, L, L].
+    mask is additive, of q's dtype, or boolean, True where a query sees a key; it is the same for all heads, and
+    broadcasts to [B, 1, L, L].
     """
     if not _fp32_on_cpu(q):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -39,7 +40,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     groups = (B, k.shape[1], N // k.shape[1], L)
     queries = (q * (scale * _LOG2E)).reshape(*groups, D)
     scores = queries @ k[:, :, None].swapaxes(-1, -2)
-    if mask is not None:
+    if mask is not None and mask.dtype == mx.bool_:
+        scores = mx.where(mask[..., None, :, :], scores, -math.inf)
+    elif mask is not None:
         scores = scores + mask[..., None, :, :] * _LOG2E
     weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
     out = (weights @ v[:, :, None]) / weights.sum(axis=-1, keepdims=True)

@@ -4,6 +4,7 @@ Each returns a new model that shares the arrays it did not touch, and leaves its
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from zimage.transformer import Attention, FeedForward, Transformer, TransformerB
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 _T = TypeVar("_T")
@@ -44,6 +46,14 @@ class FusedQKVAttention(Attention):
         return plain
 
 
+class CopiedQKVAttention(FusedQKVAttention):
+    """Fused QKV whose queries, keys and values are copied out of the joint product into arrays of their own."""
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v = super().project(x)
+        return mx.contiguous(q), mx.contiguous(k), mx.contiguous(v)
+
+
 class FusedGateUpFeedForward(FeedForward):
     """SwiGLU whose gate and up projections are one matrix product: `w13` holds the rows of w1 and w3."""
 
@@ -62,6 +72,20 @@ class FusedGateUpFeedForward(FeedForward):
         _adopt(plain, self, without=("w13",))
         plain.w1, plain.w3 = _split_rows(self.w13, [self.w13.weight.shape[0] // 2] * 2)
         return plain
+
+
+class MaskedTransformerBlock(TransformerBlock):
+    """A block that gives its attention a boolean mask of ones where it would have given none."""
+
+    def __call__(
+        self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
+    ) -> mx.array:
+        return super().__call__(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
+
+
+@lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
+def _all_ones(length: int) -> mx.array:
+    return mx.array(np.ones((1, 1, 1, length), dtype=np.bool_))
 
 
 class AdaptedLinear(QuantizedLinear):
@@ -105,8 +129,8 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
             ("feed_forward", FusedGateUpFeedForward, ("w1", "w3")),
         ):
             if isinstance(block[part], fused) and any(f"{path}.{part}.{name}" in updates for name in names):
+                to_fuse.append((block, part, type(block[part])))
                 block[part] = block[part].unfused()
-                to_fuse.append((block, part, fused))
 
     def adapted(path: str, layer: nn.Module) -> nn.Module:
         if path not in updates:
@@ -155,6 +179,28 @@ def fuse_qkv(model: Transformer) -> Transformer:
     Raises InputError where the three projections are quantized differently.
     """
     return _fuse(model, "attention", FusedQKVAttention)
+
+
+def fuse_qkv_copied(model: Transformer) -> Transformer:
+    """`fuse_qkv`, with queries, keys and values copied after the split: the same values, at the price of the copies.
+
+    For kernels that take no strided input the copies are needed; those of MLX take it. Raises InputError as `fuse_qkv`.
+    """
+    new = fuse_qkv(model)
+    for _, block in blocks(new):
+        block.attention = _as_class(CopiedQKVAttention, block.attention)
+    return new
+
+
+def with_all_ones_mask(model: Transformer) -> Transformer:
+    """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
+
+    Its output is the same; the time differs by what a device's attention pays for a mask.
+    """
+    new = clone(model)
+    for part in ("noise_refiner", "context_refiner", "layers"):
+        new[part] = [_as_class(MaskedTransformerBlock, block) for block in new[part]]
+    return new
 
 
 def fuse_gate_up(model: Transformer) -> Transformer:
@@ -277,6 +323,13 @@ def clone(value: _T) -> _T:
     if isinstance(value, list):
         return [clone(v) for v in value]  # type: ignore[return-value]
     return value
+
+
+def _as_class(kind: type[_T], module: nn.Module) -> _T:
+    """A module of class `kind` with the attributes and children of `module`."""
+    new = kind.__new__(kind)
+    _adopt(new, module, without=())
+    return new
 
 
 def _adopt(new: nn.Module, old: nn.Module, without: tuple[str, ...]) -> None:

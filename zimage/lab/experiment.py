@@ -28,30 +28,17 @@ from zimage.errors import ExperimentError, StoreError
 from zimage.lab import notebook as notebooks
 from zimage.lab.notebook import Notebook, unknown
 from zimage.lab.store import check_name
+from zimage.lab.strict import Strict, short, validate
 from zimage.lab.yaml_lines import Document, Place, load, parse_value
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 MAX_RUNS = 10_000
 MAX_TIMEOUT_S = 7 * 86400.0
 Values = dict[str, Any]
-_WORDS = {  # what pydantic calls an error, in ours
-    "list_type": "takes a list",
-    "dict_type": "takes names with their values",
-    "model_type": "takes names with their values",
-    "string_type": "takes text",
-    "float_type": "takes a number",
-    "too_short": "must not be empty",
-    "greater_than": "must be greater than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _Quick(_Strict):
+class _Quick(Strict):
     parameters: Values = Field(default_factory=dict)
     zip: dict[str, list[Any]] | None = None
     grid: dict[str, list[Any]] | None = None
@@ -59,7 +46,7 @@ class _Quick(_Strict):
     include: list[Values] | None = None
 
 
-class _File(_Strict):
+class _File(Strict):
     kind: Literal["experiment"]
     name: str
     question: str
@@ -137,16 +124,7 @@ class Experiment:
 def read(path: Path) -> Experiment:
     """The experiment in `path`, checked against its notebooks. Raises ExperimentError with file and line."""
     document = load(path)
-    if not isinstance(document.value, dict):
-        raise document.error((), "an experiment file is a mapping that starts with 'kind: experiment'")
-    kind = document.value.get("kind")
-    if kind != "experiment":
-        said = f"kind {kind!r} is not an experiment" if "kind" in document.value else "key 'kind' is missing"
-        raise document.error(("kind",), f"{said}; it needs 'kind: experiment'")
-    try:
-        file = _File.model_validate(document.value)
-    except ValidationError as error:
-        raise _first_error(document, error) from None
+    file = validate(document, _File, "experiment", "an experiment file")
     try:
         check_name(file.name)
     except StoreError as error:
@@ -201,7 +179,7 @@ def _notebooks(file: _File, document: Document, root: Path) -> Iterator[Notebook
         if name in file.notebook[:index]:
             raise document.error(place, f"notebook {name!r} is there twice")
         if not os.path.isfile(root / name):  # Path.is_file raises for a name that is too long
-            shown = f"notebook {_short(name)} not found in {root}"
+            shown = f"notebook {short(name)} not found in {root}"
             raise document.error(place, f"{shown}; paths are relative to that folder")
         try:
             found = notebooks.read(root / name, root)
@@ -298,26 +276,3 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _same(one: Planned, other: Planned) -> bool:
     return one.notebook is other.notebook and repr(one.parameters) == repr(other.parameters)
-
-
-def _first_error(document: Document, error: ValidationError) -> ExperimentError:
-    """The error on the lowest line in our words, and how many more there are."""
-    found = sorted(error.errors(include_url=False), key=lambda one: document.line(tuple(one["loc"])))
-    first, place = found[0], tuple(found[0]["loc"])
-    name = ".".join(map(str, place))
-    match first["type"]:
-        case "extra_forbidden":
-            fields = _Quick.model_fields if place[0] == "quick" else _File.model_fields
-            message = unknown("unknown key", str(place[-1]), fields)
-        case "missing":
-            message = f"key {name!r} is missing"
-        case kind:
-            reason = _WORDS.get(kind, "does not fit").format(**first.get("ctx", {}))
-            message = f"{name!r} {reason}, found {type(first['input']).__name__} {_short(first['input'])}"
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return document.error(place, message + more)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -56,15 +56,16 @@ class Document:
         return ExperimentError(f"{self.path}:{self.line(place)}: {message}")
 
 
-def load(path: Path) -> Document:
-    """The YAML file `path`. Raises ExperimentError with file and line for anything that is not plain bounded data."""
+def load(path: Path, name: str = "an experiment file") -> Document:
+    """The YAML file `path`, in words `name`.
+
+    Raises ExperimentError with file and line for anything that is not plain bounded data.
+    """
     try:
         if not path.is_file():
-            raise ExperimentError(
-                f"{path}: {'not a file' if path.exists() else 'no such file'}; give an experiment file"
-            )
+            raise ExperimentError(f"{path}: {'not a file' if path.exists() else 'no such file'}; give {name}")
         if path.stat().st_size > MAX_BYTES:
-            raise ExperimentError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which is no experiment file")
+            raise ExperimentError(f"{path}: larger than {MAX_BYTES >> 20} MiB, too large for {name}")
         text = path.read_bytes()
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read: {error.strerror or error}") from None
