@@ -20,6 +20,13 @@ def require_calls(arms: Mapping[str, Any], canary: Any = None) -> None:
             raise MeasurementError(f"{name} must be a callable that performs one timed call, found {call!r}")
 
 
+def require_pair(names: Any) -> None:
+    """The names of a baseline and an arm."""
+    if not isinstance(names, (tuple, list)) or len(names) != 2:
+        raise MeasurementError(f"names must be two, of the baseline and of the arm, found {names!r}")
+    require_names(*names)
+
+
 def require_names(*names: Any) -> None:
     """Names of arms: texts, all different, and none that the samples need for something else."""
     for name in names:

@@ -4,8 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from zimage.errors import MeasurementError
-from zimage.measure.arguments import require_calls, require_fractions, require_integer, require_names, require_positive
+from zimage.measure.arguments import require_calls, require_fractions, require_integer, require_pair, require_positive
 from zimage.measure.comparison import Comparison
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
 from zimage.measure.quads import Sample, differences, schedule, seconds
@@ -37,9 +36,7 @@ def sustained(
     A noise floor from bursts bounds less than one from blocks would. Raises MeasurementError for arguments out of
     range, too few quads for any rejection at alpha, or a time that is not positive.
     """
-    if not isinstance(names, (tuple, list)) or len(names) != 2:
-        raise MeasurementError(f"names must be two, of the baseline and of the arm, found {names!r}")
-    require_names(*names)
+    require_pair(names)
     require_calls(dict(zip(names, (baseline, arm), strict=True)))
     require_integer("seed", seed)
     require_fractions(alpha=alpha, delta=delta)

@@ -16,6 +16,7 @@ from zimage.measure.arguments import (
     require_fractions,
     require_integer,
     require_names,
+    require_pair,
     require_positive,
 )
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
@@ -127,9 +128,7 @@ def compare(
     and at most 2 * max_quads are taken in all. Raises MeasurementError for arguments out of range or a time that is
     not positive.
     """
-    if not isinstance(names, (tuple, list)) or len(names) != 2:
-        raise MeasurementError(f"names must be two, of the baseline and of the arm, found {names!r}")
-    require_names(*names)
+    require_pair(names)
     found = compare_many(
         baseline, {names[1]: arm}, seed=seed, alpha=alpha, delta=delta, budget_s=budget_s, max_quads=max_quads,
         noise_floor=noise_floor, canary=canary, baseline_name=names[0],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zimage.errors import MeasurementError
-from zimage.measure.arguments import is_number, require_calls, require_integer
+from zimage.measure.arguments import is_number, require_calls, require_integer, require_pair
 from zimage.measure.quads import Quads, Sample, sample_rows
 from zimage.measure.samples import Timed
 from zimage.measure.statistics import analyse, analyse_many
@@ -59,23 +59,31 @@ class NoiseFloor:
         )
 
     def sample_rows(self, scope: str, trial: int = 0) -> list[dict[str, Any]]:
-        """The raw samples as rows of the `samples` table; the arms are `baseline` and `copy`."""
+        """The raw samples as rows of the `samples` table."""
         return sample_rows(self.samples, scope, "burst", trial)
 
 
 def noise_floor(
-    baseline: Timed, copy: Timed, *, seed: int, quads: int = 40, blocks: int = 1000, canary: Timed | None = None
+    baseline: Timed,
+    copy: Timed,
+    *,
+    seed: int,
+    quads: int = 40,
+    blocks: int = 1000,
+    canary: Timed | None = None,
+    names: tuple[str, str] = ("baseline", "copy"),
 ) -> NoiseFloor:
     """Compare `baseline` with a second, separately loaded copy of itself, in `quads` quads as `compare` takes them.
 
     With a canary at most twice as many are taken. Raises MeasurementError for arguments out of range or a time that is
     not positive.
     """
-    require_calls({"baseline": baseline, "copy": copy}, canary)
+    require_pair(names)
+    require_calls(dict(zip(names, (baseline, copy), strict=True)), canary)
     require_integer("seed", seed)
     require_integer("quads", quads, 6)  # fewer could not show that the copies differ
     require_integer("blocks", blocks, _FEWEST_BLOCKS)
-    rng, run = random.Random(seed), Quads(("baseline", baseline), ("copy", copy), canary)
+    rng, run = random.Random(seed), Quads((names[0], baseline), (names[1], copy), canary)
     while sum(run.kept) < quads and len(run.kept) < 2 * quads:
         run.take(rng)
     differences = run.differences()

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 from zimage.errors import MeasurementError
-from zimage.measure.arguments import require_fractions, require_integer, require_names
+from zimage.measure.arguments import require_fractions, require_integer, require_pair
 from zimage.measure.comparison import Comparison
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
 from zimage.measure.processes import Arm, Resident
@@ -43,9 +43,7 @@ def in_fresh_processes(
     advance: called after each of the 2 `pairs` processes. Raises MeasurementError for fewer than 8 pairs and other
     arguments out of range, and as `Resident` does.
     """
-    if not isinstance(names, (tuple, list)) or len(names) != 2:
-        raise MeasurementError(f"names must be two, of the baseline and of the arm, found {names!r}")
-    require_names(*names)
+    require_pair(names)
     require_integer("seed", seed)
     require_integer("pairs", pairs, FEWEST_PAIRS)
     require_integer("samples", samples, 1)
