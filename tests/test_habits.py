@@ -24,7 +24,7 @@ ROWS = (
     {"transformer"},
     {"transforms"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "operations"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

@@ -27,6 +27,7 @@ _MODULES = (
     "kernels",
     "lab",
     "measure",
+    "operations",
     "patchify",
     "quantization",
     "rope",

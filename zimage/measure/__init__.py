@@ -5,10 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Comparison": "comparison",
+    "by_stage": "memory",
     "compare": "comparison",
     "compare_many": "comparison",
+    "depth": "profile",
+    "prefix": "profile",
+    "slope": "profile",
     "timed": "timing",
     "trial": "timing",
+    "watch": "memory",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 
@@ -16,6 +21,11 @@ if TYPE_CHECKING:
     from zimage.measure.comparison import Comparison as Comparison
     from zimage.measure.comparison import compare as compare
     from zimage.measure.comparison import compare_many as compare_many
+    from zimage.measure.memory import by_stage as by_stage
+    from zimage.measure.memory import watch as watch
+    from zimage.measure.profile import depth as depth
+    from zimage.measure.profile import prefix as prefix
+    from zimage.measure.profile import slope as slope
     from zimage.measure.timing import timed as timed
     from zimage.measure.timing import trial as trial
 
