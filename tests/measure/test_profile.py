@@ -41,7 +41,9 @@ class Machine:
             self._calls += 1
             seconds = work()
             true = self._floor_s + (seconds if isinstance(seconds, float) else 0.0)
-            return float(true * np.exp(self._noise * self._random.standard_normal() + self._drift * np.sin(self._calls / 10)))
+            return float(
+                true * np.exp(self._noise * self._random.standard_normal() + self._drift * np.sin(self._calls / 10))
+            )
 
         return call
 
