@@ -1,4 +1,4 @@
-"""The operations of a block: all of it, bit for bit, at its own shapes; a planted time is found where it was planted."""
+"""The operations of a block: all of it, bit for bit, at its own shapes; a planted time is found where it is."""
 
 import time
 from collections.abc import Callable
@@ -173,7 +173,7 @@ def test_blocks_of_another_kind_do_not_go_round(digits: Model) -> None:
 
 
 def test_a_repetition_is_performed_every_time(digits: Model) -> None:
-    """r repetitions give r results, of the sets in turn, each what the operation gives, and nothing else is computed."""
+    """r repetitions give r results, of the sets in turn, each what the operation gives, and compute nothing else."""
     model, example = digits
     one = _one(operations.of_block(model, example), "to_q")
     sets = _sets(one)

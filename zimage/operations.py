@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from zimage import kernels
 from zimage.errors import InputError
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
 from zimage.measure.timing import timed
-from zimage.transformer import Captions, State, Transformer, TransformerBlock, modulate, residual, rotate, swiglu
+from zimage.transformer import Captions, State, Transformer, TransformerBlock, modulate, residual, rotate
 from zimage.transforms import blocks, clone
 
 import mlx.core as mx
@@ -64,7 +65,7 @@ def operations(block: TransformerBlock) -> list[Operation]:
         found.append(Operation("w3", ("normed",), ("up",), lambda b, x: b.feed_forward.w3(x)))
     return [
         *found,
-        Operation("swiglu", ("gate", "up"), ("hidden",), lambda _b, gate, up: swiglu(gate, up)),
+        Operation("swiglu", ("gate", "up"), ("hidden",), lambda _b, gate, up: kernels.swiglu(gate, up)),
         Operation("w2", ("hidden",), ("change",), lambda b, x: b.feed_forward.w2(x)),
         _residual("ffn_residual", "ffn_norm2", "gate_mlp"),
     ]
@@ -149,8 +150,9 @@ def of_block(
 class BlockTimes:
     """The operation view of a block: each operation's time, the block's by the same method, and their difference.
 
-    The operations' intervals hold together. unattributed is block - sum of operations, signed: positive where
-    operations cost more in company (launches, waiting, caches), negative where they overlap or are fused there.
+    The operations' intervals hold together. unattributed is block - sum of operations, signed. Repetitions don't depend
+    on each other while a block's operations do: where one alone doesn't fill the device its repetitions overlap, and
+    the rest is positive. It is negative where a block's operations overlap or find their inputs in a cache.
     """
 
     stage: str

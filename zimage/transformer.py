@@ -113,12 +113,7 @@ class FeedForward(nn.Module):
         return self.w1(x), self.w3(x)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(swiglu(*self.gate_and_up(x)))
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
-    return kernels.silu(gate) * up
+        return self.w2(kernels.swiglu(*self.gate_and_up(x)))
 
 
 def modulate(x: mx.array, scale: mx.array | None) -> mx.array:

@@ -143,9 +143,16 @@ def test_watching_the_swap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with memory.watch() as quiet:
         pass
     assert (quiet.in_bytes, quiet.out_bytes, str(quiet)) == (0, 0, "nothing was swapped meanwhile")
-    with pytest.raises(KeyError), memory.watch() as busy:
-        _linux(tmp_path, 1007)
-        raise KeyError
+    busy = memory.Swapping()
+
+    def fail() -> None:
+        nonlocal busy
+        with memory.watch() as busy:
+            _linux(tmp_path, 1007)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert (busy.in_bytes, busy.out_bytes) == (0, 1000 * page)
     assert str(busy).startswith(
         f"the system swapped {1000 * page / 1e6:.1f} MB out and 0.0 MB in meanwhile: these times"

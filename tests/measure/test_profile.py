@@ -73,7 +73,7 @@ def test_a_planted_delay_is_found_there_and_nowhere_else(planted: int) -> None:
 def test_all_stages_hold_their_times_together(noise: float) -> None:
     """In 95 % of 300 profiles every one of eight intervals holds its stage's true time; without correction fewer do."""
     costs = [1e-3, 1e-3, 11e-3, 1e-3, 0.5e-3, 2e-3, 1e-3, 1e-3]
-    together = {alpha: 0 for alpha in (0.05, 0.4)}  # 0.4 over eight stages is 0.05 for each
+    together = dict.fromkeys((0.05, 0.4), 0)  # 0.4 over eight stages is 0.05 for each
     for seed in range(300):
         for alpha in together:
             found = profile.prefix(NAMES, _chain(costs), 12, seed, alpha=alpha, clock=Machine(seed, noise))
@@ -196,7 +196,7 @@ def test_every_prefix_has_its_turn_in_every_round() -> None:
 
 
 def test_a_stage_costs_the_difference_of_neighbouring_prefixes() -> None:
-    """Without noise stage k is T(k) - T(k-1), the first without the start, and the whole is all of them and the start."""
+    """Without noise stage k is T(k) - T(k-1), the first without the start; the whole has all of them and the start."""
     costs = [k * 1e-3 for k in range(1, 9)]
     found = profile.prefix(NAMES, _chain(costs), 9, 0, clock=Machine(noise=0.0, floor_s=5e-4))
     assert [stage.time_s for stage in found.stages] == pytest.approx(costs)
