@@ -283,6 +283,7 @@ def test_a_sleeping_operation_is_found(digits: Model) -> None:
             assert abs(one.time_s) < 0.008, one
     assert found.block.time_s > 0.015
     assert abs(found.unattributed.time_s) < 0.020
+    assert found.note == "no intervals: 4 rounds are too few at this level, it takes 10"
 
 
 def test_unknown_stages_are_refused(digits: Model) -> None:

@@ -150,9 +150,10 @@ def of_block(
 class BlockTimes:
     """The operation view of a block: each operation's time, the block's by the same method, and their difference.
 
-    The operations' intervals hold together. unattributed is block - sum of operations, signed. Repetitions don't depend
-    on each other while a block's operations do: where one alone doesn't fill the device its repetitions overlap, and
-    the rest is positive. It is negative where a block's operations overlap or find their inputs in a cache.
+    The intervals of operations and block hold together. unattributed is block - sum of operations in each round,
+    signed, at alpha. Repetitions don't depend on each other while a block's operations do: where one alone doesn't fill
+    the device its repetitions overlap, and the rest is positive. It is negative where a block's operations overlap or
+    find their inputs in a cache. note: why there are no intervals, or "".
     """
 
     stage: str
@@ -160,6 +161,7 @@ class BlockTimes:
     block: Time
     unattributed: Time
     sets: dict[str, int]
+    note: str
 
     def by_operation(self) -> dict[tuple[str, str], tuple[float, float, float]]:
         """(stage, operation) -> (time, low, high) in seconds, with `unattributed` at the end."""
@@ -179,20 +181,25 @@ def times(
     rotate_bytes: int = ROTATED_BYTES,
     clock: Clock = timed,
 ) -> BlockTimes:
-    """Time every operation of a block, and the block: each the slope over `repeats`, one's inputs held at a time.
+    """Time every operation of a block, and the block, each as the slope over `repeats`, in turns.
 
-    Raises InputError as `of_block` and MeasurementError as `profile.slope` does.
+    The inputs of all are held together, each a little more than `rotate_bytes`, or two sets. Raises InputError as
+    `of_block` and MeasurementError as `profile.slopes` does.
     """
     found, whole = _taken_apart(model, example, stage, rotate_bytes)
-
-    def time(one: BlockOperation, level: float) -> Time:
-        return profile.slope(one.prepare(), rounds, seed, repeats, name=one.name, alpha=level, clock=clock)
-
-    alone = [time(one, alpha / len(found)) for one in found]
-    block = time(whole, alpha)
-    rest = np.array(block.samples_s) - np.sum([t.samples_s for t in alone], axis=0)
+    every = [*found, whole]
+    taken = profile.slopes({one.name: one.prepare() for one in every}, rounds, seed, repeats, alpha=alpha, clock=clock)
+    block = taken.pop(whole.name)
+    rest = np.array(block.samples_s) - np.sum([time.samples_s for time in taken.values()], axis=0)
     unattributed = profile.estimate("unattributed", rest, alpha)
-    return BlockTimes(stage, alone, block, unattributed, {one.name: one.sets for one in [*found, whole]})
+    return BlockTimes(
+        stage,
+        list(taken.values()),
+        block,
+        unattributed,
+        {one.name: one.sets for one in every},
+        profile.note(rounds, alpha / len(every)),
+    )
 
 
 def stage_prefix(model: Transformer, example: Example) -> tuple[list[str], Callable[[int], list[mx.array]]]:

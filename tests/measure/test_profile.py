@@ -319,6 +319,30 @@ def test_the_slope_leaves_out_what_every_evaluation_costs() -> None:
     assert (found.name, len(found.samples_s)) == ("matmul", 20)
 
 
+def test_slopes_are_taken_in_turns() -> None:
+    """A round takes the operations in a new order, all repeats of one before the next; intervals hold together."""
+    asked: list[tuple[str, int]] = []
+
+    def make(name: str) -> Callable[[int], Callable[[], float]]:
+        def work(r: int) -> float:
+            asked.append((name, r))
+            return {"a": 1e-3, "b": 2e-3, "c": 3e-3}[name] * r
+
+        return lambda r: lambda: work(r)
+
+    found = profile.slopes({n: make(n) for n in "abc"}, 12, 0, (1, 2), clock=Machine(noise=0.001, drift=0.025))
+    assert all(_holds(found[name], seconds) for name, seconds in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3)))
+    rounds = [asked[i : i + 6] for i in range(6, len(asked), 6)]
+    assert len(rounds) == 12
+    orders = [tuple(name for name, _ in taken[::2]) for taken in rounds]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 3
+    assert all({r for _, r in taken[i : i + 2]} == {1, 2} for taken in rounds for i in (0, 2, 4))
+    few = profile.slopes({n: make(n) for n in "abc"}, 6, 0, (1, 2), clock=Machine())  # enough for one, not for three
+    assert all(math.isnan(time.low_s) for time in few.values())
+    _refused(lambda: profile.slopes({}, 3, 0), "at least one operation")
+
+
 def test_the_slope_finds_a_sleep() -> None:
     """Work that sleeps 2 ms a repetition has a slope of 2 ms on the real clock."""
     found = profile.slope(lambda r: lambda: time.sleep(0.002 * r), 8, 0)

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 from zimage.errors import MeasurementError
 from zimage.measure.samples import Timed
@@ -26,7 +26,6 @@ import numpy as np
 
 Work = Callable[[], Any]
 Clock = Callable[[Work], Timed]  # makes a timed call of work; `timed` outside of tests
-_Key = TypeVar("_Key", bound=object)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def prefix(
     if plain is not None:
         calls[-1] = clock(plain)
     first_call_s = calls[n]()
-    times = _rounds(calls, rounds, seed)
+    times = _rounds({"": calls}, rounds, seed)[""]
     level = alpha / n
     stages = [estimate(name, times[k] - times[k - 1], level) for k, name in enumerate(names, start=1)]
     return Prefix(
@@ -129,7 +128,7 @@ def prefix(
         None if plain is None else estimate("profiler overhead", times[n] - times[-1], alpha),
         first_call_s,
         [[float(times[k][r]) for k in range(n + 1)] for r in range(rounds)],
-        _note(rounds, level),
+        note(rounds, level),
     )
 
 
@@ -147,12 +146,12 @@ def depth(
     `run(m)` builds the whole with m of its repeated blocks and returns what has to be evaluated. Raises
     MeasurementError for fewer than two different counts, fewer than one round, or an alpha outside (0, 1).
     """
-    times, slopes, intercepts = _lines(run, counts, rounds, seed, alpha, clock)
+    times, slopes, intercepts = _lines({"": run}, counts, rounds, seed, alpha, clock)[""]
     return Depth(
         estimate("one block", slopes, alpha / 2),
         estimate("the rest", intercepts, alpha / 2),
         {count: [float(x) for x in values] for count, values in times.items()},
-        _note(rounds, alpha / 2),
+        note(rounds, alpha / 2),
     )
 
 
@@ -171,9 +170,33 @@ def slope(
     `make(r)` gives work that does the operation r times in one evaluation and returns all r results: what isn't
     returned isn't computed. Raises MeasurementError as `depth` does.
     """
+    return slopes({name: make}, rounds, seed, repeats, alpha=alpha, clock=clock)[name]
+
+
+def slopes(
+    makes: Mapping[str, Callable[[int], Work]],
+    rounds: int,
+    seed: int,
+    repeats: Sequence[int] = (1, 2, 4, 8),
+    *,
+    alpha: float = 0.05,
+    clock: Clock = timed,
+) -> dict[str, Time]:
+    """The times of several operations, each as `slope` takes it, in turns; their intervals hold together.
+
+    Every round takes the operations in a new order, all repeats of one before the next, so that values of one round
+    belong together and may be added up. Raises MeasurementError as `depth` does, and for no operations.
+    """
+    if not makes:
+        raise MeasurementError("slopes need at least one operation")
+    runs = {name: _made(make, repeats) for name, make in makes.items()}
+    lines = _lines(runs, repeats, rounds, seed, alpha, clock)
+    return {name: estimate(name, slopes, alpha / len(makes)) for name, (_, slopes, _) in lines.items()}
+
+
+def _made(make: Callable[[int], Work], repeats: Sequence[int]) -> Callable[[int], Any]:
     works = {r: make(r) for r in dict.fromkeys(repeats)}
-    _, slopes, _ = _lines(lambda r: works[r](), repeats, rounds, seed, alpha, clock)
-    return estimate(name, slopes, alpha)
+    return lambda r: works[r]()
 
 
 def estimate(name: str, samples: Floats, level: float) -> Time:
@@ -191,31 +214,44 @@ def fewest_rounds(quantities: int, alpha: float = 0.05) -> int:
 
 
 def _lines(
-    run: Callable[[int], Any], counts: Sequence[int], rounds: int, seed: int, alpha: float, clock: Clock
-) -> tuple[dict[int, Floats], Floats, Floats]:
-    """T by count, and the slope and the intercept of the line through it, each by round."""
+    runs: Mapping[str, Callable[[int], Any]], counts: Sequence[int], rounds: int, seed: int, alpha: float, clock: Clock
+) -> dict[str, tuple[dict[int, Floats], Floats, Floats]]:
+    """By name: T by count, and the slope and the intercept of the line through it, each by round."""
     _check(rounds, alpha, len(set(counts)) > 1, f"a slope needs at least two different counts, found {list(counts)}")
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
         raise MeasurementError(f"counts must be integers of 0 or more, found {list(counts)}")
     different = sorted(set(counts), reverse=True)
-    times = _rounds({count: clock(lambda count=count: run(count)) for count in different}, rounds, seed)  # type: ignore[misc]
+    calls = {
+        name: {count: clock(lambda run=run, count=count: run(count)) for count in different}  # type: ignore[misc]
+        for name, run in runs.items()
+    }
     x = np.array(different, np.float64)
-    y = np.stack([times[count] for count in different], axis=-1)
-    slopes = y @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    return times, slopes, y.mean(axis=-1) - slopes * x.mean()
+    found = {}
+    for name, times in _rounds(calls, rounds, seed).items():
+        y = np.stack([times[count] for count in different], axis=-1)
+        slopes = y @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+        found[name] = times, slopes, y.mean(axis=-1) - slopes * x.mean()
+    return found
 
 
-def _rounds(calls: Mapping[_Key, Timed], rounds: int, seed: int) -> dict[_Key, Floats]:
-    """The seconds of every call in every round, after one untimed round that builds kernels and warms."""
-    order, rng = list(calls), random.Random(seed)
-    for call in calls.values():
-        call()
-    times: dict[_Key, list[float]] = {key: [] for key in calls}
+def _rounds(groups: Mapping[str, Mapping[int, Timed]], rounds: int, seed: int) -> dict[str, dict[int, Floats]]:
+    """The seconds of every call in every round, after one untimed round that builds kernels and warms.
+
+    A round takes the groups in a new order, and the calls of each in a new order.
+    """
+    rng, names = random.Random(seed), list(groups)
+    orders = {name: list(calls) for name, calls in groups.items()}
+    for calls in groups.values():
+        for call in calls.values():
+            call()
+    times: dict[str, dict[int, list[float]]] = {name: {key: [] for key in orders[name]} for name in names}
     for _ in range(rounds):
-        rng.shuffle(order)
-        for key in order:
-            times[key].append(_checked(calls[key]()))
-    return {key: np.array(values) for key, values in times.items()}
+        rng.shuffle(names)
+        for name in names:
+            rng.shuffle(orders[name])
+            for key in orders[name]:
+                times[name][key].append(_checked(groups[name][key]()))
+    return {name: {key: np.array(values) for key, values in found.items()} for name, found in times.items()}
 
 
 def _checked(seconds: Any) -> float:
@@ -233,7 +269,8 @@ def _check(rounds: int, alpha: float, given: bool, otherwise: str) -> None:
         raise MeasurementError(f"alpha must lie between 0 and 1, found {alpha}")
 
 
-def _note(rounds: int, level: float) -> str:
+def note(rounds: int, level: float) -> str:
+    """Why so many rounds give no intervals at this level, or "" where they do."""
     needed = fewest_rounds(1, level)
     return "" if rounds >= needed else f"no intervals: {rounds} rounds are too few at this level, it takes {needed}"
 
