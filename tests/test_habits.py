@@ -25,6 +25,7 @@ ROWS = (
     {"transforms"},
     {"saving", "weights"},
     {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "operations"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

@@ -180,7 +180,8 @@ def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
     blocks = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1", "layers.2"]
     assert list(prefix["stage"]) == [*embedders, *blocks, "final_layer"]
     assert list(whole["stage"]) == ["whole step"]
-    assert (stages["time_low_s"] <= stages["time_s"]).all() and (stages["time_s"] <= stages["time_high_s"]).all()
+    known = stages.dropna(subset=["time_low_s"])  # none, where it ran with too few rounds for any interval
+    assert (known["time_low_s"] <= known["time_s"]).all() and (known["time_s"] <= known["time_high_s"]).all()
     assert whole["parameters"].item() == prefix["parameters"].sum()
     info = sources.describe("digits")
     assert whole["parameters"].item() == sum(np.prod(tensor.shape) for tensor in info.tensors.values())

@@ -28,6 +28,7 @@ _MODULES = (
     "kernels",
     "lab",
     "measure",
+    "operations",
     "patchify",
     "quantization",
     "rope",

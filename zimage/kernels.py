@@ -28,6 +28,11 @@ def silu(x: mx.array) -> mx.array:
     return nn.silu(x)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, of any one shape."""
+    return silu(gate) * up
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     """softmax(q k^T * scale + mask) v for q [B, N, L, D], k and v [B, N_kv, L, D] with N a multiple of N_kv.
 

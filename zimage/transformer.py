@@ -74,24 +74,29 @@ class Attention(nn.Module):
             self.norm_q = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
             self.norm_k = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
 
+    def heads(self, x: mx.array) -> mx.array:
+        """A projection's output [B, L, N * head_dim] as [B, L, N, head_dim]."""
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, L, n_heads, head_dim], keys and values [B, L, n_kv_heads, head_dim]."""
-        B, L, _ = x.shape
-        return (
-            self.to_q(x).reshape(B, L, self.n_heads, self.head_dim),
-            self.to_k(x).reshape(B, L, self.n_kv_heads, self.head_dim),
-            self.to_v(x).reshape(B, L, self.n_kv_heads, self.head_dim),
-        )
+        return self.heads(self.to_q(x)), self.heads(self.to_k(x)), self.heads(self.to_v(x))
+
+    def norm(self, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
+        """QK norm over each head, where the config has it."""
+        return (self.norm_q(q), self.norm_k(k)) if "norm_q" in self else (q, k)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
+        """What every head found, side by side: [B, L, n_heads * head_dim]."""
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+        out = kernels.attention(q, k, v, self.head_dim**-0.5, mask).transpose(0, 2, 1, 3)
+        return out.reshape(*out.shape[:2], -1)
 
     def __call__(self, x: mx.array, rotation: mx.array, mask: mx.array | None = None) -> mx.array:
-        B, L, D = x.shape
         q, k, v = self.project(x)
-        if "norm_q" in self:
-            q, k = self.norm_q(q), self.norm_k(k)
+        q, k = self.norm(q, k)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        out = kernels.attention(q, k, v, self.head_dim**-0.5, mask)
-        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(B, L, D))
+        return self.to_out[0](self.attend(q, k, v, mask))
 
 
 class FeedForward(nn.Module):
@@ -108,8 +113,17 @@ class FeedForward(nn.Module):
         return self.w1(x), self.w3(x)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.gate_and_up(x)
-        return self.w2(kernels.silu(gate) * up)
+        return self.w2(kernels.swiglu(*self.gate_and_up(x)))
+
+
+def modulate(x: mx.array, scale: mx.array | None) -> mx.array:
+    """x (1 + scale), or x in a block without modulation."""
+    return x if scale is None else x * (1 + scale)
+
+
+def residual(x: mx.array, change: mx.array, gate: mx.array | None) -> mx.array:
+    """x + gate * change, or x + change in a block without modulation."""
+    return x + (change if gate is None else gate * change)
 
 
 class TransformerBlock(nn.Module):
@@ -126,18 +140,23 @@ class TransformerBlock(nn.Module):
         if modulation:
             self.adaLN_modulation = [nn.Linear(config.temb_dim, 4 * config.dim)]
 
+    def modulation(self, temb: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D]."""
+        modulation = self.adaLN_modulation[0](temb)[:, None, :]
+        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
+        return scale_msa, mx.tanh(gate_msa), scale_mlp, mx.tanh(gate_mlp)
+
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
-        if "adaLN_modulation" not in self:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, mask))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation[0](temb)[:, None, :]
-        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
-        attended = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, mask)
-        x = x + mx.tanh(gate_msa) * self.attention_norm2(attended)
-        fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        return x + mx.tanh(gate_mlp) * self.ffn_norm2(fed)
+        scale_msa = gate_msa = scale_mlp = gate_mlp = None
+        if "adaLN_modulation" in self:
+            assert temb is not None
+            scale_msa, gate_msa, scale_mlp, gate_mlp = self.modulation(temb)
+        attended = self.attention(modulate(self.attention_norm1(x), scale_msa), rotation, mask)
+        x = residual(x, self.attention_norm2(attended), gate_msa)
+        fed = self.feed_forward(modulate(self.ffn_norm1(x), scale_mlp))
+        return residual(x, self.ffn_norm2(fed), gate_mlp)
 
 
 class FinalLayer(nn.Module):

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from zimage.errors import MeasurementError
-from zimage.measure.timing import Trial, timed, trial
+from zimage.measure.timing import Trial, timed, trial, untimed
 
 import mlx.core as mx
 import pytest
@@ -61,3 +61,14 @@ def test_impossible_trials_are_refused(counts: dict[str, int]) -> None:
     """A trial without a sample is a MeasurementError, and nothing is called."""
     with pytest.raises(MeasurementError, match="at least one sample"):
         trial(lambda: 1 / 0, **counts)
+
+
+def test_nothing_is_timed_while_something_would_be_in_the_time() -> None:
+    """Within `untimed`, also nested, a timed call is a MeasurementError that says what is in the way; after it, not."""
+    call = timed(lambda: mx.ones(1))
+    with untimed("an outer capture"):
+        with untimed("a capture"), pytest.raises(MeasurementError, match="a capture is under way"):
+            call()
+        with pytest.raises(MeasurementError, match="an outer capture is under way"):
+            call()
+    assert call() > 0

@@ -8,14 +8,19 @@ _HOMES = {
     "NoiseFloor": "floor",
     "Program": "processes",
     "Resident": "processes",
+    "by_stage": "memory",
     "compare": "comparison",
     "compare_many": "comparison",
     "default_canary": "canary",
+    "depth": "profile",
     "in_fresh_processes": "fresh",
     "noise_floor": "floor",
+    "prefix": "profile",
+    "slope": "profile",
     "sustained": "blocks",
     "timed": "timing",
     "trial": "timing",
+    "watch": "memory",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 
@@ -28,8 +33,13 @@ if TYPE_CHECKING:
     from zimage.measure.floor import NoiseFloor as NoiseFloor
     from zimage.measure.floor import noise_floor as noise_floor
     from zimage.measure.fresh import in_fresh_processes as in_fresh_processes
+    from zimage.measure.memory import by_stage as by_stage
+    from zimage.measure.memory import watch as watch
     from zimage.measure.processes import Program as Program
     from zimage.measure.processes import Resident as Resident
+    from zimage.measure.profile import depth as depth
+    from zimage.measure.profile import prefix as prefix
+    from zimage.measure.profile import slope as slope
     from zimage.measure.timing import timed as timed
     from zimage.measure.timing import trial as trial
 

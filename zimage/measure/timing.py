@@ -1,7 +1,8 @@
 """One synchronised timed call, and trials of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,30 @@ from zimage.measure.samples import Timed
 import mlx.core as mx
 import numpy as np
 
+_captures: list[str] = []  # that are under way and would be part of every time
+
+
+@contextmanager
+def untimed(what: str) -> Iterator[None]:
+    """Refuse timings within the block, because `what`, such as "a Metal capture", would be in all of them."""
+    _captures.append(what)
+    try:
+        yield
+    finally:
+        _captures.remove(what)
+
 
 def timed(work: Callable[[], Any]) -> Timed:
     """A callable that does `work` once and returns its seconds.
 
     `work` builds its graph anew and returns every array that has to be computed, in lists, tuples and dicts as deep as
     it likes; evaluating them ends the sample. A call raises MeasurementError when `work` returns anything else, which
-    MLX would silently leave uncomputed.
+    MLX would silently leave uncomputed, and while a capture is under way.
     """
 
     def call() -> float:
+        if _captures:
+            raise MeasurementError(f"{_captures[-1]} is under way and would be in the time; measure without it")
         start = time.perf_counter()
         result = work()
         mx.eval(result)
