@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import cli
-from zimage.lab import dashboard, keys
+from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
 
 import pytest
@@ -53,6 +53,23 @@ def test_sweep_says_what_it_does_and_found(
     assert out.startswith(
         "demo: 3 runs, all done already (--fresh runs them again)\ndemo: 0 completed, 0 failed, 3 done"
     )
+
+
+def test_doubtful_machines_are_told_of(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who watches a sweep on a machine that spoils timings gets one line beside the output; a pipe or a done one none."""
+    fake_kernels(monkeypatch)
+    battery = FACTS | {"power_source": "Battery Power", "low_power_mode": "on"}
+    monkeypatch.setattr(keys, "device_facts", lambda _device="auto": battery)
+    assert zimage(capsys, *SWEEP)[2] == ""
+    noted: list[str] = []
+    monkeypatch.setattr(terminal, "note", noted.append)
+    _, out, _ = zimage(capsys, *SWEEP, "--fresh", "--json")
+    assert json.loads(out)["experiment"] == "demo"
+    assert noted == ["timings may be off: on battery power; low-power mode is on (zimage doctor says more)"]
+    assert zimage(capsys, *SWEEP)[0] == 0
+    assert len(noted) == 1  # nothing was left to do
 
 
 def test_sweep_options(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,9 +357,12 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     from zimage.doctor import Check
 
     checks = [Check("python", "ok", "3.11"), Check("BLAS", "warn", "reference", "install zimage[cpu]")]
-    monkeypatch.setattr(backend, "doctor", lambda _: checks)
+    asked: list[bool] = []
+    monkeypatch.setattr(backend, "doctor", lambda _results, full, _advance: asked.append(full) or checks)
     status, out, _ = zimage(capsys, "doctor")
     assert (status, out) == (0, "ok    python  3.11\nnote  BLAS    reference\n              -> install zimage[cpu]\n")
+    assert zimage(capsys, "doctor", "--full")[0] == 0
+    assert asked == [False, True]
     checks.append(Check("MLX", "fail", "missing", "install it"))
     status, out, _ = zimage(capsys, "doctor", "--json")
     assert (status, [one["status"] for one in json.loads(out)]) == (1, ["ok", "warn", "fail"])

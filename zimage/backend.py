@@ -1,8 +1,8 @@
 """The machine MLX runs on: prepare it before MLX is imported, and say what it is.
 
 `import zimage` calls `prepare()`, so that it comes before any `import mlx.core`. `python -m zimage.backend [DEVICE]`
-prints the device facts as JSON, for a process that must not load MLX itself. Checks are in
-`doctor`, measured peaks in `measure.peaks`.
+prints the device facts as JSON, for a process that must not load MLX itself. Checks are in `doctor`, measured
+peaks in `measure.peaks`.
 """
 
 import json
@@ -130,6 +130,14 @@ def find_build() -> MLXBuild:
     return MLXBuild(kinds[0] if kinds else "source", versions.get("mlx", UNKNOWN), folder)
 
 
+def build_kind() -> str:
+    """The kind of `MLXBuild` that is here, "missing" where it cannot be used."""
+    try:
+        return prepare().build.kind
+    except BackendError:
+        return "missing"
+
+
 def _distributions(site: Path) -> dict[str, str]:
     """Names and versions of the distributions whose metadata lies in `site`, from the folders' names alone."""
     found = {}
@@ -141,7 +149,7 @@ def _distributions(site: Path) -> dict[str, str]:
 
 def default_dtype() -> Literal["float32", "bfloat16"]:
     """What suits the device: float32 on a CPU, whose 16-bit products take a slow path, else bfloat16."""
-    return "bfloat16" if _device_type() == "gpu" else "float32"
+    return "bfloat16" if device_type() == "gpu" else "float32"
 
 
 def use_device(name: str) -> None:
@@ -165,7 +173,8 @@ def _mlx() -> Any:
     return mx
 
 
-def _device_type() -> str:
+def device_type() -> str:
+    """ "cpu" or "gpu": the kind of MLX's default device. Raises BackendError when MLX cannot be used."""
     return str(_mlx().default_device().type).rsplit(".", 1)[-1]
 
 
@@ -183,18 +192,18 @@ def device_facts() -> dict[str, str]:
     `prepare` does.
     """
     prepared = prepare()
-    info, device_type = _mlx_device(), _device_type()
-    is_nvidia = device_type == "gpu" and prepared.build.kind.startswith("cuda")
+    info, kind = _mlx_device(), device_type()
+    is_nvidia = kind == "gpu" and prepared.build.kind.startswith("cuda")
     gpu = nvidia_gpu()
     blas_name, blas_version = _blas(prepared)
     lasting = machine.lasting_facts()
     nvidia = machine.gpu_facts(gpu, str(info.get("uuid", ""))) if is_nvidia else {}
     facts = {
-        "device": short_device_name(device_type, str(info.get("device_name", UNKNOWN)), blas.usable_cores()),
-        "device_type": device_type,
-        "device_name": lasting["cpu"] if device_type == "cpu" else str(info.get("device_name", UNKNOWN)),
+        "device": short_device_name(kind, str(info.get("device_name", UNKNOWN)), blas.usable_cores()),
+        "device_type": kind,
+        "device_name": lasting["cpu"] if kind == "cpu" else str(info.get("device_name", UNKNOWN)),
         "architecture": str(info.get("architecture", UNKNOWN)),
-        "memory_bytes": _device_memory(device_type, info),
+        "memory_bytes": _device_memory(kind, info),
         "recommended_memory_bytes": str(info.get("max_recommended_working_set_size", UNKNOWN)),
         **lasting,
         "driver": UNKNOWN,
@@ -220,7 +229,7 @@ def device_facts() -> dict[str, str]:
 
 def nvidia_gpu() -> sensors.NvidiaGpu | None:
     """The sensors of the NVIDIA GPU that MLX computes on here; None on other devices, and where it isn't certain."""
-    if not prepare().build.kind.startswith("cuda") or _device_type() != "gpu":
+    if not prepare().build.kind.startswith("cuda") or device_type() != "gpu":
         return None
     return sensors.nvidia_gpu(str(_mlx_device().get("pci_bus_id", "")))
 
@@ -234,12 +243,12 @@ def _mlx_limits() -> dict[str, str]:
     return {"mlx_memory_limit_bytes": str(limit), "mlx_cache_limit_bytes": str(cache), "mlx_wired_limit_bytes": UNKNOWN}
 
 
-def short_device_name(device_type: str, device_name: str, cores: int) -> str:
+def short_device_name(kind: str, device_name: str, cores: int) -> str:
     """The device as a file name: `nvidia-h100-80gb-hbm3`, `apple-m3-max`, `cpu-amd-epyc-7b13-2c`."""
-    name = machine.cpu_name() if device_type == "cpu" else device_name
+    name = machine.cpu_name() if kind == "cpu" else device_name
     name = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|\b\d+-Core\b|@.*|\b\d+(st|nd|rd|th) Gen\b", " ", name)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or UNKNOWN
-    return f"cpu-{slug}-{cores}c" if device_type == "cpu" else slug
+    return f"cpu-{slug}-{cores}c" if kind == "cpu" else slug
 
 
 def _blas(prepared: Prepared) -> tuple[str, str]:
@@ -255,8 +264,8 @@ def _blas(prepared: Prepared) -> tuple[str, str]:
     return ("reference", "") if prepared.build.kind == "cpu" else (UNKNOWN, "")
 
 
-def _device_memory(device_type: str, info: Mapping[str, str | int]) -> str:
-    if device_type == "cpu":
+def _device_memory(kind: str, info: Mapping[str, str | int]) -> str:
+    if kind == "cpu":
         return machine.host_memory_bytes()
     return str(info.get("total_memory", info.get("memory_size", UNKNOWN)))
 
@@ -270,7 +279,9 @@ def _zimage_version() -> str:
 def _commit() -> str:
     """The checkout's commit, with "-dirty" when the package differs from it; "unknown" for an installed copy."""
     package = Path(__file__).parent
-    if not machine.output("git", "ls-files", "--", "errors.py", folder=package):  # not a file of the repository around it
+    if not machine.output(
+        "git", "ls-files", "--", "errors.py", folder=package
+    ):  # not a file of the repository around it
         return UNKNOWN
     commit = machine.output("git", "rev-parse", "--short=12", "HEAD", folder=package)
     changed = machine.output("git", "status", "--porcelain", "--", ".", folder=package)

@@ -1,7 +1,7 @@
-"""Facts about the machine around MLX, and what of it makes timings doubtful. Needs no MLX; what is not told is "unknown".
+"""Facts about the machine around MLX, and what of it makes timings doubtful. Needs no MLX.
 
-Facts are strings by name. Those in `MOMENTARY` change from minute to minute: they are recorded with every run, and
-never decide whether two runs are the same.
+Facts are strings by name; what a machine does not tell is "unknown". Those in `MOMENTARY` change from minute to minute:
+they are recorded with every run, and never decide whether two runs are the same.
 """
 
 import os
@@ -93,9 +93,8 @@ def gpu_facts(gpu: sensors.NvidiaGpu | None, uuid: str = "") -> dict[str, str]:
     )  # fmt: skip
     if gpu is not None:
         driver, cuda = gpu.versions()
-        (limit, default), (clock, memory_clock) = gpu.power_limits_w(), gpu.highest_clocks_hz()
-        return dict(zip(facts, (driver or UNKNOWN, cuda or UNKNOWN, *map(_number, (limit, default, clock, memory_clock))),
-                        strict=True))  # fmt: skip
+        numbers = (_number(value) for value in (*gpu.power_limits_w(), *gpu.highest_clocks_hz()))
+        return dict(zip(facts, (driver or UNKNOWN, cuda or UNKNOWN, *numbers), strict=True))
     which = ("-i", uuid) if uuid else ()
     asked = "driver_version,power.limit,power.default_limit,clocks.max.sm,clocks.max.mem"
     rows = output("nvidia-smi", *which, f"--query-gpu={asked}", "--format=csv,noheader,nounits").splitlines()
@@ -111,7 +110,9 @@ def gpu_facts(gpu: sensors.NvidiaGpu | None, uuid: str = "") -> dict[str, str]:
     return facts
 
 
-def momentary_facts(gpu: sensors.NvidiaGpu | None = None, has_gpu: bool = False, holds_gpu: bool = False) -> dict[str, str]:
+def momentary_facts(
+    gpu: sensors.NvidiaGpu | None = None, has_gpu: bool = False, holds_gpu: bool = False
+) -> dict[str, str]:
     """What changes from minute to minute: power, heat, load, clocks. Looks at the cores for a tenth of a second.
 
     has_gpu: the device is an NVIDIA GPU, so that its facts are named even if they are unknown (gpu is None).
@@ -222,7 +223,7 @@ def host_memory_bytes() -> str:
 
 
 def power_source() -> str:
-    """"AC Power", "Battery Power", or on macOS "UPS Power"."""
+    """ "AC Power", "Battery Power", or on macOS "UPS Power"."""
     if sys.platform == "darwin":
         return _found(r"drawing from '(.+?)'", output("pmset", "-g", "batt"))
     for online in sorted((SYSTEM / "class/power_supply").glob("*/online")):
@@ -232,7 +233,7 @@ def power_source() -> str:
 
 
 def low_power_mode() -> str:
-    """"on", "off", or on macOS "high power"; on Linux the firmware's platform profile."""
+    """ "on", "off", or on macOS "high power"; on Linux the firmware's platform profile."""
     if sys.platform == "darwin":
         mode = _found(r"(?m)^\s*(?:lowpowermode|powermode)\s+(\d)", output("pmset", "-g"))
         return {"0": "off", "1": "on", "2": "high power"}.get(mode, UNKNOWN)

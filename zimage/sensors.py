@@ -159,7 +159,9 @@ def _first(nvml: Any) -> Any:
     if name == "" or (name or "").startswith("MIG"):
         return None
     if name and name.startswith("GPU-"):
-        return next((handle for handle in _handles(nvml) if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(name)), None)
+        return next(
+            (handle for handle in _handles(nvml) if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(name)), None
+        )
     index = int(name or 0)
     count = int(nvml.nvmlDeviceGetCount())
     # CUDA numbers the fastest GPU first and says nothing of the rest; only this setting makes it NVML's order.
