@@ -55,10 +55,9 @@ def test_sweep_says_what_it_does_and_found(
     )
 
 
-def test_doubtful_machines_are_told_of(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Who watches a sweep on a machine that spoils timings gets one line beside the output; a pipe or a done one none."""
+@pytest.mark.usefixtures("project")
+def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who watches a sweep on a machine that spoils timings gets one line beside the output; nobody else does."""
     fake_kernels(monkeypatch)
     battery = FACTS | {"power_source": "Battery Power", "low_power_mode": "on"}
     monkeypatch.setattr(keys, "device_facts", lambda _device="auto": battery)
@@ -236,12 +235,30 @@ def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert status == 0
         assert out.startswith(f"demo/{key}: completed\n")
     shown = json.loads(zimage(capsys, "show", key, "--json")[1])
-    assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": 5})
+    assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": len(shown["environment"])})
+    assert shown["environment"].items() >= FACTS.items()
     (project / "results" / "demo" / key / "run.json").write_text("{")
     status, out, err = zimage(capsys, "list")
     assert status == 0
     assert out.startswith("demo: 2 completed")
     assert err.startswith("zimage: skipped: results/demo/")
+
+
+def test_show_reads_the_peaks_of_old_and_new_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`show` tells the peaks that a run was recorded with, also in the form of older runs, and nothing for none."""
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    (path, *_) = (project / "results" / "demo").glob("*/run.json")
+    content = json.loads(path.read_text())
+    old = {"dtype": "float32", "float32_matmul_flops_per_s": 3e9, "float32_matmul_size": 512}
+    new = {"matmul": {"float32": {"burst": 3e9, "sustained": None, "size": 512}}}
+    for peaks, words in ((old, True), (new, True), (None, False), (["damaged"], False)):
+        path.write_text(json.dumps(content | {"peaks": peaks}))
+        status, out, err = zimage(capsys, "show", content["run_key"])
+        assert (status, err) == (0, "")
+        assert ("  peaks       Matmul float32 3 GFLOP/s at 512 cubed" in out) == words
 
 
 def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,7 +284,7 @@ def test_missing_bindings_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nvidia_smi_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without NVML, driver, CUDA version, limits and clocks come from nvidia-smi; of several GPUs only what they share."""
+    """Without NVML, driver, CUDA version, limits and clocks come from nvidia-smi; of several GPUs only two of these."""
     row = "580.95.05, 700.00, 700.00, 1980, 2619"
     header = "| NVIDIA-SMI 580.95.05    Driver Version: 580.95.05    CUDA Version: 13.0     |"
     rows = [row]

@@ -45,8 +45,8 @@ def measure(full: bool = False, advance: Advance = lambda _seconds: None) -> Pea
     Gives a mapping that JSON can hold, rates in FLOP/s and bytes/s, None for what was not measured:
     `matmul` by dtype (`burst`, `sustained`, `size` of the square product), `quantized_matmul` by packing (also `rows`;
     full only), `dequantize` by packing (`burst`, `bytes` read and written), `copy` (`burst`, `sustained`, `bytes` of
-    the array), and what it depends on: `mlx`, `driver`, `blas`, `conditions`; the dates `measured` and `measured_full`; `regimes`;
-    `under_load` (highest watts and temperature, throttle reasons).
+    the array); what it depends on: `mlx`, `driver`, `blas`, `conditions`, `regimes`; the dates `measured` and
+    `measured_full`; `under_load` (highest watts and temperature, throttle reasons).
 
     advance is told of the seconds that pass. Raises BackendError when MLX cannot be used, and MeasurementError when the
     device fails on the way, such as for want of memory.
