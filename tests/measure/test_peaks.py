@@ -138,6 +138,23 @@ def test_full_peaks_have_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["measured_full"] == found["measured"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "build", "dtypes"),
+    [
+        ("gpu", "metal", {"float32", "bfloat16", "float16"}),
+        ("gpu", "cuda-13", {"float32", "bfloat16"}),
+        ("cpu", "cpu", {"float32", "bfloat16"}),
+    ],
+)
+def test_dtypes_of_a_device(kind: str, build: str, dtypes: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device has both dtypes of the models measured, and Metal float16 too."""
+    facts = backend.device_facts() | {"device_type": kind, "mlx_build": build}
+    monkeypatch.setattr(backend, "device_facts", lambda: facts)
+    for part in ("_matmul", "_copy", "_dequantize"):
+        monkeypatch.setattr(peaks, part, lambda *_: {"burst": 1.0})
+    assert peaks.measure()["matmul"].keys() == dtypes
+
+
 def test_a_device_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's own error while measuring becomes one line."""
 
