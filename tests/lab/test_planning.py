@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 from tests.lab.making import FACTS, fake_kernels, meta, write_experiment, write_notebook
 from tests.lab.test_sweep import Silent, jobs_in
-from zimage.errors import BackendError, WeightsError
 from zimage import machine
+from zimage.errors import BackendError, WeightsError
 from zimage.lab import experiment, keys, notebook, sweep
 from zimage.lab.keys import device_facts
 from zimage.lab.progress import Teller, forecast, span

@@ -218,6 +218,14 @@ def test_damaged_peaks_show_nothing(damaged: Any) -> None:
     assert peaks.lines(damaged) == []
 
 
+@pytest.mark.parametrize(
+    ("value", "words"), [(9.996e8, "1 GB"), (9.99e8, "999 MB"), (1.26e11, "126 GB"), (7e14, "700 TB"), (512, "512 B")]
+)
+def test_scaled_numbers(value: float, words: str) -> None:
+    """Numbers have three digits and the prefix that fits them after rounding."""
+    assert peaks.scaled(value, "B") == words
+
+
 def test_lines_show_both_regimes() -> None:
     """A sustained rate stands beside the burst one."""
     assert dict(peaks.lines(_full()))["Matmul float32"] == "100 GFLOP/s (90 GFLOP/s sustained) at 512 cubed"

@@ -180,7 +180,8 @@ def lines(peaks: Any) -> list[tuple[str, str]]:
 
 def scaled(value: float, unit: str) -> str:
     """A number with three digits and its unit's prefix: 1.26e11 FLOP/s is "126 GFLOP/s"."""
-    scale, letter = next((s, x) for s, x in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, "")) if value >= s or s == 1.0)
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
+    scale, letter = next((s, x) for s, x in scales if value >= 0.9995 * s or s == 1.0)  # 999.6 M is rounded to 1 G
     return f"{value / scale:.3g} {letter}{unit}"
 
 
