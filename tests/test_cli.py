@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import cli
-from zimage.lab import dashboard, keys
+from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
 
 import pytest
@@ -53,6 +53,22 @@ def test_sweep_says_what_it_does_and_found(
     assert out.startswith(
         "demo: 3 runs, all done already (--fresh runs them again)\ndemo: 0 completed, 0 failed, 3 done"
     )
+
+
+@pytest.mark.usefixtures("project")
+def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who watches a sweep on a machine that spoils timings gets one line beside the output; nobody else does."""
+    fake_kernels(monkeypatch)
+    battery = FACTS | {"power_source": "Battery Power", "low_power_mode": "on"}
+    monkeypatch.setattr(keys, "device_facts", lambda _device="auto": battery)
+    assert zimage(capsys, *SWEEP)[2] == ""
+    noted: list[str] = []
+    monkeypatch.setattr(terminal, "note", noted.append)
+    _, out, _ = zimage(capsys, *SWEEP, "--fresh", "--json")
+    assert json.loads(out)["experiment"] == "demo"
+    assert noted == ["timings may be off: on battery power; low-power mode is on (zimage doctor says more)"]
+    assert zimage(capsys, *SWEEP)[0] == 0
+    assert len(noted) == 1  # nothing was left to do
 
 
 def test_sweep_options(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,12 +235,30 @@ def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert status == 0
         assert out.startswith(f"demo/{key}: completed\n")
     shown = json.loads(zimage(capsys, "show", key, "--json")[1])
-    assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": 5})
+    assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": len(shown["environment"])})
+    assert shown["environment"].items() >= FACTS.items()
     (project / "results" / "demo" / key / "run.json").write_text("{")
     status, out, err = zimage(capsys, "list")
     assert status == 0
     assert out.startswith("demo: 2 completed")
     assert err.startswith("zimage: skipped: results/demo/")
+
+
+def test_show_reads_the_peaks_of_old_and_new_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`show` tells the peaks that a run was recorded with, also in the form of older runs, and nothing for none."""
+    fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    (path, *_) = (project / "results" / "demo").glob("*/run.json")
+    content = json.loads(path.read_text())
+    old = {"dtype": "float32", "float32_matmul_flops_per_s": 3e9, "float32_matmul_size": 512}
+    new = {"matmul": {"float32": {"burst": 3e9, "sustained": None, "size": 512}}}
+    for peaks, words in ((old, True), (new, True), (None, False), (["damaged"], False)):
+        path.write_text(json.dumps(content | {"peaks": peaks}))
+        status, out, err = zimage(capsys, "show", content["run_key"])
+        assert (status, err) == (0, "")
+        assert ("  peaks       Matmul float32 3 GFLOP/s at 512 cubed" in out) == words
 
 
 def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,9 +374,12 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     from zimage.doctor import Check
 
     checks = [Check("python", "ok", "3.11"), Check("BLAS", "warn", "reference", "install zimage[cpu]")]
-    monkeypatch.setattr(backend, "doctor", lambda _: checks)
+    asked: list[bool] = []
+    monkeypatch.setattr(backend, "doctor", lambda _results, full, _advance: asked.append(full) or checks)
     status, out, _ = zimage(capsys, "doctor")
     assert (status, out) == (0, "ok    python  3.11\nnote  BLAS    reference\n              -> install zimage[cpu]\n")
+    assert zimage(capsys, "doctor", "--full")[0] == 0
+    assert asked == [False, True]
     checks.append(Check("MLX", "fail", "missing", "install it"))
     status, out, _ = zimage(capsys, "doctor", "--json")
     assert (status, [one["status"] for one in json.loads(out)]) == (1, ["ok", "warn", "fail"])

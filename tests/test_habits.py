@@ -17,7 +17,7 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "quantization"},
-    {"measure", "backend", "blas", "doctor"},
+    {"measure", "backend", "blas", "doctor", "machine", "sensors"},
     {"sources", "hub"},
     {"adapters"},
     {"kernels", "rope", "patchify"},

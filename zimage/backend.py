@@ -1,31 +1,31 @@
 """The machine MLX runs on: prepare it before MLX is imported, and say what it is.
 
 `import zimage` calls `prepare()`, so that it comes before any `import mlx.core`. `python -m zimage.backend [DEVICE]`
-prints the device facts as JSON, for a process that must not load MLX itself. Checks and measured peaks are in `doctor`.
+prints the device facts as JSON, for a process that must not load MLX itself. Checks are in `doctor`, measured
+peaks in `measure.peaks`.
 """
 
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zimage import blas
+from zimage import blas, machine, sensors
 from zimage.errors import BackendError
+from zimage.machine import UNKNOWN
 
 if TYPE_CHECKING:
     from zimage.doctor import Check
 
-UNKNOWN = "unknown"
 # The CUDA backend counts cache misses over a process's life and raises past twice the capacity; prefix profiles and
 # sweeps make more shapes than its default capacities (400 graphs, 256 and 64 attention plans) allow.
 CUDA_VARIABLES = {
@@ -33,7 +33,6 @@ CUDA_VARIABLES = {
     "MLX_CUDA_SDPA_CACHE_SIZE": "20000",
     "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "20000",
 }
-_COMMAND_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,14 @@ def find_build() -> MLXBuild:
     return MLXBuild(kinds[0] if kinds else "source", versions.get("mlx", UNKNOWN), folder)
 
 
+def build_kind() -> str:
+    """The kind of `MLXBuild` that is here, "missing" where it cannot be used."""
+    try:
+        return prepare().build.kind
+    except BackendError:
+        return "missing"
+
+
 def _distributions(site: Path) -> dict[str, str]:
     """Names and versions of the distributions whose metadata lies in `site`, from the folders' names alone."""
     found = {}
@@ -142,7 +149,7 @@ def _distributions(site: Path) -> dict[str, str]:
 
 def default_dtype() -> Literal["float32", "bfloat16"]:
     """What suits the device: float32 on a CPU, whose 16-bit products take a slow path, else bfloat16."""
-    return "bfloat16" if _device_type() == "gpu" else "float32"
+    return "bfloat16" if device_type() == "gpu" else "float32"
 
 
 def use_device(name: str) -> None:
@@ -166,7 +173,8 @@ def _mlx() -> Any:
     return mx
 
 
-def _device_type() -> str:
+def device_type() -> str:
+    """ "cpu" or "gpu": the kind of MLX's default device. Raises BackendError when MLX cannot be used."""
     return str(_mlx().default_device().type).rsplit(".", 1)[-1]
 
 
@@ -180,48 +188,67 @@ def device_facts() -> dict[str, str]:
     """Everything about device, software and environment that is recorded with a run, as strings.
 
     What cannot be found out is "unknown". `device` is the short device name, such as `nvidia-h100-80gb-hbm3`,
-    `apple-m3-max` or `cpu-amd-epyc-2c`. Raises BackendError as `prepare` does.
+    `apple-m3-max` or `cpu-amd-epyc-2c`; those in `machine.MOMENTARY` are of this moment. Raises BackendError as
+    `prepare` does.
     """
     prepared = prepare()
-    info, device_type, nvidia = _mlx_device(), _device_type(), _nvidia(prepared.build)
+    info, kind = _mlx_device(), device_type()
+    is_nvidia = kind == "gpu" and prepared.build.kind.startswith("cuda")
+    gpu = nvidia_gpu()
     blas_name, blas_version = _blas(prepared)
-    commit = _commit()
+    lasting = machine.lasting_facts()
+    nvidia = machine.gpu_facts(gpu, str(info.get("uuid", ""))) if is_nvidia else {}
     facts = {
-        "device": short_device_name(device_type, str(info.get("device_name", UNKNOWN)), blas.usable_cores()),
-        "device_type": device_type,
-        "device_name": _cpu_name() if device_type == "cpu" else str(info.get("device_name", UNKNOWN)),
+        "device": short_device_name(kind, str(info.get("device_name", UNKNOWN)), blas.usable_cores()),
+        "device_type": kind,
+        "device_name": lasting["cpu"] if kind == "cpu" else str(info.get("device_name", UNKNOWN)),
         "architecture": str(info.get("architecture", UNKNOWN)),
-        "memory_bytes": _device_memory(device_type, info),
+        "memory_bytes": _device_memory(kind, info),
         "recommended_memory_bytes": str(info.get("max_recommended_working_set_size", UNKNOWN)),
-        "host_memory_bytes": _host_memory(),
-        "cpu": _cpu_name(),
-        "cores": str(blas.usable_cores()),
-        "os": _os_name(),
-        "driver": nvidia["driver"],
-        "cuda": nvidia["cuda"],
-        "gpu_power_limit_w": nvidia["power_limit_w"],
+        **lasting,
+        "driver": UNKNOWN,
+        "cuda": UNKNOWN,
+        "gpu_power_limit_w": UNKNOWN,
+        **nvidia,
+        **({"gpu_pci_bus_id": str(info.get("pci_bus_id", UNKNOWN))} if is_nvidia else {}),
         "mlx": prepared.build.version,
         "mlx_build": prepared.build.kind,
+        **_mlx_limits(),
         "blas": f"{blas_name} {blas_version}".strip(),
         "blas_threads": str(prepared.blas.threads) if prepared.blas else UNKNOWN,
         "blas_file": prepared.blas.path.name if prepared.blas else UNKNOWN,
         "python": platform.python_version(),
         "zimage": _zimage_version(),
-        "commit": commit,
-        "power_source": _power_source(),
-        "low_power_mode": _low_power_mode(),
+        "commit": _commit(),
         "clock": time.get_clock_info("perf_counter").implementation,
+        **machine.momentary_facts(gpu, is_nvidia, holds_gpu=True),
     }
     variables = (name for name in sorted(os.environ) if name.startswith("MLX_"))
     return facts | {name: os.environ[name] for name in variables}
 
 
-def short_device_name(device_type: str, device_name: str, cores: int) -> str:
+def nvidia_gpu() -> sensors.NvidiaGpu | None:
+    """The sensors of the NVIDIA GPU that MLX computes on here; None on other devices, and where it isn't certain."""
+    if not prepare().build.kind.startswith("cuda") or device_type() != "gpu":
+        return None
+    return sensors.nvidia_gpu(str(_mlx_device().get("pci_bus_id", "")))
+
+
+def _mlx_limits() -> dict[str, str]:
+    """MLX's limits of memory and of its buffer cache. Its wired limit can only be set, not read."""
+    mx = _mlx()
+    limit = int(mx.get_memory_limit())
+    cache = int(mx.set_cache_limit(limit))  # the only way to read it is to set it
+    mx.set_cache_limit(cache)
+    return {"mlx_memory_limit_bytes": str(limit), "mlx_cache_limit_bytes": str(cache), "mlx_wired_limit_bytes": UNKNOWN}
+
+
+def short_device_name(kind: str, device_name: str, cores: int) -> str:
     """The device as a file name: `nvidia-h100-80gb-hbm3`, `apple-m3-max`, `cpu-amd-epyc-7b13-2c`."""
-    name = _cpu_name() if device_type == "cpu" else device_name
+    name = machine.cpu_name() if kind == "cpu" else device_name
     name = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|\b\d+-Core\b|@.*|\b\d+(st|nd|rd|th) Gen\b", " ", name)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or UNKNOWN
-    return f"cpu-{slug}-{cores}c" if device_type == "cpu" else slug
+    return f"cpu-{slug}-{cores}c" if kind == "cpu" else slug
 
 
 def _blas(prepared: Prepared) -> tuple[str, str]:
@@ -237,57 +264,10 @@ def _blas(prepared: Prepared) -> tuple[str, str]:
     return ("reference", "") if prepared.build.kind == "cpu" else (UNKNOWN, "")
 
 
-def _output(*command: str, folder: Path | None = None) -> str:
-    """A command's output, or "" when it is not there, fails or does not answer."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False, cwd=folder
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _nvidia(build: MLXBuild) -> dict[str, str]:
-    """Driver, CUDA version and power limit from nvidia-smi: the GPU's driver is a fact of no other build."""
-    facts = dict.fromkeys(("driver", "cuda", "power_limit_w"), UNKNOWN)
-    if not build.kind.startswith("cuda"):
-        return facts
-    rows = _output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits")
-    if rows:
-        driver, _, power = rows.splitlines()[0].partition(",")
-        facts |= {"driver": driver.strip(), "power_limit_w": power.strip()}
-    found = re.search(r"CUDA Version\s*:\s*([\d.]+)", _output("nvidia-smi"))
-    return facts | ({"cuda": found.group(1)} if found else {})
-
-
-def _device_memory(device_type: str, info: Mapping[str, str | int]) -> str:
-    if device_type == "cpu":
-        return _host_memory()
+def _device_memory(kind: str, info: Mapping[str, str | int]) -> str:
+    if kind == "cpu":
+        return machine.host_memory_bytes()
     return str(info.get("total_memory", info.get("memory_size", UNKNOWN)))
-
-
-def _host_memory() -> str:
-    try:
-        return str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        return UNKNOWN
-
-
-def _cpu_name() -> str:
-    if sys.platform == "darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or UNKNOWN
-    return blas.cpu_model()
-
-
-def _os_name() -> str:
-    if sys.platform == "darwin":
-        return f"macOS {platform.mac_ver()[0]}"
-    try:
-        distribution = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
-    except OSError:
-        distribution = platform.system()
-    return f"{distribution} (kernel {platform.release()})"
 
 
 def _zimage_version() -> str:
@@ -299,39 +279,22 @@ def _zimage_version() -> str:
 def _commit() -> str:
     """The checkout's commit, with "-dirty" when the package differs from it; "unknown" for an installed copy."""
     package = Path(__file__).parent
-    if not _output("git", "ls-files", "--", "errors.py", folder=package):  # not a file of the repository around it
+    if not machine.output(
+        "git", "ls-files", "--", "errors.py", folder=package
+    ):  # not a file of the repository around it
         return UNKNOWN
-    commit = _output("git", "rev-parse", "--short=12", "HEAD", folder=package)
-    changed = _output("git", "status", "--porcelain", "--", ".", folder=package)
+    commit = machine.output("git", "rev-parse", "--short=12", "HEAD", folder=package)
+    changed = machine.output("git", "status", "--porcelain", "--", ".", folder=package)
     return (commit + ("-dirty" if changed else "")) or UNKNOWN
 
 
-def _power_source() -> str:
-    if sys.platform == "darwin":
-        found = re.search(r"drawing from '(.+?)'", _output("pmset", "-g", "batt"))
-        return found.group(1) if found else UNKNOWN
-    supplies = Path("/sys/class/power_supply")
-    for online in sorted(supplies.glob("*/online")):
-        try:
-            if (online.parent / "type").read_text().strip() == "Mains":
-                return "AC Power" if online.read_text().strip() == "1" else "Battery Power"
-        except OSError:
-            continue
-    return UNKNOWN
-
-
-def _low_power_mode() -> str:
-    if sys.platform != "darwin":
-        return UNKNOWN
-    found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", _output("pmset", "-g"), re.MULTILINE)
-    return {"0": "off", "1": "on", "2": "high power"}.get(found.group(1), UNKNOWN) if found else UNKNOWN
-
-
-def doctor(results: Path = Path("results")) -> "list[Check]":
+def doctor(
+    results: Path = Path("results"), full: bool = False, advance: Callable[[float], None] = lambda _seconds: None
+) -> "list[Check]":
     """The checks of `zimage doctor`, in the order to show them; they take a few seconds. See `zimage.doctor`."""
     from zimage.doctor import checks
 
-    return checks(results)
+    return checks(results, full, advance)
 
 
 def main(arguments: Sequence[str] = ()) -> int:

@@ -382,12 +382,20 @@ def _limit_threads(library: ctypes.CDLL) -> None:
 def free_cores() -> int:
     """Usable cores less those that other work keeps busy at this moment; at least one."""
     try:
-        before, start = _others_s(), time.monotonic()
-        time.sleep(_LOOK_S)
-        others = round((_others_s() - before) / (time.monotonic() - start))
+        others = round(others_busy(_LOOK_S))
     except (OSError, ValueError, IndexError):
         others = 0
     return max(1, usable_cores() - max(0, others))
+
+
+def others_busy(look_s: float) -> float:
+    """How many cores all other processes keep busy, over a look of `look_s` seconds.
+
+    Raises OSError, ValueError or IndexError where the system does not tell.
+    """
+    before, start = _others_s(), time.monotonic()
+    time.sleep(look_s)
+    return (_others_s() - before) / (time.monotonic() - start)
 
 
 def _others_s() -> float:

@@ -328,15 +328,21 @@ def claims_command(file: Path | None, as_json: bool, results: Path) -> None:
 
 
 @cli.command()
+@click.option("--full", is_flag=True, help="Also measure sustained rates and packed products; takes minutes.")
 @_as_json
 @_results
-def doctor(as_json: bool, results: Path) -> int:
+def doctor(full: bool, as_json: bool, results: Path) -> int:
     """Check this machine: device, libraries, and how fast they are."""
     from dataclasses import asdict
 
     from zimage import backend
+    from zimage.measure import peaks
 
-    checks = backend.doctor(results)
+    expected_s = peaks.expected_s(full, backend.build_kind())
+    if full:
+        terminal.note(f"measuring sustained rates and packed products: about {expected_s:.0f} s")
+    with terminal.progress("measuring", expected_s) as on:
+        checks = backend.doctor(results, full, on)
     signs = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
     width = max(len(check.name) for check in checks)
 

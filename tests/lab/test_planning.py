@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 from tests.lab.making import FACTS, fake_kernels, meta, write_experiment, write_notebook
 from tests.lab.test_sweep import Silent, jobs_in
+from zimage import machine
 from zimage.errors import BackendError, WeightsError
 from zimage.lab import experiment, keys, notebook, sweep
 from zimage.lab.keys import device_facts
@@ -104,6 +105,7 @@ def test_what_the_key_depends_on(project: Path) -> None:
     ]
     different += [key_of(project, {**FACTS, "driver": "x"}), key_of(project, {**FACTS, "MLX_Y": "x"})]
     assert key_of(project, {**FACTS, "os": "another", "commit": "x"}) == base
+    assert key_of(project, {**FACTS, **dict.fromkeys(machine.MOMENTARY, "x")}) == base
     assert key_of(project, batch=1, scale=1) == base
     path = write_notebook(project / "notebooks" / "a.ipynb", "x = 1")
     path.write_text(path.read_text().replace("# A question", "# Another").replace('"outputs": []', '"outputs": [ ]'))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.making import FACTS, RECORDS, write_experiment, write_notebook
+from zimage import machine
 from zimage.lab import experiment, sweep
 from zimage.lab.runner import Job, describe_failure
 from zimage.lab.store import Run, Store
@@ -89,7 +90,10 @@ def test_a_completed_run(swept: Store) -> None:
     run = next(run for run in swept.runs("demo") if run.completed)
     assert run.parameters["batch"] == 1
     assert run.notebook == "notebooks/a.ipynb"
-    assert run.meta["environment"] == FACTS
+    environment = run.meta["environment"]
+    assert {name: environment[name] for name in FACTS} == FACTS
+    assert environment.keys() - FACTS.keys() <= set(machine.MOMENTARY)  # read again when the run began
+    assert "load_average" in environment
     assert "peaks" in run.meta  # what the doctor last measured on this device, or null
     assert run.meta["weights"] is None
     assert set(run.meta["digests"]) == {"notebook", "sources"}
@@ -103,7 +107,7 @@ def test_a_completed_run(swept: Store) -> None:
         "baseline",
     )
     facts = run.table("environment")
-    assert dict(zip(facts["key"], facts["value"], strict=True)) == FACTS
+    assert dict(zip(facts["key"], facts["value"], strict=True)) == environment
 
 
 def test_the_notebook_as_executed(swept: Store, project: Path) -> None:

@@ -18,8 +18,10 @@ PARTS = {  # the parts of the forward pass and how their stages' names begin
     "other": "",
 }
 UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
-OVERHEAD = "overhead"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
+OVERHEAD = "profiler"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
 _NAMES = {
+    "predicted_peak_bytes": "predicted peak",
+    "resident_bytes": "process memory",
     "relative_l2_error": "relative L2 error",
     "weight_bytes": "weights",
     "peak_bytes": "peak memory",

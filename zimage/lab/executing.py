@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+from zimage import machine
 from zimage.errors import StoreError
-from zimage.lab import dashboard, sweep
+from zimage.lab import dashboard, sweep, terminal
 from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
@@ -21,6 +22,8 @@ def execute(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note:
     estimates = Estimates(store)
     if not as_json:
         say(_beforehand(jobs, store, fresh, estimates))
+    if sweep.missing(jobs, store, fresh) and (doubt := machine.warning(jobs[0].facts)):
+        terminal.note(doubt)
     started = time.monotonic()
     note()
     teller = Teller(jobs, estimates)

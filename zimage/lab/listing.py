@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from zimage.lab.progress import span
 from zimage.lab.runner import describe_failure
 from zimage.lab.store import Run, Store
+from zimage.measure import peaks
 
 if TYPE_CHECKING:
     from zimage.sources import SourceInfo
@@ -56,13 +57,14 @@ def run_content(run: Run) -> dict[str, Any]:
 def run_lines(run: Run) -> list[str]:
     """One run for a terminal."""
     meta, content = run.meta, run_content(run)
-    weights = meta.get("weights")
+    weights, measured = meta.get("weights"), peaks.lines(meta.get("peaks"))
     lines = [
         f"{run.experiment}/{run.key}: {run.status}",
         f"  notebook    {run.notebook} (as executed: {run.path / 'notebook.ipynb'})",
         f"  parameters  {', '.join(f'{k}={v}' for k, v in run.parameters.items()) or 'none'}",
         f"  weights     {weights['source']} ({weights['kind']}, {weights['digest'][:16]})" if weights else "",
         f"  device      {run.device}, MLX {meta['environment'].get('mlx', 'unknown')}",
+        f"  peaks       {'; '.join(f'{name} {rate}' for name, rate in measured)}" if measured else "",
         f"  started     {meta['started']}, took {span(meta['duration_s'])}",
         f"  tables      {', '.join(f'{name} ({rows} rows)' for name, rows in content['tables'].items()) or 'none'}",
         f"  pictures    {', '.join(picture['path'] for picture in content['pictures'])}" if content["pictures"] else "",

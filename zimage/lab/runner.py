@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import zimage
-from zimage import doctor
+from zimage import machine
 from zimage.lab import keys
 from zimage.lab.notebook import Notebook
 from zimage.lab.recording import append_rows
 from zimage.lab.store import SCHEMA_VERSION, Run, Store
+from zimage.measure import peaks
 
 _POLL_S = 0.2
 _ADDED_TAGS = {"papermill-error-cell-tag", "injected-parameters"}  # of cells that papermill puts in
@@ -57,13 +58,14 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
     processes are ended and nothing is left behind.
     """
     partial = store.begin(job.experiment, job.key)
+    facts = machine.facts_now(job.facts)  # a sweep may take hours, and the machine has warmed up since it began
     started, clock = datetime.now(UTC), time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="zimage-", ignore_cleanup_errors=True) as scratch:
             error = _execute(job, partial, Path(scratch), tick)
         duration = time.monotonic() - clock
         failed_cell = _tidy_notebook(job, partial / "notebook.ipynb")
-        _keep_environment(job, partial)
+        _keep_environment(job, facts, partial)
         meta = {
             "schema": SCHEMA_VERSION,
             "status": "completed" if error is None else "failed",
@@ -72,8 +74,8 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
             "notebook": job.notebook.name,
             "parameters": job.parameters,
             "device": job.facts["device"],
-            "environment": job.facts,
-            "peaks": doctor.kept_peaks(job.facts["device"]),
+            "environment": facts,
+            "peaks": peaks.kept(facts["device"], facts),
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
             "started": started.isoformat(timespec="seconds"),
@@ -206,13 +208,13 @@ def _last_line(log: Path) -> str:
     return one_line(lines[-1]) if lines else ""
 
 
-def _keep_environment(job: Job, partial: Path) -> None:
+def _keep_environment(job: Job, facts: dict[str, str], partial: Path) -> None:
     """The table `environment`, unless the notebook kept one."""
     import pandas as pd
 
     if (partial / "tables" / "environment.parquet").exists():
         return
-    frame = pd.DataFrame({"key": list(job.facts), "value": list(job.facts.values())})
+    frame = pd.DataFrame({"key": list(facts), "value": list(facts.values())})
     append_rows(
         partial, "environment",
         frame.assign(run_key=job.key, experiment=job.experiment, device=job.facts["device"]),

@@ -44,8 +44,8 @@ def complain(line: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on a terminal, nothing in a pipe; calling what it gives moves it by one."""
+def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
+    """A bar with the time left on a terminal, nothing in a pipe; calling what it gives moves it by one, or as told."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,7 +53,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda amount=1.0: bar.advance(task, amount)
 
 
 @contextmanager

@@ -11,9 +11,11 @@ _HOMES = {
     "by_stage": "memory",
     "compare": "comparison",
     "compare_many": "comparison",
+    "Sampler": "power",
     "default_canary": "canary",
     "depth": "profile",
     "in_fresh_processes": "fresh",
+    "joules_per_step": "power",
     "noise_floor": "floor",
     "prefix": "profile",
     "slope": "profile",
@@ -22,9 +24,12 @@ _HOMES = {
     "trial": "timing",
     "watch": "memory",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+_MODULES = ("peaks", "power")
+__all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from zimage.measure import peaks as peaks
+    from zimage.measure import power as power
     from zimage.measure.blocks import sustained as sustained
     from zimage.measure.canary import default_canary as default_canary
     from zimage.measure.comparison import Comparison as Comparison
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
     from zimage.measure.fresh import in_fresh_processes as in_fresh_processes
     from zimage.measure.memory import by_stage as by_stage
     from zimage.measure.memory import watch as watch
+    from zimage.measure.power import Sampler as Sampler
+    from zimage.measure.power import joules_per_step as joules_per_step
     from zimage.measure.processes import Program as Program
     from zimage.measure.processes import Resident as Resident
     from zimage.measure.profile import depth as depth
@@ -48,4 +55,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use: some of it needs MLX, and reading results must not."""
     if name in _HOMES:
         return getattr(import_module(f"zimage.measure.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"zimage.measure.{name}")
     raise AttributeError(f"module 'zimage.measure' has no attribute {name!r}")
