@@ -199,7 +199,7 @@ def test_the_prediction_is_judged_where_it_was_not_calibrated() -> None:
 
 
 def test_energy_is_stated_where_it_is_known() -> None:
-    """Joules a step are total energy over steps; an arm whose machine tells nothing is left out."""
+    """Joules a step are stated with power and throttling; an arm whose machine tells nothing is left out."""
     (found,) = findings(stored(power=fabricated.power()))
     assert found.text == "baseline: 80.0 J a step"
     assert found.evidence == ("615 W on average", "throttled by power cap")

@@ -159,7 +159,7 @@ def scaling() -> pd.DataFrame:
 
 def power() -> pd.DataFrame:
     """One arm's burst, with everything readable, and one whose machine tells nothing."""
-    known = {"steps": 100, "time_s": 13.0, "energy_j": 8000.0, "power_w": 615.0, "clock_hz": 1.755e9,
+    known = {"steps": 100, "time_s": 0.13, "energy_j": 80.0, "power_w": 615.0, "clock_hz": 1.755e9,
              "temperature_c": 61.0, "throttle": "power cap"}  # fmt: skip
     return pd.DataFrame(
         [{"arm": "baseline", "scope": "step", "regime": "burst", **known}, {"arm": "b", "scope": "step"}]

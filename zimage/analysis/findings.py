@@ -271,12 +271,12 @@ def _power(frame: pd.DataFrame | None) -> list[Finding]:
     if frame is None or frame.empty:
         return []
     found = []
-    for row in records(frame.dropna(subset=["energy_j", "steps"])):
-        if row["steps"] > 0:
-            text = f"{row['arm']}: {units.significant(row['energy_j'] / row['steps'])} J a step"
-            power = "" if units.missing(row["power_w"]) else f"{units.significant(row['power_w'])} W on average"
-            throttle = f"throttled by {row['throttle']}" if _text(row["throttle"]) else ""
-            found.append(Finding(text, "", tuple(filter(None, (power, throttle)))))
+    for row in records(frame.dropna(subset=["energy_j"])):
+        text = f"{row['arm']}: {units.significant(row['energy_j'])} J a step"
+        power = "" if units.missing(row["power_w"]) else f"{units.significant(row['power_w'])} W on average"
+        reasons = _text(row["throttle"])
+        throttle = f"throttled by {reasons}" if reasons not in ("", "none", "unknown") else ""
+        found.append(Finding(text, "", tuple(filter(None, (power, throttle)))))
     return found
 
 

@@ -1,7 +1,5 @@
 """The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
 
-from typing import Any
-
 from zimage.analysis import cost_plots, reading, units
 from zimage.lab.sections import Cell, Head, Section, Table, chart, times
 
@@ -128,7 +126,7 @@ def power(frame: pd.DataFrame) -> Section:
         [
             Cell(_text(row["arm"])),
             Cell(", ".join(filter(None, (_text(row["scope"]), _text(row["regime"]))))),
-            Cell(_unit(_per_step(row), "J"), "num"),
+            Cell(_unit(row["energy_j"], "J"), "num"),
             Cell(_unit(row["power_w"], "W"), "num"),
             Cell(_unit(row["clock_hz"] / 1e9, "GHz"), "num"),
             Cell(_unit(row["temperature_c"], "\N{DEGREE SIGN}C"), "num"),
@@ -137,12 +135,6 @@ def power(frame: pd.DataFrame) -> Section:
         for row in reading.records(frame)
     ]
     return Section("Power and clocks", "", table=Table("Power and clocks", heads, cells))
-
-
-def _per_step(row: dict[str, Any]) -> float | None:
-    if units.missing(row["energy_j"]) or units.missing(row["steps"]) or not row["steps"]:
-        return None
-    return float(row["energy_j"]) / float(row["steps"])
 
 
 def _unit(value: float | None, unit: str) -> str:

@@ -23,6 +23,7 @@ from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
+from zimage.machine import MOMENTARY
 
 import jinja2
 import pandas as pd
@@ -287,8 +288,20 @@ def _environment(page: Experiment) -> Section:
         for part, prefix in (("environment", ""), ("versions", "version of "), ("weights", "weights ")):
             for name, value in _mapping(run, part).items():
                 values.setdefault(f"{prefix}{name}", {})[str(value)] = None
-    rows = [[Cell(name), Cell(" | ".join(several), "free")] for name, several in sorted(values.items())]
+    rows = [[Cell(name), Cell(_values(name, several), "free")] for name, several in sorted(values.items())]
     return Section("Environment", table=Table("Environment", [Head("Fact"), Head("Value")], rows))
+
+
+def _values(name: str, several: Iterable[str]) -> str:
+    """Every value of a fact; of one that changes from minute to minute, what it ranged over where it is a number."""
+    texts = list(several)
+    if name in MOMENTARY and len(texts) > 1:
+        try:
+            ordered = sorted(texts, key=float)
+        except ValueError:
+            return " | ".join(texts)
+        return f"{ordered[0]} to {ordered[-1]}"
+    return " | ".join(texts)
 
 
 def _card(page: Experiment) -> dict[str, Any]:
