@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
-    {"config", "errors", "quantization"},
+    {"config", "errors", "lengths", "quantization"},
     {"measure", "backend", "blas", "doctor"},
     {"sources", "hub"},
     {"adapters"},
@@ -33,7 +33,7 @@ ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
 WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
-    *("quantization", "sources", "hub", "adapters"),
+    *("quantization", "lengths", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000
