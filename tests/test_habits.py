@@ -18,6 +18,8 @@ PACKAGE = ROOT / "zimage"
 ROWS = (
     {"config", "errors", "quantization"},
     {"measure", "backend", "blas", "doctor", "machine", "sensors"},
+    {"config", "errors", "lengths", "quantization"},
+    {"measure", "backend", "blas", "doctor"},
     {"sources", "hub"},
     {"adapters"},
     {"kernels", "rope", "patchify"},
@@ -46,6 +48,7 @@ WITHOUT_MLX = (
         "measure.comparison",
     ),
     *("quantization", "sources", "hub", "adapters"),
+    *("quantization", "lengths", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000

@@ -3,7 +3,8 @@
 from zimage import rope
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
-from zimage.patchify import geometry, padded, patchify, unpatchify
+from zimage.lengths import padded
+from zimage.patchify import geometry, patchify, unpatchify
 
 import mlx.core as mx
 import numpy as np

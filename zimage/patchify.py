@@ -1,11 +1,12 @@
 """Latents to tokens and back, and what each batch's shapes imply: padding, position tables, masks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from zimage import rope
-from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
-from zimage.errors import InputError
+from zimage.config import TransformerConfig
+from zimage.lengths import lengths
 
 import mlx.core as mx
 import numpy as np
@@ -27,11 +28,6 @@ def unpatchify(tokens: mx.array, size: tuple[int, int], patch: int) -> mx.array:
     C = width // (patch * patch)
     image = tokens[:, : rows * columns].reshape(B, rows, columns, patch, patch, C)
     return image.transpose(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-
-
-def padded(length: int) -> int:
-    """`length` rounded up to the multiple that every item's image and caption are padded to."""
-    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -60,33 +56,24 @@ def geometry(config: TransformerConfig, size: tuple[int, int], patch: int, capti
     Raises InputError when the latents cannot be cut into patches, a caption is empty, or a position lies beyond
     `axes_lens`.
     """
-    if patch not in config.all_patch_size:
-        raise InputError(f"patch_size {patch} is not one of this model's {list(config.all_patch_size)}")
-    H, W = size
-    if H < patch or W < patch or H % patch or W % patch:
-        raise InputError(f"latents of {H} x {W} cannot be cut into patches of {patch} x {patch}")
-    if min(captions) < 1:
-        raise InputError("a caption needs at least one token")
-    lengths = [padded(n) for n in captions]
-    longest = max(lengths)
-    rows, columns = H // patch, W // patch
-    image_length = padded(rows * columns)
+    found = lengths(config, size, patch, captions)
+    longest = found.caption
     # One table serves the batch when the captions are equally long; else each item has its own.
-    items = lengths if len(set(lengths)) > 1 else lengths[:1]
+    items = found.items if found.ragged else found.items[:1]
     caption = rope.table(rope.caption_positions(longest), config)
-    images = [rope.table(rope.image_positions(rows, columns, n, image_length), config) for n in items]
+    images = [rope.table(rope.image_positions(found.rows, found.columns, n, found.image), config) for n in items]
     joints = [np.concatenate([image, caption], axis=1) for image in images]
     is_token = np.arange(longest)[None, :, None] < np.array(captions)[:, None, None]
     return Geometry(
-        image_tokens=rows * columns,
-        image_length=image_length,
+        image_tokens=found.image_tokens,
+        image_length=found.image,
         caption_length=longest,
         caption_is_token=None if is_token.all() else mx.array(is_token),
         image_rotation=_rotation(images),
         caption_rotation=_rotation([caption]),
         joint_rotation=_rotation(joints),
-        caption_mask=_mask(lengths, longest),
-        joint_mask=_mask([image_length + n for n in lengths], image_length + longest),
+        caption_mask=_mask(found.items, longest),
+        joint_mask=_mask([found.image + n for n in found.items], found.joint),
     )
 
 
@@ -94,7 +81,7 @@ def _rotation(tables: list[NDArray[np.float32]]) -> mx.array:
     return mx.array(np.stack(tables, axis=1)[:, :, :, None, :])
 
 
-def _mask(lengths: list[int], longest: int) -> mx.array | None:
+def _mask(lengths: Sequence[int], longest: int) -> mx.array | None:
     if all(n == longest for n in lengths):
         return None
     beyond: NDArray[np.bool_] = np.arange(longest)[None, :] >= np.array(lengths)[:, None]

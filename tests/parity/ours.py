@@ -1,7 +1,7 @@
 """Our model on a parity case: its stages' outputs by name, in the layout the reference gives them."""
 
 from tests.parity.cases import Array, Case, inputs, weights
-from zimage.patchify import padded
+from zimage.lengths import padded
 from zimage.transformer import State, Transformer
 
 import mlx.core as mx

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.parity.cases import Array, Case, inputs, repeat_kv, to_bfloat16, weights
-from zimage.patchify import padded
+from zimage.lengths import padded
 
 import diffusers
 import numpy as np
