@@ -235,3 +235,14 @@ def test_lines_show_both_regimes() -> None:
 def test_a_full_look_says_how_long_it_takes() -> None:
     """The time told beforehand grows with what is measured, and on CUDA with what is compiled."""
     assert peaks.expected_s(False, "cpu") < peaks.expected_s(True, "cpu") < peaks.expected_s(True, "cuda-13")
+
+
+def test_peaks_of_here_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without kept peaks they are measured and kept, and the next call measures nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = backend.device_facts()
+    made = {"matmul": {}, **{name: facts[name] for name in ("mlx", "driver", "blas")}}
+    calls: list[int] = []
+    monkeypatch.setattr(peaks, "measure", lambda: calls.append(1) or dict(made))
+    assert peaks.here() == peaks.here() == made
+    assert len(calls) == 1

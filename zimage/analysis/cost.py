@@ -28,6 +28,7 @@ from zimage.quantization import Quantization
 Kind = Literal["matmul", "attention", "elementwise"]
 BYTES = {"bfloat16": 2, "float32": 4}
 FUSIONS = ("qkv", "gate_up")
+UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
 
 # FLOPs an element
 RMS_NORM = 4  # square, sum, times the root's inverse, times the weight

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 
 from zimage.analysis import tables, units
+from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, INK, finish, log_ticks, plain, whiskers
-from zimage.analysis.reading import UNATTRIBUTED, records
+from zimage.analysis.reading import records
 
 import pandas as pd
 import plotly.graph_objects as go

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from zimage.analysis import units
+from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
-    UNATTRIBUTED,
     arms,
     best_scope,
     final_step,

@@ -17,7 +17,6 @@ PARTS = {  # the parts of the forward pass and how their stages' names begin
     "final layer": "final_layer",
     "other": "",
 }
-UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
 OVERHEAD = "profiler"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
 _NAMES = {
     "predicted_peak_bytes": "predicted peak",

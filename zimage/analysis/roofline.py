@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from zimage.analysis import cost
-from zimage.analysis.cost import Operation
+from zimage.analysis.cost import UNATTRIBUTED, Operation
 from zimage.config import TransformerConfig
 from zimage.errors import MeasurementError
 from zimage.quantization import Quantization
@@ -23,7 +23,6 @@ from scipy.optimize import nnls
 Regime = Literal["burst", "sustained"]
 Form = Literal["sum", "floor"]
 Interval = tuple[float, float, float]  # a time and the two ends of its interval, in seconds
-UNATTRIBUTED = "unattributed"
 
 # A measured peak may itself be short by this: nothing is taken to run faster than the peak divided by it.
 _SHORT_PEAK = 0.8
@@ -143,19 +142,17 @@ def mfu(
 def operation_rows(
     operations: Sequence[Operation],
     times: Mapping[tuple[str, str], Interval],
-    stages: Mapping[str, Interval],
     peaks: Peaks,
     dtype: str,
     regime: Regime = "burst",
 ) -> list[dict[str, Any]]:
     """Rows of the `operations` table, for the stages in which an operation was timed, in the order of the step.
 
-    times: (stage, operation) -> seconds and their interval. stages: the same of whole stages, where they were measured;
-    each then ends in a row `unattributed`, its time less that of its operations, with its sign. That row's interval is
-    the widest the others allow. Raises MeasurementError for a time of something that is no operation of the step.
+    times: (stage, operation) -> seconds and their interval; the operation `unattributed` is what the stage takes beyond
+    the others, and comes last. Raises MeasurementError for a time of something that is no operation of the step.
     """
     known = {(o.stage, o.operation) for o in operations}
-    strangers = [key for key in times if key not in known]
+    strangers = [key for key in times if key not in known and key[1] != UNATTRIBUTED]
     if strangers:
         raise MeasurementError(f"{strangers[0][1]!r} is no operation of stage {strangers[0][0]!r} in this step")
     rows: list[dict[str, Any]] = []
@@ -165,8 +162,8 @@ def operation_rows(
             timed = times.get((stage, o.operation))
             if o.stage == stage and (timed is not None or o.bytes):
                 rows.append(_row(o, timed, peaks, dtype, regime))
-        if stage in stages:
-            rows.append(_unattributed(stage, stages[stage], [t for key, t in times.items() if key[0] == stage]))
+        if (stage, UNATTRIBUTED) in times:
+            rows.append({**_times(stage, UNATTRIBUTED, times[stage, UNATTRIBUTED]), "bound": ""})
     return rows
 
 
@@ -182,14 +179,8 @@ def _row(o: Operation, timed: Interval | None, peaks: Peaks, dtype: str, regime:
     }
 
 
-def _unattributed(stage: str, whole: Interval, parts: Sequence[Interval]) -> dict[str, Any]:
-    sums = [math.fsum(part[i] for part in parts) for i in range(3)]
-    rest = (whole[0] - sums[0], whole[1] - sums[2], whole[2] - sums[1])
-    return {**_times(stage, UNATTRIBUTED, rest), "bound": ""}
-
-
 def _times(stage: str, operation: str, timed: Interval | None) -> dict[str, Any]:
-    time_s, low_s, high_s = (None, None, None) if timed is None else timed
+    time_s, low_s, high_s = (None, None, None) if timed is None else (None if math.isnan(x) else x for x in timed)
     return {
         "stage": stage,
         "operation": operation,

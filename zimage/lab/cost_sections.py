@@ -1,6 +1,7 @@
 """The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
 
 from zimage.analysis import cost_plots, reading, units
+from zimage.analysis.cost import UNATTRIBUTED
 from zimage.lab.sections import Cell, Head, Section, Table, chart, times
 
 import pandas as pd
@@ -11,7 +12,7 @@ def operations(frame: pd.DataFrame, id: str) -> list[Section]:
     found = []
     for place, (stage, group) in enumerate(frame.groupby("stage", sort=False)):
         rows = reading.records(group)
-        rest = next((row for row in rows if row["operation"] == reading.UNATTRIBUTED), None)
+        rest = next((row for row in rows if row["operation"] == UNATTRIBUTED), None)
         note = (
             "Each operation alone at its real shapes, inputs and weights rotated; bytes are the fewest that can be "
             "moved, and the roof is what this device was measured to reach."

@@ -133,6 +133,16 @@ def kept(device: str, facts: Mapping[str, str] | None = None) -> Peaks | None:
     return peaks
 
 
+def here() -> Peaks:
+    """The peaks kept for this device as it is now; where there are none they are measured, quickly, and kept.
+
+    Raises as `measure` does.
+    """
+    facts = backend.device_facts()
+    found = kept(facts["device"], facts)
+    return found if found is not None else keep(facts["device"], measure())
+
+
 def _merged(before: Peaks, now: Peaks) -> Peaks:
     """`now`, with the values of `before` that are None or missing in it."""
     both = dict(now)
