@@ -14,20 +14,13 @@ from zimage.analysis import cost
 from zimage.analysis.cost import UNATTRIBUTED, Operation
 from zimage.config import TransformerConfig
 from zimage.errors import MeasurementError
-from zimage.quantization import Quantization
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 Regime = Literal["burst", "sustained"]
-Form = Literal["sum", "floor"]
 Interval = tuple[float, float, float]  # a time and the two ends of its interval, in seconds
-
-# A measured peak may itself be short by this: nothing is taken to run faster than the peak divided by it.
-_SHORT_PEAK = 0.8
-# How much better (root mean square of relative errors) a floor must fit than a sum to be preferred.
-_CLEARLY_BETTER = 0.01
 
 
 @dataclass(frozen=True)
@@ -202,7 +195,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest and largest FLOPs of a step, and tokens of an item, that a prediction was calibrated with."""
+    """The smallest and largest FLOPs of matmuls and attention, and tokens of an item, of the steps calibrated with."""
 
     flops: tuple[int, int]
     tokens: tuple[int, int]
@@ -218,34 +211,31 @@ class Errors:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts the seconds of a step on one device, for one model, dtype and packing, from a calibration.
+    """Predicts the seconds of a step on the device, in the dtype and with the packing that it was calibrated with.
 
-    The work of a step is `linear` times what grows with its tokens (matmuls and elementwise operations) plus
-    `attention` times what grows with their square. Both are seconds at the measured peaks where there are any, and
-    FLOPs else. To it a constant is either added (`form` "sum": launches and other work beside) or the time never falls
-    below it (`form` "floor": a host that prepares the work while the device computes).
+    A step takes `constant_s`, and `linear_s` for each FLOP of its matmuls and `attention_s` for each of its attention.
+    Elementwise work grows as matmuls do and is in their share.
     """
 
     config: TransformerConfig
-    dtype: str
-    quantization: str | Quantization | None
     patch_size: int | None
-    peaks: Peaks | None
-    form: Form
     constant_s: float
-    linear: float
-    attention: float
+    linear_s: float
+    attention_s: float
     range: Range
 
     def predict(self, size: Size) -> float:
         """Seconds of a step of `size`. Raises InputError or ConfigError for sizes the model does not take."""
-        linear, attention = _work(self.operations(size), self.peaks, self.dtype)
-        return float(_time_s(self.form, self.constant_s, self.linear * linear + self.attention * attention))
+        linear, attention = _work(size, self.config, self.patch_size)
+        return self.constant_s + self.linear_s * linear + self.attention_s * attention
 
     def caution(self, size: Size) -> str:
         """What speaks against a prediction for `size`, in words; '' within the calibrated range."""
-        flops, tokens = _extent(self.operations(size), self.config, size, self.patch_size)
-        for name, value, (low, high) in (("FLOPs", flops, self.range.flops), ("tokens", tokens, self.range.tokens)):
+        reach = _range([size], self.config, self.patch_size)
+        for name, (value, _), (low, high) in (
+            ("FLOPs", reach.flops, self.range.flops),
+            ("tokens", reach.tokens, self.range.tokens),
+        ):
             if not low <= value <= high:
                 return f"{value:.4g} {name} lie outside the calibrated {low:.4g} to {high:.4g}"
         return ""
@@ -261,47 +251,23 @@ class Predictor:
         found = [abs(self.predict(size) / time_s - 1) for size, time_s in _checked(points)]
         return Errors(float(np.median(found)), max(found))
 
-    def operations(self, size: Size) -> list[Operation]:
-        """The operations of a step of `size`."""
-        return _operations(size, self.config, self.dtype, self.quantization, self.patch_size)
-
 
 def calibrate(
-    points: Sequence[tuple[Size, float]],
-    config: TransformerConfig,
-    dtype: str,
-    quantization: str | Quantization | None = None,
-    peaks: Peaks | None = None,
-    patch_size: int | None = None,
-    form: Form | None = None,
+    points: Sequence[tuple[Size, float]], config: TransformerConfig, patch_size: int | None = None
 ) -> Predictor:
     """A Predictor from measured (size, seconds) of one model on one device, by least squares of relative errors.
 
-    Three different sizes are enough; `telling_sizes` says which of many. No coefficient is negative, and with peaks
-    none has work run notably faster than they allow. `form` is the Predictor's: a GPU's time has a floor, because the
-    host prepares its work meanwhile; a CPU's is a sum. Left out, a floor is taken where it fits clearly better, which
-    three points hardly ever show. Raises MeasurementError for fewer sizes, times that are not positive, and an unknown
-    form.
+    Three different sizes are enough; `telling_sizes` says which of many. No coefficient is negative. Peaks play no
+    part: shares of the time at the peaks predicted no better. Raises MeasurementError for fewer sizes and for times
+    that are not positive.
     """
-    checked = _checked(points)
-    if len({size for size, _ in checked}) < 3:
-        raise MeasurementError(f"a calibration needs three different sizes, found {len({s for s, _ in checked})}")
-    steps = [_operations(size, config, dtype, quantization, patch_size) for size, _ in checked]
-    usable = peaks is not None and None not in (peaks.matmul_flops_per_s(dtype), peaks.copy.burst)
-    peaks = peaks if usable else None
-    work = np.array([_work(step, peaks, dtype) for step in steps])
-    times = np.array([time_s for _, time_s in checked])
-    least = 0.0 if peaks is None else _SHORT_PEAK
-    fits = {"sum": _fit_sum(work, times, least), "floor": _fit_floor(work, times, least)}
-    if form is None:
-        form = "floor" if fits["floor"][0] < fits["sum"][0] - _CLEARLY_BETTER else "sum"
-    if form not in fits:
-        raise MeasurementError(f"form must be sum or floor, found {form!r}")
-    _, constant, linear, attention = fits[form]
-    extents = [_extent(step, config, size, patch_size) for step, (size, _) in zip(steps, checked, strict=True)]
-    flops, tokens = zip(*extents, strict=True)
-    reach = Range((min(flops), max(flops)), (min(tokens), max(tokens)))
-    return Predictor(config, dtype, quantization, patch_size, peaks, form, constant, linear, attention, reach)
+    sizes = [size for size, _ in _checked(points)]
+    times = np.array([time_s for _, time_s in points])
+    columns = _columns(sizes, config, patch_size)
+    scale = columns.max(axis=0)
+    found, _ = nnls(columns / scale / times[:, None], np.ones(len(times)))
+    constant_s, linear_s, attention_s = (float(x) for x in found / scale)
+    return Predictor(config, patch_size, constant_s, linear_s, attention_s, _range(sizes, config, patch_size))
 
 
 def telling_sizes(sizes: Sequence[Size], config: TransformerConfig, patch_size: int | None = None) -> tuple[Size, ...]:
@@ -312,10 +278,9 @@ def telling_sizes(sizes: Sequence[Size], config: TransformerConfig, patch_size: 
     fewer than three different sizes.
     """
     different = list(dict.fromkeys(sizes))
-    if len(different) < 3:
-        raise MeasurementError(f"a calibration needs three different sizes, found {len(different)}")
-    work = np.array([_work(_operations(s, config, "float32", None, patch_size), None, "float32") for s in different])
-    columns = np.column_stack([np.full(len(work), work.sum(axis=1).min()), work]) / work.sum(axis=1)[:, None]
+    columns = _columns(different, config, patch_size)
+    columns[:, 0] = columns[:, 1:].sum(axis=1).min()
+    columns /= columns[:, 1:].sum(axis=1, keepdims=True)
     best = max(combinations(range(len(different)), 3), key=lambda three: abs(np.linalg.det(columns[list(three)])))
     return tuple(different[i] for i in best)
 
@@ -323,84 +288,27 @@ def telling_sizes(sizes: Sequence[Size], config: TransformerConfig, patch_size: 
 def _checked(points: Sequence[tuple[Size, float]]) -> Sequence[tuple[Size, float]]:
     for size, time_s in points:
         if not math.isfinite(time_s) or time_s <= 0:
-            raise MeasurementError(f"a calibration needs positive times, found {time_s!r} s for {size}")
+            raise MeasurementError(f"a prediction needs positive measured times, found {time_s!r} s for {size}")
     return points
 
 
-def _operations(
-    size: Size,
-    config: TransformerConfig,
-    dtype: str,
-    quantization: str | Quantization | None,
-    patch_size: int | None,
-) -> list[Operation]:
-    return cost.step(config, size.height, size.width, size.batch, size.caption_tokens, dtype, quantization, patch_size)
+def _columns(sizes: Sequence[Size], config: TransformerConfig, patch_size: int | None) -> NDArray[np.float64]:
+    """What a step's time is made of, a row a size: one, FLOPs of matmuls, FLOPs of attention."""
+    if len(set(sizes)) < 3:
+        raise MeasurementError(f"a calibration needs three different sizes, found {len(set(sizes))}")
+    return np.array([(1.0, *_work(size, config, patch_size)) for size in sizes])
 
 
-def _extent(
-    operations: Sequence[Operation], config: TransformerConfig, size: Size, patch_size: int | None
-) -> tuple[int, int]:
-    """FLOPs of a step and tokens of one of its items."""
-    found, _ = cost.token_lengths(config, size.height, size.width, size.batch, size.caption_tokens, patch_size)
-    return sum(o.flops for o in operations), found.joint
+def _work(size: Size, config: TransformerConfig, patch_size: int | None) -> tuple[int, int]:
+    """FLOPs of a step's matmuls and of its attention."""
+    operations = cost.step(config, size.height, size.width, size.batch, size.caption_tokens, patch_size=patch_size)
+    linear, attention = (sum(o.flops for o in operations if o.kind == kind) for kind in ("matmul", "attention"))
+    return linear, attention
 
 
-def _work(operations: Sequence[Operation], peaks: Peaks | None, dtype: str) -> tuple[float, float]:
-    """Linear work and attention's: seconds at the peaks, or FLOPs of matmuls and of attention.
-
-    Elementwise work grows as matmuls do, so that three points could not tell them apart.
-    """
-    sums = {True: 0.0, False: 0.0}
-    for o in operations:
-        if peaks is not None:
-            placed = place(o, None, peaks, dtype)
-            assert placed.roof_s is not None
-            sums[o.kind == "attention"] += placed.roof_s
-        elif o.kind != "elementwise":
-            sums[o.kind == "attention"] += o.flops
-    return sums[False], sums[True]
-
-
-def _time_s(form: str, constant_s: float, work_s: Any) -> Any:
-    return constant_s + work_s if form == "sum" else np.maximum(constant_s, work_s)
-
-
-def _fit_sum(work: NDArray[Any], times: NDArray[Any], least: float) -> tuple[float, float, float, float]:
-    """Error, constant, linear and attention of a constant plus work."""
-    columns = np.column_stack([np.ones(len(times)), work])
-    constant, linear, attention = _least_squares(columns, times, np.array([0.0, least, least]))
-    return _error("sum", constant, work @ [linear, attention], times), constant, linear, attention
-
-
-def _fit_floor(work: NDArray[Any], times: NDArray[Any], least: float) -> tuple[float, float, float, float]:
-    """Error, constant, linear and attention of work that takes at least a constant time.
-
-    Which of the fastest points lie on the floor is tried out.
-    """
-    order = np.argsort(times)
-    fits = []
-    for count in range(1, len(times)):
-        floor, above = order[:count], order[count:]
-        constant = float(np.sum(1 / times[floor]) / np.sum(1 / times[floor] ** 2))  # least squares, as below
-        linear, attention = _least_squares(work[above], times[above], np.array([least, least]))
-        fits.append((_error("floor", constant, work @ [linear, attention], times), constant, linear, attention))
-    return min(fits)
-
-
-def _least_squares(columns: NDArray[Any], times: NDArray[Any], least: NDArray[Any]) -> list[float]:
-    """Coefficients, each at least `least`, of the smallest squared relative errors.
-
-    A faint wish for the last two to be alike decides where the points do not.
-    """
-    scale = columns.max(axis=0)
-    scale[-2:] = scale[-2:].max()
-    wish = np.zeros(len(scale))
-    wish[-2:] = 1e-3 / times.mean(), -1e-3 / times.mean()
-    rows = np.vstack([columns / scale / times[:, None], wish])
-    wanted = np.append(np.ones(len(times)), 0.0) - rows @ (least * scale)
-    found, _ = nnls(rows, wanted)
-    return [float(x) for x in found / scale + least]
-
-
-def _error(form: str, constant: float, work_s: NDArray[Any], times: NDArray[Any]) -> float:
-    return float(np.sqrt(np.mean((_time_s(form, constant, work_s) / times - 1) ** 2)))
+def _range(sizes: Sequence[Size], config: TransformerConfig, patch_size: int | None) -> Range:
+    flops = [sum(_work(size, config, patch_size)) for size in sizes]
+    tokens = [
+        cost.token_lengths(config, s.height, s.width, s.batch, s.caption_tokens, patch_size)[0].joint for s in sizes
+    ]
+    return Range((min(flops), max(flops)), (min(tokens), max(tokens)))
