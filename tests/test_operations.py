@@ -144,7 +144,9 @@ def test_inputs_and_weights_go_round(stage: str, order: list[str], digits: Model
     for one in operations.of_block(model, example, stage):
         sets = _sets(one)
         assert one.sets == len(sets) == len(order)
-        assert [block is named[name] for (block, _), name in zip(sets, order, strict=True)] == [True] * len(order)
+        for (block, _), name in zip(sets, order, strict=True):
+            assert block.feed_forward.w1.weight is named[name].feed_forward.w1.weight
+            assert block.attention.to_q.weight is named[name].attention.to_q.weight
         for name in set(sets[0][1]) - {"temb", "rotation", "mask", "scale_msa", "gate_msa", "scale_mlp", "gate_mlp"}:
             arrays = [np.array(values[name]) for _, values in sets]
             assert all(np.isfinite(array).all() for array in arrays)
@@ -321,3 +323,14 @@ def test_a_step_with_fewer_blocks(digits: Model) -> None:
     for m in (0, 4):
         with pytest.raises(InputError, match=f"1 to 3 main blocks here, found {m}"):
             run(m)
+
+
+def test_a_block_without_modulation_is_timed_among_others_without_theirs() -> None:
+    """A context refiner's inputs go round among all blocks, and those with modulation are called without."""
+    model = zimage.load_transformer("digits")
+    example = inputs.example(model, "digits", 8, 8, 1, 1, 0)
+    found = operations.times(
+        model, example, "context_refiner.0", 1, 0, clock=lambda work: lambda: mx.eval(work()) or 1.0
+    )
+    assert found.sets["block"] > len(model.context_refiner)
+    assert ("context_refiner.0", "adaln") not in found.by_operation()

@@ -130,6 +130,13 @@ def find_build() -> MLXBuild:
     return MLXBuild(kinds[0] if kinds else "source", versions.get("mlx", UNKNOWN), folder)
 
 
+def kind() -> Literal["cpu", "cuda", "metal"]:
+    """What computes: the processor, or a GPU through CUDA or Metal."""
+    if device_type() == "cpu":
+        return "cpu"
+    return "cuda" if build_kind().startswith("cuda") else "metal"
+
+
 def build_kind() -> str:
     """The kind of `MLXBuild` that is here, "missing" where it cannot be used."""
     try:

@@ -315,7 +315,10 @@ def _inputs_of(model: Transformer, example: Example, stage: str) -> Values:
 
 
 def _alike(model: Transformer, stage: str) -> Iterator[TransformerBlock]:
-    """The block called `stage`, then the blocks whose weights are of the same kinds, those after it first."""
+    """The block called `stage`, then the blocks whose weights are of the same kinds, those after it first.
+
+    Where it has no modulation, theirs is left out.
+    """
     named = list(blocks(model))
     at = [name for name, _ in named].index(stage)
     own = named[at][1]
@@ -323,7 +326,14 @@ def _alike(model: Transformer, stage: str) -> Iterator[TransformerBlock]:
     wanted = _kinds(own, modulated)
     for _, block in named[at:] + named[:at]:
         if _kinds(block, modulated) == wanted:
-            yield block
+            yield block if modulated or "adaLN_modulation" not in block else _unmodulated(block)
+
+
+def _unmodulated(block: TransformerBlock) -> TransformerBlock:
+    """The same weights in a block that is called without a timestep."""
+    plain = clone(block)
+    del plain["adaLN_modulation"]
+    return plain
 
 
 def _kinds(block: TransformerBlock, modulated: bool) -> dict[str, Any]:
