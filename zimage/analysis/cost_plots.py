@@ -209,8 +209,9 @@ def _clusters(rows: pd.DataFrame) -> list[_Point]:
             points.append(_Point(row["x"], row["rate"], row["bound"], name, fact, ""))
         else:
             near.names, near.facts = f"{near.names}, {name}", f"{near.facts}<br>{fact}"
-    for place, point in enumerate(points):  # neighbours in intensity don't write over each other
-        point.side = ("bottom center", "middle right")[place % 2]
+    middle = math.sqrt(points[0].x * points[-1].x) if points else 0.0
+    for point in points:  # a name has its room towards the middle
+        point.side = "middle right" if point.x < middle else "middle left"
     return points
 
 

@@ -18,6 +18,7 @@ PARTS = {  # the parts of the forward pass and how their stages' names begin
     "other": "",
 }
 OVERHEAD = "profiler"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
+WHOLE = ("weights", "step", "process", "system", "device")  # what a memory table may speak of besides stages
 _NAMES = {
     "predicted_peak_bytes": "predicted peak",
     "resident_bytes": "process memory",
@@ -105,6 +106,11 @@ def ablation_labels(frame: pd.DataFrame) -> list[str]:
     parts = ["arm", "scope"] + [c for c in ("regime", "case") if c in frame and frame[c].nunique() > 1]
     rows = records(frame[parts].fillna("").astype(str))
     return _distinct([" · ".join(value for value in row.values() if value) for row in rows])
+
+
+def by_stage(memory: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a memory table that are of single stages of the model, in forward order."""
+    return memory[~memory["stage"].isin(WHOLE) & memory["stage"].notna()].reset_index(drop=True)
 
 
 def memory_groups(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

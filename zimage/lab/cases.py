@@ -12,9 +12,12 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     Without `compared` the verdicts are left to an overview of several runs.
     """
     shown: list[Section] = []
+    others: list[Section] = []
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(frame, id))
-    if (part := by_arm(tables, id)) is not None:
+    memory = some(tables, "memory")
+    staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
+    if part := by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id):
         shown.append(part)
     if pictures:
         arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
@@ -26,12 +29,16 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         place = len(shown) if "ablation" in tables else 0
         shown.insert(place, stages(frame, id))
     if (frame := some(tables, "operations")) is not None:
-        shown += cost_sections.operations(frame, id)
+        profiled = cost_sections.operations(frame, id)
+        shown += profiled[:1]
+        others = profiled[1:]
+    if staged and memory is not None:
+        shown.append(cost_sections.memory(memory, id))
     if (frame := some(tables, "scaling")) is not None:
         shown.append(cost_sections.scaling(frame, id))
     if (frame := some(tables, "loading")) is not None:
         shown.append(loading(frame, id))
-    folds = []
+    folds = others
     if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
         folds.append(part)
     if (frame := some(tables, "modules")) is not None:

@@ -1,6 +1,6 @@
 """The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
 
-from zimage.analysis import cost_plots, reading, units
+from zimage.analysis import cost_plots, plots, reading, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.lab.sections import Cell, Head, Section, Table, chart, times
 
@@ -10,7 +10,9 @@ import pandas as pd
 def operations(frame: pd.DataFrame, id: str) -> list[Section]:
     """One section a profiled stage: its operations' times, and where they stand under the roofline."""
     found = []
-    for place, (stage, group) in enumerate(frame.groupby("stage", sort=False)):
+    stages = [(stage, group) for stage, group in frame.groupby("stage", sort=False)]
+    stages.sort(key=lambda one: -float(one[1]["time_s"].sum()))  # what costs most comes first
+    for place, (stage, group) in enumerate(stages):
         rows = reading.records(group)
         rest = next((row for row in rows if row["operation"] == UNATTRIBUTED), None)
         note = (
@@ -47,6 +49,31 @@ def operations(frame: pd.DataFrame, id: str) -> list[Section]:
         title = f"Operations of {stage}"
         found.append(Section(title, note, charts, Table(title, heads, cells), folded=True, stacked=True))
     return found
+
+
+def memory(frame: pd.DataFrame, id: str) -> Section:
+    """What was held at most by stage, beside what was predicted, and what process, system and device say."""
+    stages = reading.by_stage(frame)
+    peaks = stages[stages["metric"] == "peak_bytes"]
+    heads = [Head("Of"), Head("What"), Head("Bytes", True)]
+    whole = reading.records(frame[frame["stage"].isin(reading.WHOLE)].dropna(subset=["bytes"]))
+    cells = [
+        [Cell(str(r["stage"])), Cell(reading.metric_name(str(r["metric"]))), Cell(units.size(r["bytes"]), "num")]
+        for r in whole
+    ]
+    found = {(row["stage"], row["metric"]): float(row["bytes"]) for row in whole}
+    measured, predicted = found.get(("step", "peak_bytes")), found.get(("step", "predicted_peak_bytes"))
+    note = "The most that MLX held while each stage and those before it were computed, weights included."
+    if measured and predicted:
+        note += (
+            f" Predicted for the step before anything was allocated: {units.size(predicted)}, "
+            f"{units.significant(predicted / measured)} times what was measured."
+        )
+    charts = []
+    if len(peaks):
+        alt = f"Peak memory by stage, {units.size(peaks['bytes'].max())} at most"
+        charts.append(chart(plots.memory(peaks), f"{id}-memory", alt))
+    return Section("Memory", note, charts, Table("Memory of the whole", heads, cells), folded=bool(charts))
 
 
 def modules(frame: pd.DataFrame) -> Section:
