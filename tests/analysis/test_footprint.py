@@ -8,7 +8,7 @@ from zimage import inputs
 from zimage.analysis import cost, footprint
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, InputError
-from zimage.measure.profile import peak_bytes
+from zimage.measure.memory import peak_bytes
 from zimage.transformer import Transformer, weight_bytes
 
 import mlx.core as mx
