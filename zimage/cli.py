@@ -3,6 +3,7 @@
 Exit 0: done; 1: it ran and something failed, or was stopped; 2: it was asked wrongly, and one line says how to mend it.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -61,6 +62,16 @@ def _adapters(_context: click.Context, _option: click.Parameter, texts: Sequence
 _lora = click.option("--lora", multiple=True, callback=_adapters, metavar="FILE[:SCALE]",
                      help="Apply a LoRA adapter; may be repeated.")  # fmt: skip
 _check_values = click.option("--check-values", is_flag=True, help="Refuse weights with NaN or infinity.")
+
+
+def _forcing(_context: click.Context, _option: click.Parameter, force: bool) -> bool:
+    if force:
+        os.environ["ZIMAGE_FORCE"] = "1"  # for loading too, here and in the processes of runs
+    return force
+
+
+_force = click.option("--force", is_flag=True, envvar="ZIMAGE_FORCE", callback=_forcing,
+                      help="Also try what cannot fit the device's memory.")  # fmt: skip
 _fresh = click.option("--fresh", is_flag=True, help="Run again what is done already.")
 
 
@@ -81,11 +92,13 @@ def cli(context: click.Context) -> None:
 @click.option("--timeout", type=float, callback=_finite_timeout, default=3600.0, show_default=True,
               metavar="SECONDS", help="Stop the run after that long.")  # fmt: skip
 @_fresh
+@_force
 @_as_json
 @_results
 def run(
-    notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, as_json: bool, results: Path
-) -> int:
+    notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, force: bool, as_json: bool,
+    results: Path,
+) -> int:  # fmt: skip
     """Execute one NOTEBOOK into the results, under its own name."""
     from zimage.lab import executing, sweep
     from zimage.lab import notebook as notebooks
@@ -97,7 +110,7 @@ def run(
     values = _values("-p", given, (found,))
     name, store = check_name(notebook.stem), Store(results)
     jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout)
-    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_single(store, jobs[0]))
+    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_single(store, jobs[0]), force)
 
 
 @cli.command(name="sweep")
@@ -107,11 +120,13 @@ def run(
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE",
               help="Fix a parameter in all runs; may be repeated.")  # fmt: skip
 @_fresh
+@_force
 @_as_json
 @_results
 def sweep_command(
-    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, as_json: bool, results: Path
-) -> int:
+    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, force: bool, as_json: bool,
+    results: Path,
+) -> int:  # fmt: skip
     """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped."""
     from zimage.lab import executing, sweep
     from zimage.lab import experiment as experiments
@@ -128,17 +143,10 @@ def sweep_command(
     planned, store = asked.plan(quick=quick, overrides=forced), Store(results)
     jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s)
     if dry_run:
-        to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
-        runs = [
-            {"key": job.key, "status": "to do" if job.key in to_do else "done", "notebook": job.notebook.name,
-             "parameters": job.parameters}
-            for job in jobs
-        ]  # fmt: skip
-        terminal.show(
-            {"experiment": asked.name, "runs": runs}, as_json, lambda: executing.planned(jobs, to_do, store, fresh)
-        )
+        executing.plan(jobs, store, fresh, as_json)
         return 0
-    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_sweep(store, asked, jobs, quick, forced))
+    note = functools.partial(sweep.note_sweep, store, asked, jobs, quick, forced)
+    return executing.execute(jobs, store, fresh, as_json, note, force)
 
 
 @cli.command(name="list")
@@ -242,20 +250,24 @@ def fetch(repository: str, revision: str | None, as_json: bool) -> None:
 @_quantization
 @_lora
 @_check_values
+@_force
 @click.option("--out", type=_Path(), metavar="FILE.png",
               help="The picture's file; digits-LABELS.png if left out.")  # fmt: skip
 def generate(
     prompts: tuple[str, ...], source: str, steps: int, shift: float, seed: int, quantization: str | None,
-    lora: list[tuple[Path, float]], check_values: bool, out: Path | None,
+    lora: list[tuple[Path, float]], check_values: bool, force: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Draw PROMPT as a PNG. A prompt of a digits model is a label, such as 7; several are drawn as one grid."""
     from zimage import digits, scheduler, sources, weights
     from zimage.digits import picture
+    from zimage.digits.data import SIZE
+    from zimage.lab import fitting
     from zimage.lab.files import write_atomically
 
     from PIL import Image
 
-    table = digits.table_of(sources.describe(source))
+    info = sources.describe(source)
+    table = digits.table_of(info)
     if table is None:
         raise InputError(
             f"{source}: drawing from a text prompt needs the text encoder and the VAE, which this version does not "
@@ -264,6 +276,9 @@ def generate(
     labels = digits.labels_in(" ".join(prompts))
     scheduler.sigmas(steps, shift)  # refused before anything is loaded
     path = _picture_path(out, "".join(map(str, labels)))
+    height, width = (length * info.config.pixels_per_latent for length in SIZE)
+    fit = zimage.fits(info, height, width, digits.batch_size(len(labels)), 1, None, quantization)
+    fitting.judge(f"drawing with {source}", fit, ["--quantization"] * (quantization is None), force)
     started = time.monotonic()
     with terminal.progress(
         f"drawing {len(labels)} digit{'s' * (len(labels) > 1)}", steps * digits.batches(len(labels))

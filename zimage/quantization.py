@@ -69,6 +69,12 @@ class Quantization:
         found = {"weight": (rows, width * self.bits // 32), "scales": groups}
         return {**found, "biases": groups} if self.mode == "affine" else found
 
+    def stored_bytes(self, rows: int, width: int, item: int) -> int | None:
+        """Bytes of a packed [rows, width] weight whose affine scales and biases have `item` each; None as `shapes`."""
+        size = {"weight": 4, "scales": item if self.mode == "affine" else 1, "biases": item}
+        found = self.shapes(rows, width)
+        return None if found is None else sum(a * b * size[name] for name, (a, b) in found.items())
+
     def __str__(self) -> str:
         """As `parse` takes it."""
         if self.mode != "affine":

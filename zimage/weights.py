@@ -4,6 +4,7 @@ Files are read straight into the arrays that the model keeps. What is cast, merg
 result is there, so a model that is packed while it loads needs little more memory than its packed size.
 """
 
+import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from zimage import adapters, backend, transforms
 from zimage.errors import InputError, WeightsError
+from zimage.measure import memory
 from zimage.quantization import Quantization
 from zimage.saving import Advance, config_of, require_free, save_tensors, save_transformer
 from zimage.sources import SourceInfo, TensorInfo, describe, plain
@@ -54,10 +56,13 @@ def load_transformer(
     advance: told of the bytes of the model that are ready.
 
     Raises WeightsError for a missing, unexpected or wrongly shaped tensor, ConfigError for a bad config and InputError
-    for a dtype or quantization that is not known.
+    for a dtype or quantization that is not known, and, before anything is allocated, for weights that are more than the
+    device's whole memory, unless the environment variable ZIMAGE_FORCE is 1.
     """
     info = describe(source)
-    model = _lazy(info, dtype, quantization, lora)
+    wanted, target = _asked(info, dtype, quantization)
+    _require_room(info, wanted, target)
+    model = _lazy(info, wanted, target, lora)
     if check_values:
         _check_values(info)
     with _named(info):
@@ -91,7 +96,7 @@ def convert(
             f"{info.source} is quantized, and no checkpoint can hold a LoRA beside packed weights; convert its "
             "floating-point weights with --lora and --quantization"
         )
-    model = _lazy(info, dtype, quantization, lora)
+    model = _lazy(info, *_asked(info, dtype, quantization), lora)
     if check_values:
         _check_values(info)
     config, tensors = config_of(model, info.kind), transforms.tensors(model)
@@ -108,15 +113,37 @@ def check_values(source: str | Path) -> None:
     _check_values(info)
 
 
-def _lazy(info: SourceInfo, dtype: str | None, quantization: str | None, lora: Lora) -> Transformer:
-    """The model that was asked for, nothing of it read or computed yet."""
+def _asked(
+    info: SourceInfo, dtype: str | None, quantization: str | None
+) -> tuple[Quantization | None, mx.Dtype | None]:
+    """How to pack and what to cast to, None for not at all, of a source whose tensors are found well."""
     wanted = None if quantization is None else Quantization.parse(quantization)
     if wanted is not None and info.packing:
         raise InputError(f"{info.source} is quantized already; quantize the floating-point weights instead")
-    if dtype is None and (not info.packing or "F16" in info.dtypes):
+    if dtype is None and not info.keeps_dtype:
         dtype = backend.default_dtype()
     target = None if dtype is None else transforms.parse_dtype(dtype)
     info.check()
+    return wanted, target
+
+
+def _require_room(info: SourceInfo, wanted: Quantization | None, target: mx.Dtype | None) -> None:
+    """Raise InputError where the weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
+
+    What is free at the moment is no measure: caches take it and give it back.
+    """
+    total = memory.device()["memory_bytes"]
+    need = info.loaded_bytes(None if target is None else target.size, wanted)
+    if total is not None and need > total and os.environ.get("ZIMAGE_FORCE") != "1":
+        way = "" if wanted or info.packing else 'pack them (quantization="4bit"), or '
+        raise InputError(
+            f"{info.source}: its weights take {need:,} bytes, more than the device's {total:,}; {way}set "
+            "ZIMAGE_FORCE=1 to try all the same"
+        )
+
+
+def _lazy(info: SourceInfo, wanted: Quantization | None, target: mx.Dtype | None, lora: Lora) -> Transformer:
+    """The model that was asked for, nothing of it read or computed yet."""
     info.verify()
     updates = {} if info.packing else adapters.read_all(lora, info.config)
     if not info.tensors:

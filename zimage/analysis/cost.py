@@ -319,17 +319,16 @@ class _Step:
         self._write(stage, operation, "matmul", flops, moved, stored, parameters, module)
 
     def _stored(self, module: str, rows: int, width: int, packing: Quantization | None) -> int:
-        """Bytes of a weight matrix [rows, width]: packed, affine scales and biases are in the weights' dtype."""
+        """Bytes of a weight matrix [rows, width]. Raises InputError where it cannot be packed so."""
         if packing is None:
             return rows * width * self.item
-        shapes = packing.shapes(rows, width)
-        if shapes is None:
+        stored = packing.stored_bytes(rows, width, self.item)
+        if stored is None:
             raise InputError(
                 f"{module}: input width {width} is not divisible by the group size {packing.group_size} of {packing}; "
                 "use a smaller group"
             )
-        size = {"weight": 4, "scales": self.item if packing.mode == "affine" else 1, "biases": self.item}
-        return sum(a * b * size[name] for name, (a, b) in shapes.items())
+        return stored
 
     def _elementwise(
         self,

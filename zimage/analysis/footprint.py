@@ -131,21 +131,23 @@ def _alive_on_gpu(
     return max(int(blocks * allocated), (2 * stream + 2 * hidden) * item)
 
 
-def verdict(peak_bytes: int, recommended_bytes: int | None, total_bytes: int | None) -> tuple[Verdict, str]:
-    """Whether `peak_bytes` fit a device, and one sentence that says why.
+def verdict(
+    peak_bytes: int, recommended_bytes: int | None, total_bytes: int | None, models: float = 1
+) -> tuple[Verdict, str]:
+    """Whether `peak_bytes`, which `models` models and a step take, fit a device, and one sentence that says why.
 
     More than the total "cannot fit" and is to be refused; more than the recommended working set is "tight", where
     memory may be swapped; "unknown" where neither limit is known.
     """
-    need = units.size(peak_bytes)
+    needs = "a step needs" if models == 1 else f"{models:g} models and a step need"
+    need = f"{needs} about {units.size(peak_bytes)}"
     if total_bytes is not None and peak_bytes > total_bytes:
-        return "cannot fit", f"a step needs about {need}, more than the device's {units.size(total_bytes)}"
+        return "cannot fit", f"{need}, more than the device's {units.size(total_bytes)}"
     if recommended_bytes is not None and peak_bytes > recommended_bytes:
         return "tight", (
-            f"a step needs about {need}, more than the recommended working set of {units.size(recommended_bytes)}: "
-            "expect swapping"
+            f"{need}, more than the recommended working set of {units.size(recommended_bytes)}: expect swapping"
         )
     if recommended_bytes is None and total_bytes is None:
-        return "unknown", f"a step needs about {need}; the device's memory is unknown"
+        return "unknown", f"{need}; the device's memory is unknown"
     limit = min(value for value in (recommended_bytes, total_bytes) if value is not None)
-    return "fits", f"a step needs about {need} of {units.size(limit)}"
+    return "fits", f"{need} of {units.size(limit)}"

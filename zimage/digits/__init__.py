@@ -88,6 +88,11 @@ def draw(
     return Digits(np.concatenate(images), np.array(wanted, np.int64))
 
 
+def batch_size(count: int) -> int:
+    """How many of `count` digits `draw` draws at once at most."""
+    return min(count, _BATCH)
+
+
 def batches(count: int) -> int:
     """How many batches `draw` takes for `count` digits."""
     return -(-count // _BATCH)

@@ -3,12 +3,12 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from zimage import machine
 from zimage.errors import StoreError
-from zimage.lab import dashboard, sweep, terminal
+from zimage.lab import dashboard, fitting, sweep, terminal
 from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
@@ -16,9 +16,15 @@ from zimage.lab.sweep import Estimates
 from zimage.lab.terminal import complain, link, say, show
 
 
-def execute(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note: Callable[[], None]) -> int:
-    """Do the jobs, build the page, say what came out. Unless a run was started, an unwritable store is status 2."""
+def execute(
+    jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note: Callable[[], None], force: bool = False
+) -> int:
+    """Do the jobs, build the page, say what came out. Unless a run was started, an unwritable store is status 2.
+
+    Raises InputError for a run that does not fit the device, before anything is done, unless `force`.
+    """
     name = jobs[0].experiment
+    fitting.check(sweep.missing(jobs, store, fresh), force)
     estimates = Estimates(store)
     if not as_json:
         say(_beforehand(jobs, store, fresh, estimates))
@@ -75,10 +81,28 @@ def _beforehand(jobs: Sequence[Job], store: Store, fresh: bool, estimates: Estim
     return f"{jobs[0].experiment}: {runs}, {done}{what}"
 
 
-def planned(jobs: Sequence[Job], to_do: Collection[str], store: Store, fresh: bool) -> list[str]:
-    """The runs as a dry run lists them."""
-    lines = [_beforehand(jobs, store, fresh, Estimates(store))]
-    for job in jobs:
-        shown = " ".join(f"{name}={value}" for name, value in job.parameters.items())
-        lines.append(f"  {job.key}  {'to do' if job.key in to_do else 'done ':5}  {job.notebook.name}  {shown}")
-    return lines
+def plan(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool) -> None:
+    """Say what a sweep would do: its runs, which of them are to do, and whether they fit the device."""
+    to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
+    found = {job.key: fitting.of_job(job) for job in jobs}
+    runs = [
+        {
+            "key": job.key,
+            "status": "to do" if job.key in to_do else "done",
+            "notebook": job.notebook.name,
+            "parameters": job.parameters,
+            "fit": fitting.content(found[job.key]),
+        }
+        for job in jobs
+    ]
+
+    def lines() -> list[str]:
+        text = [_beforehand(jobs, store, fresh, Estimates(store))]
+        for job in jobs:
+            shown = [f"{name}={value}" for name, value in job.parameters.items()]
+            shown += [f"({found[job.key]})"] if found[job.key] else []
+            state = "to do" if job.key in to_do else "done "
+            text.append(f"  {job.key}  {state}  {job.notebook.name}  {' '.join(shown)}")
+        return text
+
+    terminal.show({"experiment": jobs[0].experiment, "runs": runs}, as_json, lines)

@@ -10,10 +10,13 @@ import sys
 from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage.errors import BackendError
 from zimage.lab.notebook import Notebook
+
+if TYPE_CHECKING:
+    from zimage.sources import SourceInfo
 
 KEY_LENGTH = 16  # hex digits: 64 bits
 _FACTS_TIMEOUT_S = 120.0
@@ -81,11 +84,17 @@ def sources_digest() -> str:
 
 @functools.cache
 def _weights(source: str, root: Path) -> Weights:
+    info = described(source, root)
+    return Weights(source, str(info.kind), str(info.digest))
+
+
+@functools.cache
+def described(source: str, root: Path) -> "SourceInfo":
+    """The source that runs in the folder `root` find under this name. Raises WeightsError or ConfigError for none."""
     from zimage import sources
 
     with chdir(root):
-        info = sources.describe(source)
-    return Weights(source, str(info.kind), str(info.digest))
+        return sources.describe(source)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from zimage.lab import fitting
 from zimage.lab.progress import span
 from zimage.lab.runner import describe_failure
 from zimage.lab.store import Run, Store
@@ -95,6 +96,7 @@ def source_content(info: "SourceInfo") -> dict[str, Any]:
         "dtypes": list(info.dtypes),
         "bytes": info.bytes,
         "digest": info.digest,
+        "steps": fitting.shown_steps(info) if problem is None else [],
         "problem": problem,
     }
 
@@ -113,6 +115,7 @@ def source_lines(content: dict[str, Any]) -> list[str]:
         f"  dtypes      {', '.join(content['dtypes']) or 'as asked for when loading'}",
         f"  quantized   {_packed(content['quantization'])}",
         f"  digest      {content['digest']}",
+        *([f"  a step      {fitting.shown_line(content['steps'])}"] if content["steps"] else []),
         "  config",
         *(f"    {name}: {value}" for name, value in content["config"].items()),
     ]

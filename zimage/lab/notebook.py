@@ -1,7 +1,8 @@
 """A notebook's code and its parameters, read without running anything.
 
 The cell tagged `parameters` has one assignment a line. The type of a parameter is its annotation (`batch: int = 1`),
-its type comment (`batch = 1  # type: int`) or else the type of its default.
+its type comment (`batch = 1  # type: int`) or else the type of its default. The notebook's metadata may hold
+`"zimage": {"models": 2.25}`: how many models' weights it holds at once, counted in whole models; 1 if left out.
 """
 
 import ast
@@ -18,6 +19,7 @@ from typing import Any
 from zimage.errors import ExperimentError
 
 MAX_NOTEBOOK_BYTES = 64 * 2**20
+MAX_MODELS = 1000
 _PLAIN: dict[str, type] = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "List": list, "dict": dict, "Dict": dict,
 }  # fmt: skip
@@ -58,6 +60,7 @@ class Notebook:
     code: tuple[str, ...]
     parameters: dict[str, Parameter]
     title: str = ""  # its first heading
+    models: float = 1  # whose weights it holds at once; a fraction where arms share arrays
 
     def resolve(self, given: dict[str, Any]) -> dict[str, Any]:
         """All parameters: `given` over the defaults. Raises ExperimentError for an unknown name or a wrong type."""
@@ -88,7 +91,8 @@ def read(path: Path, root: Path | None = None) -> Notebook:
     if root is not None:
         whole, base = (Path(os.path.realpath(one)) for one in (path, root))
         name = whole.relative_to(base) if whole.is_relative_to(base) else path
-    cells = _cells(path)
+    content = _content(path)
+    cells = content["cells"]
     code = [cell for cell in cells if cell.get("cell_type") == "code"]
     tagged = [(index + 1, cell) for index, cell in enumerate(cells) if "parameters" in _tags(cell)]
     tagged = [(number, cell) for number, cell in tagged if cell.get("cell_type") == "code"]
@@ -97,7 +101,23 @@ def read(path: Path, root: Path | None = None) -> Notebook:
         raise ExperimentError(f"{path}: {found} tagged 'parameters'; tag the one code cell that holds the defaults")
     number, cell = tagged[0]
     parameters = _parameters(_source(cell), f"{path}, cell {number}")
-    return Notebook(path, name.as_posix(), tuple(_source(cell) for cell in code), parameters, _title(cells))
+    sources = tuple(_source(cell) for cell in code)
+    return Notebook(path, name.as_posix(), sources, parameters, _title(cells), _models(content, path))
+
+
+def _models(content: dict[str, Any], path: Path) -> float:
+    metadata = content.get("metadata")
+    own = metadata.get("zimage", {}) if isinstance(metadata, dict) else {}
+    if not isinstance(own, dict) or own.keys() - {"models"}:
+        raise ExperimentError(f'{path}: metadata zimage is {own!r:.60}, expected {{"models": NUMBER}}')
+    models = own.get("models", 1)
+    number = isinstance(models, (int, float)) and not isinstance(models, bool)
+    if not number or not 0 < models <= MAX_MODELS:
+        raise ExperimentError(
+            f"{path}: metadata zimage.models is {models!r:.60}, expected how many models' weights it holds at once: a "
+            f"number above 0, at most {MAX_MODELS}"
+        )
+    return float(models)
 
 
 def _title(cells: list[dict[str, Any]]) -> str:
@@ -106,7 +126,8 @@ def _title(cells: list[dict[str, Any]]) -> str:
     return next(headings, "")
 
 
-def _cells(path: Path) -> list[dict[str, Any]]:
+def _content(path: Path) -> dict[str, Any]:
+    """What the file holds; its `cells` are a list of dicts."""
     try:
         if not path.is_file():
             raise ExperimentError(f"{path}: {'not a file' if path.exists() else 'no such notebook'}")
@@ -120,7 +141,7 @@ def _cells(path: Path) -> list[dict[str, Any]]:
     cells = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells) or content.get("nbformat") != 4:
         raise ExperimentError(f"{path}: not a notebook of format 4; open and save it in JupyterLab")
-    return cells
+    return content
 
 
 def _tags(cell: dict[str, Any]) -> list[Any]:

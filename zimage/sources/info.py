@@ -1,5 +1,6 @@
 """What is known of a checkpoint source without loading it, and whether its tensors are those of its config."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,6 +54,11 @@ class SourceInfo:
         """The stored dtypes, as safetensors names them."""
         return sorted({t.dtype for t in self.tensors.values()})
 
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether it is loaded as it is stored where no dtype is asked for: packed weights are, but for float16."""
+        return bool(self.packing) and "F16" not in self.dtypes
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the config, the packing and every published tensor's name, dtype, shape and bytes.
@@ -70,11 +76,27 @@ class SourceInfo:
         """How many parameters each part of the model has, packed ones counted unpacked."""
         counts = dict.fromkeys(published.PARTS, 0)
         for name, shape in published.shapes(self.config):
-            size = 1
-            for length in shape:
-                size *= length
-            counts[published.part_of(name)] += size
+            counts[published.part_of(name)] += math.prod(shape)
         return counts
+
+    def loaded_bytes(self, item: int | None, quantization: Quantization | None = None) -> int:
+        """Bytes of the model when it is loaded, without loading it; to be asked once `check` has found it well.
+
+        item: bytes of a floating-point value, None for as they are stored. quantization: how the linear layers of all
+        blocks are packed then, but for those that are packed already; what cannot be packed so is counted unpacked.
+        """
+        if item is None:
+            return self.bytes
+        total = 0
+        for name, shape in published.shapes(self.config):
+            path = name.removesuffix(".weight")
+            size = None
+            if len(shape) == 2 and path != name:
+                in_block = published.part_of(name) in published.BLOCKS
+                packing = self.packing.get(path, quantization if in_block else None)
+                size = packing.stored_bytes(*shape, item) if packing is not None else None
+            total += math.prod(shape) * item if size is None else size
+        return total
 
     def check(self) -> None:
         """Raise WeightsError unless names, shapes and dtypes of the tensors are exactly those that the config asks for.

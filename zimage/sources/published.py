@@ -11,6 +11,7 @@ from zimage.sources.files import TensorInfo
 
 Shape = tuple[int, ...]
 PARTS = ("t_embedder", "x_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers", "final_layer")
+BLOCKS = ("noise_refiner", "context_refiner", "layers")  # the parts whose linear layers are packed on request
 
 
 def shapes(config: TransformerConfig) -> Iterator[tuple[str, Shape]]:

@@ -1,0 +1,124 @@
+"""Whether a model and a step of it fit a device, said before anything is allocated.
+
+Judged by what the device has in all and what it recommends to use; what is free at the moment is no measure, caches
+take it and give it back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage.analysis import cost, footprint
+from zimage.analysis.footprint import DeviceKind, Footprint, Verdict
+from zimage.config import TransformerConfig
+from zimage.quantization import Quantization
+from zimage.sources import SourceInfo, describe
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides whether something fits a device: its kind, and its bytes in all and as recommended, if known."""
+
+    kind: DeviceKind
+    total_bytes: int | None = None
+    recommended_bytes: int | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, str]) -> "Device | None":
+        """From the facts that `backend.device_facts` gives; None where they don't say what computes."""
+        kind = kind_of(facts.get("device_type") or "", facts.get("mlx_build") or "")
+        total, recommended = (facts.get(name, "") for name in ("memory_bytes", "recommended_memory_bytes"))
+        if kind is None:
+            return None
+        known = recommended.isdecimal() and kind != "cpu"  # a GPU's, where the CPU is to compute beside one
+        return cls(kind, int(total) if total.isdecimal() else None, int(recommended) if known else None)
+
+    @classmethod
+    def here(cls) -> "Device":
+        """The device that MLX computes on in this process. Raises BackendError when MLX cannot be used."""
+        from zimage import backend
+
+        kind = backend.kind()
+        from zimage.measure import memory
+
+        found = memory.device()
+        return cls(kind, found["memory_bytes"], found["recommended_bytes"])
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that suits it, as `load_transformer` chooses."""
+        return "float32" if self.kind == "cpu" else "bfloat16"
+
+
+def kind_of(device_type: str, mlx_build: str) -> DeviceKind | None:
+    """What computes, from MLX's name for the type of device and the kind of its build."""
+    if device_type == "gpu":
+        return "cuda" if mlx_build.startswith("cuda") else "metal"
+    return "cpu" if device_type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The verdict on a step and the models held beside it, and what it was judged by; prints as one sentence.
+
+    verdict: "fits"; "tight", above the recommended working set; "cannot fit", above all there is; or "unknown".
+    """
+
+    verdict: Verdict
+    reason: str
+    step: Footprint  # with one model
+    models: float
+    dtype: str
+    device: Device
+
+    @property
+    def need_bytes(self) -> int:
+        """Bytes of all models and of what a step has alive besides."""
+        return needed(self.step, self.models)
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.reason}"
+
+
+def needed(step: Footprint, models: float) -> int:
+    """Bytes of `models` times the weights and of what a step has alive besides."""
+    return round(models * step.weight_bytes) + step.activation_bytes
+
+
+def fits(
+    source: str | Path | TransformerConfig | SourceInfo,
+    height: int,
+    width: int,
+    batch: int = 1,
+    caption_tokens: int | Sequence[int] = 32,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    models: float = 1,
+    patch_size: int | None = None,
+    device: Device | None = None,
+) -> Fit:
+    """Whether a step of `source`, or of a model with a config, on `height` x `width` pixels fits a device.
+
+    dtype and quantization are those of `load_transformer`; models says how many models' weights are held at once, and
+    may be a fraction where arms share arrays; device is this process's if left out. Raises WeightsError, ConfigError or
+    InputError for a source that cannot be loaded and sizes that the model does not take.
+    """
+    info = source if isinstance(source, SourceInfo) else _described(source)
+    info.check()
+    on = Device.here() if device is None else device
+    cast = on.dtype if dtype is None and not info.keeps_dtype else dtype
+    shown = cast or ("bfloat16" if "BF16" in info.dtypes else "float32")
+    packing = Quantization.parse(quantization) if quantization is not None else next(iter(info.packing.values()), None)
+    alive = footprint.step_bytes(
+        info.config, height, width, batch, caption_tokens, shown, packing, patch_size, on.kind
+    ).activation_bytes
+    item = None if cast is None else cost.item_bytes(cast)
+    step = Footprint(info.loaded_bytes(item, packing if quantization is not None else None), alive)
+    verdict, reason = footprint.verdict(needed(step, models), on.recommended_bytes, on.total_bytes, models)
+    return Fit(verdict, reason, step, models, shown, on)
+
+
+def _described(source: str | Path | TransformerConfig) -> SourceInfo:
+    if isinstance(source, TransformerConfig):
+        return SourceInfo("a config", "synthetic", source, {})
+    return describe(source)

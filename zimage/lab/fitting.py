@@ -1,0 +1,132 @@
+"""Whether runs fit their device, judged before the first of them starts."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage import backend, machine
+from zimage.analysis import fitting
+from zimage.analysis.fitting import Device, Fit
+from zimage.errors import InputError, ZImageError
+from zimage.lab import keys, terminal
+from zimage.lab.runner import Job
+
+if TYPE_CHECKING:
+    from zimage.sources import SourceInfo
+
+SHOWN_PIXELS = (512, 1024)  # sizes that `zimage show` speaks of, for models of latents with 8 pixels each
+_SIZES = ("height", "width", "batch", "caption_tokens")
+_OPTIONS = ("dtype", "quantization")
+
+
+def of_job(job: Job) -> Fit | None:
+    """Whether a run fits the device that it is for.
+
+    None where that cannot be known: the notebook lacks the parameters that say what it computes, the device does not
+    tell its memory, or the model does not take such parameters, of which the run itself will speak.
+    """
+    values, device = job.parameters, Device.of(job.facts)
+    if device is None or (device.total_bytes is None and device.recommended_bytes is None):
+        return None
+    sizes, options = [values.get(name) for name in _SIZES], [values.get(name) for name in _OPTIONS]
+    if not isinstance(values.get("source"), str) or not all(type(value) is int for value in sizes):
+        return None
+    if not all(value is None or isinstance(value, str) for value in options):
+        return None
+    return _fit(values["source"], job.root, tuple(sizes), tuple(options), job.notebook.models, device)
+
+
+@functools.cache  # the runs of a sweep are often of one size
+def _fit(
+    source: str, root: Path, sizes: tuple[Any, ...], options: tuple[Any, ...], models: float, device: Device
+) -> Fit | None:
+    height, width, batch, tokens = sizes
+    try:
+        info = keys.described(source, root)
+        return fitting.fits(info, height, width, batch, tokens, *options, models=models, device=device)
+    except ZImageError:
+        return None
+
+
+def check(jobs: Sequence[Job], force: bool) -> None:
+    """Raise InputError where runs cannot fit, or only note it if `force`; note too where one is above what is advised.
+
+    One line names the first such run and how many there are.
+    """
+    found = [(job, fit) for job in jobs if (fit := of_job(job)) is not None]
+    for verdict in ("cannot fit", "tight"):
+        such = [(job, fit) for job, fit in found if fit.verdict == verdict]
+        if not such:
+            continue
+        job, fit = such[0]
+        count = f" (and {len(such) - 1} more of {len(jobs)} runs)" if len(such) > 1 else ""
+        judge(f"{_run(job)}{count}", fit, _ways_out(job, fit), force)
+
+
+def judge(what: str, fit: Fit, ways_out: Sequence[str], force: bool) -> None:
+    """Note that `what` is tight, or that it cannot fit if `force`; else raise InputError for the latter.
+
+    ways_out: what to take instead, beside --force.
+    """
+    if fit.verdict == "cannot fit" and not force:
+        ways = ", or ".join([*ways_out, "--force to try all the same"])
+        raise InputError(f"{what} cannot fit: {fit.reason}; nothing was started; take {ways}")
+    if fit.verdict in ("cannot fit", "tight"):
+        terminal.note(f"{what}: {fit.reason}")
+
+
+def content(fit: Fit | None) -> dict[str, Any] | None:
+    """A Fit for programs."""
+    if fit is None:
+        return None
+    limits = {"recommended_bytes": fit.device.recommended_bytes, "memory_bytes": fit.device.total_bytes}
+    return {"verdict": fit.verdict, "need_bytes": fit.need_bytes, **limits}
+
+
+def shown_steps(info: "SourceInfo") -> list[dict[str, Any]]:
+    """What a step of a source takes at SHOWN_PIXELS in the dtype that suits this machine, without loading MLX.
+
+    A verdict only for CPUs: what a GPU has only MLX knows. None of it for models that take other sizes, and where MLX
+    is missing.
+    """
+    build = backend.build_kind()
+    device_type = {"cpu": "cpu", "missing": "", "source": ""}.get(build, "gpu")
+    total = machine.host_memory_bytes() if build == "cpu" else machine.UNKNOWN
+    device = Device.of({"device_type": device_type, "mlx_build": build, "memory_bytes": total})
+    if device is None or info.config.pixels_per_latent != 8:
+        return []
+    try:
+        found = [(pixels, fitting.fits(info, pixels, pixels, device=device)) for pixels in SHOWN_PIXELS]
+    except ZImageError:
+        return []
+    return [{"height": pixels, "width": pixels, "dtype": fit.dtype, "fit": content(fit)} for pixels, fit in found]
+
+
+def shown_line(steps: Sequence[dict[str, Any]]) -> str:
+    """`shown_steps` in words."""
+    from zimage.analysis import units
+
+    told = []
+    for step in steps:
+        fit = step["fit"]
+        verdict = "" if fit["verdict"] == "unknown" else f" ({fit['verdict']} here)"
+        told.append(f"{step['height']} px about {units.size(fit['need_bytes'])}{verdict}")
+    return f"{', '.join(told)}, in {steps[0]['dtype']}"
+
+
+def _ways_out(job: Job, fit: Fit) -> list[str]:
+    total, ways = fit.device.total_bytes, []
+    if total is not None and fit.models * fit.step.weight_bytes < total:
+        ways.append("a smaller size")
+    if "dtype" in job.parameters and fit.dtype == "float32":
+        ways.append("dtype bfloat16")
+    if job.parameters.get("quantization", "") is None:
+        ways.append("a quantization")
+    return ways
+
+
+def _run(job: Job) -> str:
+    values = job.parameters
+    size = f"{values['source']} at {values['height']} x {values['width']} px"
+    return f"{job.notebook.name}: {size}, batch {values['batch']}"
