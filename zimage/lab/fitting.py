@@ -41,10 +41,10 @@ def of_job(job: Job) -> Fit | None:
 def _fit(
     source: str, root: Path, sizes: tuple[Any, ...], options: tuple[Any, ...], models: float, device: Device
 ) -> Fit | None:
-    height, width, batch, tokens = sizes
+    (height, width, batch, tokens), (dtype, quantization) = sizes, options
     try:
         info = keys.described(source, root)
-        return fitting.fits(info, height, width, batch, tokens, *options, models=models, device=device)
+        return fitting.fits(info, height, width, batch, tokens, dtype, quantization, models, device=device)
     except ZImageError:
         return None
 

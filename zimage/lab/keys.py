@@ -85,7 +85,8 @@ def sources_digest() -> str:
 @functools.cache
 def _weights(source: str, root: Path) -> Weights:
     info = described(source, root)
-    return Weights(source, str(info.kind), str(info.digest))
+    with chdir(root):  # where the paths of a relative source lead somewhere
+        return Weights(source, str(info.kind), str(info.digest))
 
 
 @functools.cache
