@@ -74,8 +74,8 @@ def token_counts(batch: int, caption_tokens: int | Sequence[int]) -> tuple[int, 
     """
     if not _whole(batch) or batch < 1:
         raise InputError(f"batch must be an integer of at least 1, found {batch!r}")
-    counts: tuple[Any, ...]
-    counts = tuple(caption_tokens) if isinstance(caption_tokens, (list, tuple)) else (caption_tokens,) * batch
+    given: Any = caption_tokens
+    counts = tuple(given) if isinstance(given, (list, tuple)) else (given,) * batch
     if len(counts) != batch or not all(_whole(n) and n >= 1 for n in counts):
         raise InputError(
             f"caption_tokens must be a positive integer or one for each of the {batch} items, found {caption_tokens!r}"
