@@ -16,18 +16,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
-    {"config", "errors", "quantization"},
-    {"measure", "backend", "blas", "doctor", "machine", "sensors"},
     {"config", "errors", "lengths", "quantization"},
-    {"measure", "backend", "blas", "doctor"},
+    {"measure", "backend", "blas", "doctor", "machine", "sensors"},
     {"sources", "hub"},
     {"adapters"},
     {"kernels", "rope", "patchify"},
     {"transformer"},
     {"transforms"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "operations"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

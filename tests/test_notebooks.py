@@ -18,6 +18,7 @@ from zimage.lab import notebook as notebooks
 from zimage.lab.store import Run, Store
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -185,9 +186,53 @@ def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
     assert whole["parameters"].item() == prefix["parameters"].sum()
     info = sources.describe("digits")
     assert whole["parameters"].item() == sum(np.prod(tensor.shape) for tensor in info.tensors.values())
-    assert (stages["peak_bytes"] > whole["bytes"].item()).all()
-    memory = run.table("memory").set_index("metric")["bytes"]
-    assert 0 < memory["weight_bytes"] < memory["peak_bytes"]
+    assert (pd.concat([prefix, whole])["peak_bytes"] > whole["bytes"].item()).all()
+    assert whole["flops"].item() == prefix["flops"].sum() > 0
+    assert set(stages[stages["view"] == "depth"]["stage"]) == {"one block", "the rest"}
+    beside = {"evaluation start", "profiler overhead", "first call", "kernel build"}
+    assert set(stages[stages["view"] == "profiler"]["stage"]) == beside
+    memory = run.table("memory").set_index(["stage", "metric"])["bytes"]
+    assert 0 < memory["weights", "weight_bytes"] < memory["step", "peak_bytes"]
+    assert 0.5 < memory["step", "predicted_peak_bytes"] / memory["step", "peak_bytes"] < 2
+
+
+def test_the_profile_takes_blocks_apart(ran: Callable[[Path], Run]) -> None:
+    """profile_layers times every operation of a modulated and of a plain block, with a signed rest that adds up."""
+    run = ran(ROOT / "notebooks" / "profile_layers.ipynb")
+    table = run.table("operations")
+    assert set(table["stage"]) == {"layers.0", "context_refiner.0"}
+    for stage, group in table.dropna(subset=["time_s"]).groupby("stage"):
+        names = list(group["operation"])
+        assert names[-1] == "unattributed" and ("adaln" in names) == (stage == "layers.0")
+        assert {"to_q", "qk_norm", "rope", "sdpa", "swiglu", "w2", "ffn_residual"} <= set(names)
+    placed = table[table["operation"] != "unattributed"].dropna(subset=["time_s"])
+    assert set(placed["bound"]) <= {"compute", "memory"} and (placed["attained_fraction"] > 0).any()
+    modules = run.table("modules").set_index("path")
+    whole = run.table("stages").set_index("stage").loc["whole step"]
+    assert modules.loc["", "parameters"] == whole["parameters"] and modules.loc["", "flops"] == whole["flops"]
+    assert modules.loc["", "time_s"] == whole["time_s"]
+    assert modules.loc["layers.0.attention.to_q", "parameters"] == 192 * 192
+
+
+def test_predictions_are_tested_on_other_sizes(ran: Callable[[Path], Run]) -> None:
+    """scaling calibrates with three sizes, and states the error of every size that it held out."""
+    run = ran(ROOT / "notebooks" / "scaling.ipynb")
+    table = run.table("scaling")
+    assert list(table["use"]).count("calibration") == 3 and set(table["use"]) == {"calibration", "held out"}
+    assert np.allclose(table["error"], table["predicted_s"] / table["time_s"] - 1)
+    assert (table["mfu"] > 0).all() and (table["flops"] > 0).all()
+
+
+def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) -> None:
+    """Every row of `ablation` is a trial of its own whose kept samples are four a quad, and then come noise floors."""
+    assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
+    assert samples["trial"].nunique() == len(ablation) + floors
+    kept = samples[(samples["kind"] == "sample") & ~samples["dropped"]]
+    for trial, (scope, quads) in enumerate(zip(ablation["scope"], ablation["quads"], strict=True)):
+        assert set(samples.loc[samples["trial"] == trial, "scope"]) == {scope}
+        assert (kept["trial"] == trial).sum() == 4 * quads
+    canaries = samples[samples["kind"] == "canary"]
+    assert len(canaries) == len(samples[samples["kind"] == "sample"]) / 4 and (canaries["position"] == -1).all()
 
 
 def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> None:
@@ -197,9 +242,9 @@ def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> N
     assert list(ablation["scope"]) == ["qkv", "block", "step"]
     assert (set(ablation["arm"]), set(ablation["baseline"])) == ({"fused_qkv"}, {"separate_qkv"})
     samples = run.table("samples")
-    assert set(samples["arm"]) == {"fused_qkv", "separate_qkv"}
-    assert samples.groupby("scope").size().to_dict() == (4 * ablation.set_index("scope")["quads"]).to_dict()
-    assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
+    assert set(samples["arm"]) == {"fused_qkv", "separate_qkv", "copy", "canary"}
+    check_samples(ablation, samples, floors=3)
+    assert (ablation["noise_floor"] > 0).all()
     error = run.table("quality").set_index("metric")["value"]["relative_l2_error"]
     assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
 
@@ -214,9 +259,8 @@ def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run
         ("quantized_matmul_4bit", "matmul", "matmul"),
         ("quantized_matmul_8bit", "matmul", "matmul"),
     ]
-    samples = run.table("samples")
-    assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
-    assert len(samples) == 4 * ablation["quads"].sum()
+    check_samples(ablation, run.table("samples"), floors=2)
+    assert (ablation["noise_floor"] > 0).all()
     errors = run.table("quality").set_index("arm")["value"]
     assert errors["all_ones_mask"] < (1e-6 if backend.default_dtype() == "float32" else 0.02)
     assert errors["fused_qkv_copied"] == 0

@@ -230,8 +230,11 @@ def quickstart(root: Path) -> Path:
     size = {"arm": "baseline", "metric": "peak_bytes"}
     memory = pd.DataFrame(
         [{**size, "stage": s, "bytes": b} for s, b in (("step", 21_000_000), ("layers.1", 9_000_000))]
+        + [{**size, "stage": "step", "metric": "predicted_peak_bytes", "bytes": 20_000_000}]
     )
-    add_run(root, "quickstart", "aa11aa11aa11", {"stages": stages(), "samples": samples("baseline"), "memory": memory})
+    tables = {"stages": stages(), "samples": samples("baseline"), "memory": memory, "operations": operations()}
+    tables |= {"modules": modules(), "power": power().iloc[:1]}
+    add_run(root, "quickstart", "aa11aa11aa11", tables)
     error = pd.DataFrame([{"arm": "fused_qkv", "metric": "relative_l2_error", "value": 3.1e-7}])
     tables = {"ablation": qkv(), "samples": samples("separate_qkv", "fused_qkv"), "quality": error}
     add_run(root, "quickstart", "bb22bb22bb22", tables, notebook="notebooks/qkv_fusion.ipynb")

@@ -140,6 +140,10 @@ def test_the_page_says_what_was_found(quickstart: Page) -> None:
         "Whether fused_qkv is faster than separate_qkv per block is undecided",
         "4bit takes 12.1 % more time than float32 per step",
         "digit accuracy 96.0 % against 98.4 %",
+        "sdpa takes the most of layers.0, 31 % at 51 % of the roof",
+        "Predicted for the step before anything was allocated: 20.0 MB, 0.952 times what was measured",
+        "the whole step",
+        "80.0 J a step",
     ):
         assert part in text
 
@@ -153,7 +157,11 @@ def test_charts_hold_the_tables_values(quickstart: Page) -> None:
     forests = [f for name, f in figures.items() if name.endswith("-forest")]
     assert [x for f in forests for trace in f["data"] for x in trace["x"]] == [0.931, 0.998, 0.988, 1.284, 1.121]
     panels = [name for name in figures if "-panel-" in name]
-    assert len(panels) == 6  # peak memory by stage; time, weights, peak memory, error and accuracy by arm
+    assert len(panels) == 5  # time, weights, peak memory, error and accuracy by arm
+    (memory,) = (f for name, f in figures.items() if name.endswith("-memory"))
+    assert memory["data"][0]["x"] == [9.0]  # MB of the one stage; the step's stands in the table
+    (operations,) = (f for name, f in figures.items() if "-operations-" in name)
+    assert sum(len(trace["x"]) for trace in operations["data"]) == 10
 
 
 def test_every_chart_and_picture_has_words(quickstart: Page) -> None:

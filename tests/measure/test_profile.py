@@ -382,3 +382,15 @@ def test_other_impossible_profiles_are_refused() -> None:
 def test_work_that_cannot_be_evaluated_is_refused() -> None:
     """A profile of work that hides its arrays is a MeasurementError, not a short time."""
     _refused(lambda: profile.prefix(NAMES, lambda _k: object(), 1, 0), "which MLX cannot evaluate")
+
+
+def test_works_are_timed_in_turns() -> None:
+    """Each of several works has its own time, with an interval that holds it, under drift that all of them share."""
+    works = {name: (lambda seconds=seconds: seconds) for name, seconds in (("a", 0.01), ("b", 0.02), ("c", 0.04))}
+    found = profile.in_turns(works, 20, 0, clock=Machine(noise=0.005, drift=0.02, floor_s=0.0))
+    assert list(found) == ["a", "b", "c"]
+    for name, seconds in (("a", 0.01), ("b", 0.02), ("c", 0.04)):
+        assert _holds(found[name], seconds, slack=0.01 * seconds)
+        assert found[name].high_s - found[name].low_s < 0.05 * seconds
+    with pytest.raises(MeasurementError, match="nothing to time"):
+        profile.in_turns({}, 5, 0)

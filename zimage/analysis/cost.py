@@ -18,7 +18,7 @@ Positions beyond the config's `axes_lens` are not refused here; the model refuse
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from zimage.config import TIMESTEP_HIDDEN, TIMESTEP_WIDTH, TransformerConfig
 from zimage.errors import InputError
@@ -75,7 +75,8 @@ def token_counts(batch: int, caption_tokens: int | Sequence[int]) -> tuple[int, 
     """
     if not _whole(batch) or batch < 1:
         raise InputError(f"batch must be an integer of at least 1, found {batch!r}")
-    counts = (caption_tokens,) * batch if isinstance(caption_tokens, int) else tuple(caption_tokens)
+    given: Any = caption_tokens
+    counts = tuple(given) if isinstance(given, (list, tuple)) else (given,) * batch
     if len(counts) != batch or not all(_whole(n) and n >= 1 for n in counts):
         raise InputError(
             f"caption_tokens must be a positive integer or one for each of the {batch} items, found {caption_tokens!r}"
@@ -125,10 +126,11 @@ def step(
     "gate_up" (one `w13` instead of two). Raises InputError or ConfigError for what the model does not take.
     """
     found, patch = token_lengths(config, height, width, batch, caption_tokens, patch_size)
-    unknown = [name for name in fused if name not in FUSIONS]
-    if unknown or isinstance(fused, str):
+    if not isinstance(fused, (list, tuple)) or any(name not in FUSIONS for name in fused):
         raise InputError(f"fused must be a list of {' and '.join(FUSIONS)}, found {fused!r}")
-    packing = Quantization.parse(quantization) if isinstance(quantization, str) else quantization
+    packing = quantization
+    if not (packing is None or isinstance(packing, Quantization)):
+        packing = Quantization.parse(packing)
     return _Step(config, found, patch, item_bytes(dtype), packing, tuple(fused)).write()
 
 

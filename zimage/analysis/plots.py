@@ -195,8 +195,9 @@ def samples(frame: pd.DataFrame) -> go.Figure:
     scale, unit = units.time_unit(rows["time_s"].median() if len(rows) else float("nan"))
     figure = go.Figure()
     labels = rows["arm"].fillna("")
-    if rows["scope"].nunique() > 1:
-        labels = labels + " · " + rows["scope"].fillna("")
+    for column in ("scope", "regime"):
+        if rows[column].nunique() > 1:
+            labels = labels + " · " + rows[column].fillna("")
     arms = list(dict.fromkeys(labels))
     for place, arm in enumerate(arms):
         values = rows.loc[labels == arm, "time_s"] / scale

@@ -277,7 +277,7 @@ def loading(frame: pd.DataFrame, id: str) -> Section:
 
 def samples(frame: pd.DataFrame, id: str) -> Section | None:
     """The raw timed values, for who wants to see the spread."""
-    kept = frame[(frame["kind"] == "sample") & frame["time_s"].notna()]
+    kept = frame[(frame["kind"] == "sample") & frame["time_s"].notna() & ~frame["dropped"].fillna(False).astype(bool)]
     if kept.empty:
         return None
     counts = "; ".join(f"{arm} {number}" for arm, number in kept["arm"].fillna("").value_counts(sort=False).items())

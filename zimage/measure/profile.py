@@ -155,6 +155,18 @@ def depth(
     )
 
 
+def in_turns(
+    works: Mapping[str, Work], rounds: int, seed: int, *, alpha: float = 0.05, clock: Clock = timed
+) -> dict[str, Time]:
+    """The time of each of several works, every one of them timed once a round, each with its own interval.
+
+    Raises MeasurementError for no works, fewer than one round, or an alpha outside (0, 1).
+    """
+    _check(rounds, alpha, len(works) > 0, "there is nothing to time: give at least one work")
+    times = _rounds({name: {0: clock(work)} for name, work in works.items()}, rounds, seed)
+    return {name: estimate(name, times[name][0], alpha) for name in works}
+
+
 def slope(
     make: Callable[[int], Work],
     rounds: int,
