@@ -165,7 +165,7 @@ def test_what_the_notebook_holds_counts(have: Have, capsys: pytest.CaptureFixtur
 
 
 def test_shipped_notebooks_declare_what_they_hold() -> None:
-    """Notebooks that hold several models cover what their arms add at the published size in bf16."""
+    """Notebooks that hold several models cover what their copies and arms add at the published size in bf16."""
     root = Path(__file__).parent.parent / "notebooks"
     config = TransformerConfig.turbo()
     info = sources.SourceInfo("turbo", "synthetic", config, {})
@@ -177,7 +177,8 @@ def test_shipped_notebooks_declare_what_they_hold() -> None:
         if name.startswith(("layers", "noise_refiner", "context_refiner"))
     ]
     packed = sum(Quantization.parse(name).stored_bytes(*shape, 2) or 0 for name in ("8bit", "4bit") for shape in blocks)
-    needed = {"qkv_fusion": 2 + fused, "published_claims": 1 + fused, "quantization": 1 + packed / whole}
+    # published_claims lets go of its copy, for the noise floor, before it fuses.
+    needed = {"qkv_fusion": 2 + fused, "published_claims": max(2, 1 + fused), "quantization": 2 + packed / whole}
     for name, least in needed.items():
         declared = json.loads((root / f"{name}.ipynb").read_text())["metadata"]["zimage"]["models"]
         assert least <= declared <= least + 0.02, name
