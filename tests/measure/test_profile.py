@@ -181,13 +181,15 @@ def test_a_sleep_in_a_stage_of_the_model_is_found(digits: Transformer, example: 
 
 
 def test_every_prefix_has_its_turn_in_every_round() -> None:
-    """The whole comes first; after one untimed round each times every prefix, the floor and the plain call anew."""
+    """The whole comes first, then an untimed round; each round calls every prefix and the plain call twice in a row."""
     asked: list[int] = []
     found = profile.prefix(NAMES, asked.append, 6, 1, plain=lambda: asked.append(-1))
     assert asked[0] == 8
-    rounds = np.array(asked[1:]).reshape(7, 9)
-    assert (np.sort(rounds, axis=1) == [-1, *range(1, 9)]).all()
-    assert len({tuple(row) for row in rounds[1:].tolist()}) == 6
+    assert sorted(asked[1:10]) == [-1, *range(1, 9)]
+    untimed, timed_ones = np.array(asked[10:]).reshape(6, 9, 2).transpose(2, 0, 1)
+    assert (untimed == timed_ones).all()
+    assert (np.sort(timed_ones, axis=1) == [-1, *range(1, 9)]).all()
+    assert len({tuple(row) for row in timed_ones.tolist()}) == 6
     assert [stage.name for stage in found.stages] == list(NAMES)
     assert {len(t.samples_s) for t in (*found.stages, found.whole, found.start)} == {6}
     again: list[int] = []
@@ -332,7 +334,9 @@ def test_slopes_are_taken_in_turns() -> None:
 
     found = profile.slopes({n: make(n) for n in "abc"}, 12, 0, (1, 2), clock=Machine(noise=0.001, drift=0.025))
     assert all(_holds(found[name], seconds) for name, seconds in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3)))
-    rounds = [asked[i : i + 6] for i in range(6, len(asked), 6)]
+    assert asked[6::2] == asked[7::2]  # the untimed call before each timed one
+    timed_ones = asked[7::2]
+    rounds = [timed_ones[i : i + 6] for i in range(0, len(timed_ones), 6)]
     assert len(rounds) == 12
     orders = [tuple(name for name, _ in taken[::2]) for taken in rounds]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
@@ -394,3 +398,19 @@ def test_works_are_timed_in_turns() -> None:
         assert found[name].high_s - found[name].low_s < 0.05 * seconds
     with pytest.raises(MeasurementError, match="nothing to time"):
         profile.in_turns({}, 5, 0)
+
+
+def test_what_ran_before_is_not_in_the_time() -> None:
+    """A call that follows another one and pays for it is not the timed one: switching costs nothing in the views."""
+    last: list[str] = [""]
+
+    def clock(work: Callable[[], Any]) -> Timed:
+        def call() -> float:
+            name, seconds = work()
+            switched, last[0] = last[0] != name, name
+            return float(seconds) + (0.005 if switched else 0.0)
+
+        return call
+
+    found = profile.in_turns({n: (lambda n=n: (n, 0.01)) for n in "abc"}, 12, 0, clock=clock)  # type: ignore[misc]
+    assert all(time.samples_s == [0.01] * 12 for time in found.values())

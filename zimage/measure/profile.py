@@ -249,7 +249,8 @@ def _lines(
 def _rounds(groups: Mapping[str, Mapping[int, Timed]], rounds: int, seed: int) -> dict[str, dict[int, Floats]]:
     """The seconds of every call in every round, after one untimed round that builds kernels and warms.
 
-    A round takes the groups in a new order, and the calls of each in a new order.
+    A round takes the groups in a new order, and the calls of each in a new order. An untimed call comes before each
+    timed one: what ran before left the device with other buffers and plans, which is not this call's time.
     """
     rng, names = random.Random(seed), list(groups)
     orders = {name: list(calls) for name, calls in groups.items()}
@@ -262,6 +263,7 @@ def _rounds(groups: Mapping[str, Mapping[int, Timed]], rounds: int, seed: int) -
         for name in names:
             rng.shuffle(orders[name])
             for key in orders[name]:
+                groups[name][key]()
                 times[name][key].append(_checked(groups[name][key]()))
     return {name: {key: np.array(values) for key, values in found.items()} for name, found in times.items()}
 
