@@ -184,6 +184,23 @@ def test_the_slowest_operation_and_what_is_unattributed() -> None:
     assert found.evidence == ("21 % in operations bound by memory", "-2 % unattributed")
 
 
+def test_only_the_costliest_block_is_spoken_of() -> None:
+    """Of several blocks taken apart the one that takes the most time is in the findings."""
+    small = fabricated.operations().assign(stage="context_refiner.0")
+    small["time_s"] *= 0.1
+    (found,) = findings(stored(operations=pd.concat([small, fabricated.operations()])))
+    assert "of layers.0" in found.text
+
+
+def test_a_block_by_depth_stands_beside_the_stages() -> None:
+    """The depth view's block is evidence of the profile's finding, with its interval, and no stage of it."""
+    block = {"arm": "baseline", "view": "depth", "time_s": 2.5e-3, "time_low_s": 2.4e-3, "time_high_s": 2.6e-3}
+    table = pd.concat([fabricated.stages(), pd.DataFrame([{**block, "stage": "one block"}])])
+    (found,) = findings(stored(stages=table))
+    assert found.text == "the 3 main layers take 71 % of a step and layers.1 alone takes 32 %"
+    assert found.evidence[1] == "one main block takes 2.50 ms by the depth view (2.40 ms to 2.60 ms)"
+
+
 def test_operations_without_peaks_are_not_placed() -> None:
     """Without measured peaks nothing is said of a roof."""
     (found,) = findings(stored(operations=fabricated.operations().drop(columns=["bound", "attained_fraction"])))

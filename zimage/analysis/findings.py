@@ -142,7 +142,19 @@ def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
         texts.append("no single stage stands out beyond its interval")
     text = " and ".join(texts)
     step = f"a step takes {units.seconds(whole)}"
-    return [Finding(text, "", (step,), f"{text} ({step})")]
+    return [Finding(text, "", (step, *_by_depth(frame)), f"{text} ({step})")]
+
+
+def _by_depth(frame: pd.DataFrame) -> list[str]:
+    """One block as the depth view has it, which is far more certain than any single difference of prefixes."""
+    rows = records(frame[(frame["view"] == "depth") & (frame["stage"] == "one block")].dropna(subset=["time_s"]))
+    texts = []
+    for row in rows[:1]:
+        text = f"one main block takes {units.seconds(row['time_s'])} by the depth view"
+        if not (units.missing(row["time_low_s"]) or units.missing(row["time_high_s"])):
+            text += f" ({units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])})"
+        texts.append(text)
+    return texts
 
 
 def _stands_out(ranked: pd.DataFrame) -> bool:
@@ -225,29 +237,28 @@ def _overlap(mine: "pd.Series[float]", theirs: "pd.Series[float]") -> str:
 
 
 def _operations(frame: pd.DataFrame | None) -> list[Finding]:
-    """One finding a profiled stage: what takes most of it, how near the roof that is, and what is unattributed."""
-    if frame is None or frame.empty:
+    """Of the costliest block that was taken apart: what takes the most, how near the roof, and what is unattributed."""
+    if frame is None:
         return []
-    found = []
-    for stage, group in frame.dropna(subset=["time_s"]).groupby("stage", sort=False):
-        rest = group[group["operation"] == UNATTRIBUTED]["time_s"]
-        rows = group[group["operation"] != UNATTRIBUTED].sort_values("time_s", ascending=False)
-        whole = float(rows["time_s"].sum()) + (float(rest.iloc[0]) if len(rest) else 0.0)
-        if rows.empty or whole <= 0:
-            continue
-        kinds = rows.groupby(rows["bound"].fillna(""), sort=False)["time_s"].sum()
-        memory = float(kinds.get("memory", 0.0))
-        text = (
-            f"{rows['operation'].iloc[0]} takes the most of {stage}, {units.percent(rows['time_s'].iloc[0] / whole, 0)}"
-        )
-        attained = rows["attained_fraction"].iloc[0]
-        if not units.missing(attained):
-            text += f" at {units.percent(attained, 0)} of the roof"
-        numbers = [f"{units.percent(memory / whole, 0)} in operations bound by memory"] if len(kinds) > 1 else []
-        if len(rest):
-            numbers.append(f"{units.percent(float(rest.iloc[0]) / whole, 0)} unattributed")
-        found.append(Finding(text, "", tuple(numbers)))
-    return found
+    timed = frame.dropna(subset=["time_s", "stage"])
+    wholes = timed.groupby("stage", sort=False)["time_s"].sum()
+    if wholes.empty or not wholes.max() > 0:
+        return []
+    stage, whole = wholes.idxmax(), float(wholes.max())
+    group = timed[timed["stage"] == stage]
+    rest = group.loc[group["operation"] == UNATTRIBUTED, "time_s"]
+    rows = group[group["operation"] != UNATTRIBUTED].sort_values("time_s", ascending=False)
+    if rows.empty:
+        return []
+    kinds = rows.groupby(rows["bound"].fillna(""), sort=False)["time_s"].sum()
+    name, time_s, attained = rows[["operation", "time_s", "attained_fraction"]].iloc[0]
+    text = f"{name} takes the most of {stage}, {units.percent(time_s / whole, 0)}"
+    if not units.missing(attained):
+        text += f" at {units.percent(attained, 0)} of the roof"
+    memory = units.percent(float(kinds.get("memory", 0.0)) / whole, 0)
+    numbers = [f"{memory} in operations bound by memory"] if len(kinds) > 1 else []
+    numbers += [f"{units.percent(float(t) / whole, 0)} unattributed" for t in rest[:1]]
+    return [Finding(text, "", tuple(numbers))]
 
 
 def _scaling(frame: pd.DataFrame | None) -> list[Finding]:
