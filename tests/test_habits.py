@@ -24,7 +24,7 @@ ROWS = (
     {"transformer"},
     {"transforms"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

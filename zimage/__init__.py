@@ -31,6 +31,7 @@ _MODULES = (
     "measure",
     "operations",
     "patchify",
+    "peers",
     "quantization",
     "rope",
     "saving",
