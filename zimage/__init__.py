@@ -32,6 +32,7 @@ _MODULES = (
     "operations",
     "patchify",
     "quantization",
+    "recipes",
     "rope",
     "saving",
     "scheduler",
