@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.lab.making import write_notebook
 from tests.test_weights import arrays, same_bits
-from zimage import recipes, sources, transforms, weights
+from zimage import cli, recipes, sources, transforms, weights
+from zimage.analysis import cost, fitting, footprint
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
+from zimage.lab import keys, notebook
 from zimage.quantization import Quantization
 from zimage.recipes import Recipe, packing, read
 from zimage.sources.published import BLOCKS, linears
 from zimage.transformer import Transformer
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -308,3 +312,106 @@ def test_labels() -> None:
     assert [recipes.label(asked) for asked in ("4bit", "a/b.yaml", Path("a/c.json"), {"default": "4bit"}, None)] == [
         "4bit", "b", "c", "recipe", None
     ]  # fmt: skip
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_commands_take_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`convert` and `generate` take a recipe's file, `show` says how layers are packed, and mistakes are one line."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "r.yaml", "default: 4bit\nrules: [{pattern: '*.w2', quantization: 8bit}]\n")
+    assert command(capsys, "convert", "digits", "packed", "--quantization", "r.yaml")[0] == 0
+    packed = transforms.quantize(weights.load_transformer("digits"), Path("r.yaml"))
+    assert same_bits(arrays(weights.load_transformer("packed")), arrays(packed))
+    _, shown, _ = command(capsys, "show", "packed")
+    blocks = [path for path in linears(packed.config) if path.split(".")[0] in BLOCKS]
+    w2 = sum(path.endswith(".w2") for path in blocks)
+    assert f"layer by layer: 4bit {len(blocks) - w2}, 8bit {w2} of the linear layers in blocks" in shown
+    _, shown, _ = command(capsys, "show", "packed", "--json")
+    assert json.loads(shown)["layers_by_packing"] == {"4bit": len(blocks) - w2, "8bit": w2}
+    assert command(capsys, "generate", "7", "--steps", "1", "--quantization", "r.yaml", "--out", "7.png")[0] == 0
+    write(tmp_path / "bad.yaml", "default: 4bit\nrules: [{pattern: 'layers.99.*', quantization: 8bit}]\n")
+    for verb in (("convert", "digits", "x"), ("generate", "7")):
+        status, out, err = command(capsys, *verb, "--quantization", "bad.yaml")
+        assert (status, out) == (2, "") and err.startswith("zimage: bad.yaml:2: pattern 'layers.99.*' matches no")
+    assert not Path("x").exists()
+
+
+def test_show_counts_what_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Linear layers of the blocks that are left as they are have a count of their own."""
+    recipe = {"rules": [{"pattern": "layers.0.feed_forward.*", "quantization": "mxfp4"}]}
+    weights.convert("digits", tmp_path / "a", quantization=recipe)
+    others = sum(path.split(".")[0] in BLOCKS for path in linears(sources.describe("digits").config)) - 3
+    assert f"layer by layer: mxfp4 3, not packed {others} of" in command(capsys, "show", str(tmp_path / "a"))[1]
+
+
+def test_a_run_is_known_by_the_content_of_its_recipe(tmp_path: Path) -> None:
+    """The run key depends on what a recipe says, not on where it lies; a recipe that is none stops the run first."""
+    parameters = "quantization: str | None = None"
+    path = write_notebook(tmp_path / "notebooks" / "a.ipynb", parameters=parameters)
+    found = notebook.read(path, tmp_path)
+
+    def identity(value: str | None) -> keys.Identity:
+        return keys.identify(found, found.resolve({"quantization": value}), tmp_path)
+
+    write(tmp_path / "a.yaml", YAML)
+    write(tmp_path / "b.json", json.dumps(MIXED))
+    write(tmp_path / "c.yaml", "default: 4bit")
+    first, same, other, plain = map(identity, ("a.yaml", "b.json", "c.yaml", "4bit"))
+    assert first.key == same.key and len({first.key, other.key, plain.key, identity(None).key}) == 4
+    assert first.recipe == read(MIXED).content and first.digests["recipe"] == read(MIXED).digest
+    assert plain.recipe is None and "recipe" not in plain.digests
+    write(tmp_path / "a.yaml", "default: 4bit")
+    assert identity("a.yaml").key == other.key
+    with pytest.raises(InputError, match=r"^d\.yaml: no such file"):
+        identity("d.yaml")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", [MIXED, {"default": None}, {"rules": MIXED["rules"]}], ids=["mixed", "none", "some"])
+def test_predicted_bytes_are_the_models(dtype: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Bytes by stage, in all, fused and of a checkpoint that is stored so are predicted to the byte for recipes."""
+    model = transforms.quantize(Transformer(WIDE, dtype=getattr(mx, dtype)), recipe)
+    options: dict[str, Any] = {"caption_tokens": 5, "dtype": dtype}
+    stages = model.stages(mx.zeros((1, 4, 8, 8)), mx.zeros((1,)), mx.zeros((1, 5, WIDE.cap_feat_dim)))
+    found = {total.path: total for total in cost.by_stage(cost.step(WIDE, 64, 64, quantization=recipe, **options))}
+    assert {stage.name: stage.weight_bytes for stage in stages} == {p: t.weight_bytes for p, t in found.items()}
+    whole = sum(array.nbytes for array in arrays(model).values())
+    fused = cost.step(WIDE, 64, 64, quantization=recipe, fused=("qkv", "gate_up"), **options)
+    assert cost.whole(fused).weight_bytes == whole
+    assert footprint.step_bytes(WIDE, 64, 64, 1, 5, dtype, recipe, device="cpu").weight_bytes == whole
+    info = sources.describe(weights.save_transformer(model, tmp_path / "a"))
+    assert info.loaded_bytes({"float32": 4, "bfloat16": 2}[dtype]) == whole
+    stored = cost.step(WIDE, 64, 64, quantization=info.packing or None, **options)
+    assert cost.whole(stored).weight_bytes == whole
+    device = fitting.Device("cpu", 10**12)
+    asked, kept = (
+        fitting.fits(*one, device=device) for one in ((WIDE, 64, 64, 1, 5, dtype, recipe), (info, 64, 64, 1, 5))
+    )
+    assert asked.step.weight_bytes == whole
+    assert (kept.step, kept.dtype) == (asked.step, dtype) or not info.packing
+
+
+def test_unpacking_counts_the_layers_that_are_packed() -> None:
+    """A step that unpacks one product of a block takes less than one that unpacks all, and more than none."""
+
+    def alive(recipe: Any) -> int:
+        return footprint.step_bytes(WIDE, 64, 64, 1, 5, "float32", recipe, device="cpu").activation_bytes
+
+    some = {"rules": [{"pattern": "layers.0.feed_forward.w2", "quantization": "4bit"}]}
+    assert alive(None) == alive({"default": None}) < alive(some) < alive("4bit")
+    assert alive(some) - alive(None) == 2 * 4 * 384 * WIDE.hidden_dim
+
+
+def test_mixed_parts_of_a_fused_product_have_no_bytes() -> None:
+    """A step with a fused product whose parts are packed differently is refused by its path."""
+    recipe = {"default": "4bit", "rules": [{"pattern": "layers.1.*.to_v", "quantization": "8bit"}]}
+    with pytest.raises(InputError, match=r"^layers\.1\.attention\.to_qkv is one product"):
+        cost.step(WIDE, 64, 64, quantization=recipe, fused=("qkv",))
+    cost.step(WIDE, 64, 64, quantization=recipe, fused=("gate_up",))

@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
@@ -95,7 +95,7 @@ def read(asked: Asked) -> Recipe:
         ) from None
 
 
-def is_file(asked: object) -> bool:
+def is_file(asked: object) -> TypeGuard[str]:
     """Whether a text is meant as the path of a recipe's file, whether or not there is one."""
     return isinstance(asked, str) and asked.endswith(SUFFIXES) and asked.isprintable()
 
