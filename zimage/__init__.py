@@ -33,6 +33,7 @@ _MODULES = (
     "patchify",
     "peers",
     "quantization",
+    "recipes",
     "rope",
     "saving",
     "scheduler",
