@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tests.lab import fabricated
+from zimage.analysis.tables import SCHEMAS
 from zimage.errors import StoreError
 from zimage.lab import cost_sections, dashboard
 from zimage.lab.sections import chart
@@ -257,6 +258,11 @@ def hostile_store(root: Path) -> Path:
         "memory": fabricated.quantization()["memory"].assign(stage=HOSTILE, metric=HOSTILE),
         "quality": fabricated.quantization()["quality"].assign(metric=HOSTILE),
         "samples": fabricated.samples(HOSTILE),
+        "loading": fabricated.loading().assign(arm=HOSTILE),
+        "operations": fabricated.operations().assign(arm=HOSTILE, stage=HOSTILE, operation=HOSTILE, bound=HOSTILE),
+        "modules": fabricated.modules().assign(arm=HOSTILE, path=HOSTILE),
+        "scaling": fabricated.scaling().assign(arm=HOSTILE, use=HOSTILE),
+        "power": fabricated.power().assign(arm=HOSTILE, scope=HOSTILE, regime=HOSTILE, throttle=HOSTILE),
     }
     strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)
     facts, weights = {HOSTILE: HOSTILE}, dict.fromkeys(("source", "kind", "digest"), HOSTILE)
@@ -291,7 +297,7 @@ def test_a_figures_json_cannot_leave_its_script() -> None:
     assert json.loads(made.json)["layout"]["annotations"][0]["text"] == HOSTILE + "<!--\u2028"
 
 
-@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples", "loading"])
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - {"environment"}))
 @pytest.mark.parametrize("rows", [[], [{"arm": "a"}], [{"arm": None}]])
 def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     """A table without rows, or whose rows say next to nothing, still gives a page and a sentence."""
