@@ -239,6 +239,27 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
     assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e")
 
 
+def test_runs_of_different_machines_are_compared_with_the_difference(tmp_path: Path) -> None:
+    """Above verdicts of several runs stands in which facts these differ, but for those of the moment."""
+    for name, other in (("differ", "0.33.0"), ("alike", "0.32.4")):
+        for key, mlx, load in (("a1", "0.32.4", "0.1"), ("b2", other, "3.5")):
+            environment = {"mlx": mlx, "load_average": load, "os": "Linux"}
+            tables, batch = {"ablation": fabricated.qkv()}, {"batch": int(key[1])}
+            fabricated.add_run(tmp_path, name, key, tables, parameters=batch, environment=environment)
+        fabricated.add_experiment(tmp_path, name, "?", ["a1", "b2"])
+    assert "These runs differ in mlx; how, stands under Environment." in page_of(tmp_path, "differ").text
+    assert "0.32.4 | 0.33.0" in page_of(tmp_path, "differ").text
+    assert "These runs differ" not in page_of(tmp_path, "alike").text
+
+
+def test_power_and_prediction_are_told_in_their_units(tmp_path: Path) -> None:
+    """A clock of 1.755e9 Hz is about 1.75 GHz, joules are a step's, and the error is that of the sizes held out."""
+    fabricated.add_run(tmp_path, "e", "a1", {"power": fabricated.power(), "scaling": fabricated.scaling()})
+    text = page_of(tmp_path, "e").text
+    assert re.search(r"80(\.0)? J\s+615 W\s+1\.7[56] GHz\s+61(\.0)? °C\s+power cap", text)
+    assert "median absolute error 4.0 % at 3 sizes held out, 10.0 % at most" in text
+
+
 def test_single_file(results: Path) -> None:
     """With single_file the page carries plotly's script itself and refers to none."""
     (path, _) = dashboard.build(Store(results), single_file=True)
