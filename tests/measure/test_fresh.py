@@ -53,6 +53,15 @@ def test_fresh_processes_find_a_planted_delay(tmp_path: Path) -> None:
     conform("samples", frame)
 
 
+def test_a_commands_first_call_is_not_judged() -> None:
+    """A command in another environment has its first call and warm-ups apart too, though it makes none by itself."""
+    command = ["sh", "-c", "echo ready; t=9; while read x; do echo $t; t=1; done"]
+    found = in_fresh_processes(command, command, seed=0, samples=2, warm_up=1, timeout_s=TIMEOUT_S)
+    kinds = {kind: [s.time_s for s in found.samples if s.kind == kind] for kind in ("first call", "warm-up", "sample")}
+    assert kinds == {"first call": [9.0] * 16, "warm-up": [1.0] * 16, "sample": [1.0] * 32}
+    assert (found.ratio, found.verdict) == (1.0, "equivalent")
+
+
 class Fake:
     """Stands for `Resident`: an arm is a call of an injected clock, and at most one is alive at a time."""
 
