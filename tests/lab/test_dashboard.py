@@ -252,6 +252,16 @@ def test_runs_of_different_machines_are_compared_with_the_difference(tmp_path: P
     assert "These runs differ" not in page_of(tmp_path, "alike").text
 
 
+def test_ratios_to_several_baselines_are_no_column(tmp_path: Path) -> None:
+    """Times are beside sizes and errors only where all arms of the run are compared with one baseline."""
+    tables = fabricated.quantization()
+    several = tables["ablation"].assign(baseline=["float32", "bfloat16"])
+    fabricated.add_run(tmp_path, "one", "a1", tables)
+    fabricated.add_run(tmp_path, "several", "b2", {**tables, "ablation": several})
+    assert "time ratio, step" in page_of(tmp_path, "one").text
+    assert "time ratio, step" not in page_of(tmp_path, "several").text
+
+
 def test_power_and_prediction_are_told_in_their_units(tmp_path: Path) -> None:
     """A clock of 1.755e9 Hz is about 1.75 GHz, joules are a step's, and the error is that of the sizes held out."""
     fabricated.add_run(tmp_path, "e", "a1", {"power": fabricated.power(), "scaling": fabricated.scaling()})
