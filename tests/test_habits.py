@@ -34,18 +34,8 @@ ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
-    *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks"),
-    *(
-        "analysis",
-        "lab.store",
-        "lab.dashboard",
-        "lab.claims",
-        "measure.statistics",
-        "measure.samples",
-        "measure.comparison",
-    ),
-    *("quantization", "sources", "hub", "adapters"),
-    *("quantization", "recipes", "recipe_files", "lengths", "sources", "hub", "adapters"),
+    *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
+    *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "lengths", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000

@@ -220,3 +220,23 @@ def test_energy_is_stated_where_it_is_known() -> None:
     (found,) = findings(stored(power=fabricated.power()))
     assert found.text == "baseline: 80.0 J a step"
     assert found.evidence == ("615 W on average", "throttled by power cap")
+
+
+def test_each_arm_is_held_against_its_own_baseline() -> None:
+    """Where a run compares with several baselines, no arm's error or size is put beside a stranger's."""
+    compared = fabricated.ablation(
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.49, 0.51, "faster"),
+        ("packed", "plain", "matmul", 2.0, 1.9, 2.1, "slower"),
+    )
+    errors = {"all_ones_mask": 0.0162, "packed": 0.091, "fused_copied": 0.003}
+    quality = pd.DataFrame([{"arm": a, "metric": "relative_l2_error", "value": v} for a, v in errors.items()])
+    sizes = {"all_ones_mask": 100, "packed": 25, "plain": 50}
+    memory = pd.DataFrame(
+        [{"arm": a, "stage": "weights", "metric": "weight_bytes", "bytes": v} for a, v in sizes.items()]
+    )
+    said = [
+        " ".join((f.text, *f.evidence)) for f in findings(stored(ablation=compared, quality=quality, memory=memory))
+    ]
+    assert not any("against 0.0162" in text for text in said)
+    assert any("weights 50 % smaller (25 B against 50 B)" in text for text in said)
+    assert any("fused_copied: relative L2 error 0.00300" in text for text in said)

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tests.lab import fabricated
+from zimage.analysis.tables import SCHEMAS
 from zimage.errors import StoreError
 from zimage.lab import cost_sections, dashboard
 from zimage.lab.sections import chart
@@ -238,6 +239,37 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
     assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e")
 
 
+def test_runs_of_different_machines_are_compared_with_the_difference(tmp_path: Path) -> None:
+    """Above verdicts of several runs stands in which facts these differ, but for those of the moment."""
+    for name, other in (("differ", "0.33.0"), ("alike", "0.32.4")):
+        for key, mlx, load in (("a1", "0.32.4", "0.1"), ("b2", other, "3.5")):
+            environment = {"mlx": mlx, "load_average": load, "os": "Linux"}
+            tables, batch = {"ablation": fabricated.qkv()}, {"batch": int(key[1])}
+            fabricated.add_run(tmp_path, name, key, tables, parameters=batch, environment=environment)
+        fabricated.add_experiment(tmp_path, name, "?", ["a1", "b2"])
+    assert "These runs differ in mlx; how, stands under Environment." in page_of(tmp_path, "differ").text
+    assert "0.32.4 | 0.33.0" in page_of(tmp_path, "differ").text
+    assert "These runs differ" not in page_of(tmp_path, "alike").text
+
+
+def test_ratios_to_several_baselines_are_no_column(tmp_path: Path) -> None:
+    """Times are beside sizes and errors only where all arms of the run are compared with one baseline."""
+    tables = fabricated.quantization()
+    several = tables["ablation"].assign(baseline=["float32", "bfloat16"])
+    fabricated.add_run(tmp_path, "one", "a1", tables)
+    fabricated.add_run(tmp_path, "several", "b2", {**tables, "ablation": several})
+    assert "time ratio, step" in page_of(tmp_path, "one").text
+    assert "time ratio, step" not in page_of(tmp_path, "several").text
+
+
+def test_power_and_prediction_are_told_in_their_units(tmp_path: Path) -> None:
+    """A clock of 1.755e9 Hz is about 1.75 GHz, joules are a step's, and the error is that of the sizes held out."""
+    fabricated.add_run(tmp_path, "e", "a1", {"power": fabricated.power(), "scaling": fabricated.scaling()})
+    text = page_of(tmp_path, "e").text
+    assert re.search(r"80(\.0)? J\s+615 W\s+1\.7[56] GHz\s+61(\.0)? °C\s+power cap", text)
+    assert "median absolute error 4.0 % at 3 sizes held out, 10.0 % at most" in text
+
+
 def test_single_file(results: Path) -> None:
     """With single_file the page carries plotly's script itself and refers to none."""
     (path, _) = dashboard.build(Store(results), single_file=True)
@@ -257,6 +289,11 @@ def hostile_store(root: Path) -> Path:
         "memory": fabricated.quantization()["memory"].assign(stage=HOSTILE, metric=HOSTILE),
         "quality": fabricated.quantization()["quality"].assign(metric=HOSTILE),
         "samples": fabricated.samples(HOSTILE),
+        "loading": fabricated.loading().assign(arm=HOSTILE),
+        "operations": fabricated.operations().assign(arm=HOSTILE, stage=HOSTILE, operation=HOSTILE, bound=HOSTILE),
+        "modules": fabricated.modules().assign(arm=HOSTILE, path=HOSTILE),
+        "scaling": fabricated.scaling().assign(arm=HOSTILE, use=HOSTILE),
+        "power": fabricated.power().assign(arm=HOSTILE, scope=HOSTILE, regime=HOSTILE, throttle=HOSTILE),
     }
     strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)
     facts, weights = {HOSTILE: HOSTILE}, dict.fromkeys(("source", "kind", "digest"), HOSTILE)
@@ -291,7 +328,7 @@ def test_a_figures_json_cannot_leave_its_script() -> None:
     assert json.loads(made.json)["layout"]["annotations"][0]["text"] == HOSTILE + "<!--\u2028"
 
 
-@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples", "loading"])
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - {"environment"}))
 @pytest.mark.parametrize("rows", [[], [{"arm": "a"}], [{"arm": None}]])
 def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     """A table without rows, or whose rows say next to nothing, still gives a page and a sentence."""

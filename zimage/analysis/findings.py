@@ -168,6 +168,10 @@ def _arms(tables: Tables) -> list[Finding]:
     baseline = baseline_arm(tables)
     compared = tables.get("ablation")
     widest = best_scope(compared) if compared is not None else ""
+    rows = [] if compared is None else records(compared.dropna(subset=["arm", "baseline"]))
+    of_arm = {row["arm"]: row["baseline"] for row in rows}
+    if len(set(of_arm.values())) > 1:  # then there is none for those that were compared with nothing
+        of_arm = dict.fromkeys([*arms(tables.get("memory")), *arms(tables.get("quality"))]) | of_arm
     found: list[Finding] = []
     for arm in dict.fromkeys([*arms(compared), *arms(tables.get("memory")), *arms(tables.get("quality"))]):
         if arm == baseline:
@@ -176,7 +180,8 @@ def _arms(tables: Tables) -> list[Finding]:
         narrow = [time_finding(row) for row in rows if row["scope"] != widest]
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
         found += [replace(one, short="") for one in narrow]
-        held, drawn = _memory(tables.get("memory"), arm, baseline), _quality(tables.get("quality"), arm, baseline)
+        beside = of_arm.get(arm, baseline)
+        held, drawn = _memory(tables.get("memory"), arm, beside), _quality(tables.get("quality"), arm, beside)
         more = [*held, *drawn]
         brief = [text for text, _ in (*held[:1], *drawn)]  # a sentence has room for one size: the weights come first
         full = tuple(text + detail for text, detail in more)

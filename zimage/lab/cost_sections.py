@@ -84,7 +84,7 @@ def modules(frame: pd.DataFrame) -> Section:
     cells = []
     above: list[str] = []  # the modules that hold the current one, from the outside
     for row in reading.records(frame):
-        path = str(row["path"])
+        path = _text(row["path"])
         while above and above[-1] and not path.startswith(f"{above[-1]}."):
             above.pop()
         line = [
@@ -134,7 +134,7 @@ def scaling(frame: pd.DataFrame, id: str) -> Section:
     cells = [
         [
             Cell(cost_plots.size_name(row)),
-            Cell(str(row["use"])),
+            Cell(_text(row["use"])),
             Cell(units.seconds(row["time_s"]), "num"),
             Cell(times(row), "num"),
             Cell(units.seconds(row["predicted_s"]), "num"),

@@ -6,9 +6,9 @@ Everything that a run supplied reaches the page escaped: text through the templa
 """
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,10 @@ def _group(
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
-        overview += [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
+        if len(compared) > 1:
+            section = verdicts(pd.concat(compared), f"{id}-all")
+            runs = [one.run for one in cases if "ablation" in one.tables]
+            overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
@@ -283,13 +286,26 @@ def _run_list(page: Experiment) -> Section:
 
 def _environment(page: Experiment) -> Section:
     """What all runs recorded of their machine; a fact in which they differ shows every value."""
-    values: dict[str, dict[str, None]] = {}
-    for run in page.runs:
-        for part, prefix in (("environment", ""), ("versions", "version of "), ("weights", "weights ")):
-            for name, value in _mapping(run, part).items():
-                values.setdefault(f"{prefix}{name}", {})[str(value)] = None
-    rows = [[Cell(name), Cell(_values(name, several), "free")] for name, several in sorted(values.items())]
+    parts = {"environment": "", "versions": "version of ", "weights": "weights "}
+    facts = [(f"{prefix}{n}", v) for part, prefix in parts.items() for n, v in _recorded(page.runs, part).items()]
+    rows = [[Cell(name), Cell(_values(name, several), "free")] for name, several in sorted(facts)]
     return Section("Environment", table=Table("Environment", [Head("Fact"), Head("Value")], rows))
+
+
+def _recorded(runs: Iterable[Run], part: str) -> dict[str, list[str]]:
+    """Every value of every fact that runs recorded in a part of their meta, each once."""
+    values: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in _mapping(run, part).items():
+            values.setdefault(name, {})[str(value)] = None
+    return {name: list(several) for name, several in values.items()}
+
+
+def _difference(runs: Sequence[Run]) -> str:
+    """What sets the machines and programs of runs that stand beside each other apart, as a sentence, or ""."""
+    recorded = _recorded(runs, "versions") | _recorded(runs, "environment")
+    names = sorted(name for name, several in recorded.items() if len(several) > 1 and name not in MOMENTARY)
+    return f" These runs differ in {', '.join(names)}; how, stands under Environment." if names else ""
 
 
 def _values(name: str, several: Iterable[str]) -> str:

@@ -81,7 +81,8 @@ def measure(full: bool = False, advance: Advance = lambda _seconds: None) -> Pea
     power, today = sampler.power, datetime.now(UTC).date().isoformat()
     return peaks | {
         "under_load": {
-            "power_w": power.max_power_w, "temperature_c": power.temperature_c, "throttle": list(power.throttle),
+            "power_w": power.max_power_w, "temperature_c": power.temperature_c,
+            "throttle": None if power.throttle is None else list(power.throttle),
         },
         "measured": today,
         **({"measured_full": today} if full else {}),
