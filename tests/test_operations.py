@@ -38,6 +38,7 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fused": _fused,
     "4bit": lambda model: transforms.quantize(model, "4bit-g32"),
     "fused 8bit": lambda model: _fused(transforms.quantize(model, "8bit-g32")),
+    "rounded input": transforms.quantize_input,
 }
 CONFIGS = {
     "tiny": TransformerConfig.tiny(n_layers=3),

@@ -1,6 +1,7 @@
 """Recipes: what they mean, what is refused, and that packing by them is the same everywhere."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -415,3 +416,41 @@ def test_mixed_parts_of_a_fused_product_have_no_bytes() -> None:
     with pytest.raises(InputError, match=r"^layers\.1\.attention\.to_qkv is one product"):
         cost.step(WIDE, 64, 64, quantization=recipe, fused=("qkv",))
     cost.step(WIDE, 64, 64, quantization=recipe, fused=("gate_up",))
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["4bit", "*", "mxfp4"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["default", "group_size", "rules", "pattern", "quantization"]) | st.text(), inner
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def said(work: Callable[[], object]) -> str:
+    """The line of the InputError that `work` ends in; empty where it does not."""
+    try:
+        work()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(PLAIN)
+def test_any_value_is_a_recipe_or_one_line(asked: Any) -> None:
+    """Whatever is given for a recipe, the answer is a packing or an InputError of one printable line."""
+    assert said(lambda: packing(WIDE, asked)).isprintable()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "replace")), st.booleans())
+def test_any_file_is_a_recipe_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes, head: bool) -> None:
+    """Whatever a file holds, the answer is a recipe or an InputError of one printable line that names the file."""
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(b"rules:\n- pattern: " * head + content)
+    line = said(lambda: read(path))
+    assert (line == "" or line.startswith(str(path))) and line.isprintable(), repr(line)

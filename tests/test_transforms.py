@@ -33,6 +33,7 @@ TRANSFORMS = {
     "quantize": lambda model: transforms.quantize(model, "4bit"),
     "cast": lambda model: transforms.cast(model, "bfloat16"),
     "unfuse": transforms.unfuse,
+    "quantize_input": transforms.quantize_input,
     "fuse_qkv_copied": transforms.fuse_qkv_copied,
     "with_all_ones_mask": transforms.with_all_ones_mask,
 }

@@ -5,21 +5,27 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from zimage import backend, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.recipes import Asked
+from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import fuse_gate_up, fuse_qkv
+from zimage.transforms import fuse_gate_up, fuse_qkv, quantize_input
 from zimage.weights import load_transformer
 
 import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {"fuse_qkv": fuse_qkv, "fuse_gate_up": fuse_gate_up}
+TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+    "fuse_qkv": fuse_qkv,
+    "fuse_gate_up": fuse_gate_up,
+    **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
+}
 
 
 def step(

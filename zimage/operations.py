@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from zimage import kernels
 from zimage.errors import InputError
+from zimage.layers import clone
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
 from zimage.measure.timing import timed
 from zimage.transformer import Captions, State, Transformer, TransformerBlock, modulate, residual, rotate
-from zimage.transforms import blocks, clone
+from zimage.transforms import blocks
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from zimage import adapters, backend, recipes, transforms
+from zimage import adapters, backend, layers, recipes, transforms
 from zimage.errors import InputError, WeightsError
 from zimage.measure import memory
 from zimage.recipes import Asked, Packing
@@ -158,7 +158,7 @@ def _lazy(info: SourceInfo, wanted: Packing, target: mx.Dtype | None, lora: Lora
             _cast(layer, target)
         if path not in wanted:
             return layer
-        packed = transforms.packed(layer, wanted[path])
+        packed = layers.packed(layer, wanted[path])
         dict.clear(layer)  # MLX's modules are dicts; the weights must not outlive their packing
         return packed
 
