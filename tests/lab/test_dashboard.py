@@ -389,3 +389,22 @@ def test_no_mlx(results: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_ratios_to_different_baselines_are_not_put_side_by_side(tmp_path: Path) -> None:
+    """Where arms have baselines of their own, the panel of arms holds their errors, no ratio of one to another's."""
+    rows = [
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.4, 0.6, "faster"),
+        ("b", "c", "step", 0.9, 0.8, 1.1, "inconclusive"),
+    ]
+    errors = [
+        {"arm": arm, "metric": "relative_l2_error", "value": v} for arm, v in (("all_ones_mask", 0.01), ("c", 0.02))
+    ]
+    tables = {"ablation": fabricated.ablation(*rows), "quality": pd.DataFrame(errors)}
+    fabricated.add_experiment(tmp_path, "claims", "Which hold?", ["a" * 16])
+    fabricated.add_run(tmp_path, "claims", "a" * 16, tables)
+    dashboard.build(Store(tmp_path))
+    page = (tmp_path / "claims" / "index.html").read_text()
+    assert "relative L2 error" in page
+    assert "time ratio, step" not in page
+    assert "The baseline is grey" not in page
