@@ -190,7 +190,7 @@ def test_a_quick_look_keeps_what_only_a_full_one_finds() -> None:
 
 
 def test_a_busy_look_lowers_no_roof() -> None:
-    """A lower rate is given as it was measured, and the higher one of before kept for the runs to come, with its size."""
+    """A lower rate is given as measured, and the higher one of before kept for the runs to come, with its size."""
     quiet = _new()
     busy = _new(matmul={"float32": {"burst": 1.0, "sustained": None, "size": 256}}, copy={"burst": 2.0})
     quiet["conditions"] = {"gpu_power_limit_w": "unknown", "blas_threads": "2"}
