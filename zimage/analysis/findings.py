@@ -288,7 +288,7 @@ def _scaling(frame: pd.DataFrame | None) -> list[Finding]:
         f"calibrated at {sizes} sizes, the cost model predicts the others to {units.percent(float(held.median()))} in "
         "the median"
     )
-    numbers = f"{len(held)} sizes held out, at most {units.percent(float(held.max()))} off"
+    numbers = f"{len(held)} size{'' if len(held) == 1 else 's'} held out, at most {units.percent(float(held.max()))} off"
     return [Finding(text, "", (numbers,), f"{text} ({numbers})")]
 
 
