@@ -115,6 +115,25 @@ def test_memory_and_quality_join_the_verdict() -> None:
     assert found["8bit"].evidence[-1] == "digit accuracy 98.2 % against 98.4 % (intervals overlap)"
 
 
+def test_quality_stands_beside_the_arms_own_baseline_only() -> None:
+    """With several baselines an arm's error is never held against an arm that it was not compared with."""
+    rows = [
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.4, 0.6, "faster"),
+        ("4bit", "matmul", "matmul", 3, 2, 4, "slower"),
+    ]
+    errors = [
+        {"arm": arm, "metric": "relative_l2_error", "value": v} for arm, v in (("all_ones_mask", 0.01), ("4bit", 0.09))
+    ]
+    found = findings(stored(ablation=fabricated.ablation(*rows), quality=pd.DataFrame(errors)))
+    texts = [" ".join((one.text, *one.evidence)) for one in found]
+    assert not any("against" in text for text in texts)
+    assert [one.short for one in found] == [
+        "no_mask takes 50.0 % less time than all_ones_mask per step (40.0 to 60.0 %)",
+        "4bit takes 200.0 % more time than matmul (matmul) (100.0 to 300.0 %), relative L2 error 0.0900",
+        "all_ones_mask: relative L2 error 0.0100",
+    ]
+
+
 def test_quality_alone() -> None:
     """A table of quality without times is still a finding, with no verdict."""
     tables = stored(quality=fabricated.quantization()["quality"])

@@ -437,3 +437,47 @@ def test_the_module_tree_is_indented_by_what_holds_what() -> None:
         "the whole step", "   layers", "      layers.0", "         attention", "            to_out.0",
         "         feed_forward", "   final_layer",
     ]  # fmt: skip
+
+
+def test_ratios_to_different_baselines_are_not_put_side_by_side(tmp_path: Path) -> None:
+    """Where arms have baselines of their own, the panel of arms holds their errors, no ratio of one to another's."""
+    rows = [
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.4, 0.6, "faster"),
+        ("b", "c", "step", 0.9, 0.8, 1.1, "inconclusive"),
+    ]
+    errors = [
+        {"arm": arm, "metric": "relative_l2_error", "value": v} for arm, v in (("all_ones_mask", 0.01), ("c", 0.02))
+    ]
+    tables = {"ablation": fabricated.ablation(*rows), "quality": pd.DataFrame(errors)}
+    fabricated.add_experiment(tmp_path, "claims", "Which hold?", ["a" * 16])
+    fabricated.add_run(tmp_path, "claims", "a" * 16, tables)
+    dashboard.build(Store(tmp_path))
+    page = (tmp_path / "claims" / "index.html").read_text()
+    assert "relative L2 error" in page
+    assert "time ratio, step" not in page
+    assert "The baseline is grey" not in page
+
+
+def test_findings_beyond_the_most_are_counted_in_words(tmp_path: Path) -> None:
+    """One finding too many is `1 more finding`, two are `2 more findings`."""
+    for name, number in (("one", dashboard.ON_A_PAGE + 1), ("two", dashboard.ON_A_PAGE + 2)):
+        rows = [(f"arm{i}", "base", "step", 0.9, 0.8, 0.95, "faster") for i in range(number)]
+        fabricated.add_experiment(tmp_path, name, "Which?", [name * 5])
+        fabricated.add_run(tmp_path, name, name * 5, {"ablation": fabricated.ablation(*rows)})
+    dashboard.build(Store(tmp_path))
+    one, two = ((tmp_path / name / "index.html").read_text() for name in ("one", "two"))
+    assert "1 more finding<" in one
+    assert "2 more findings<" in two
+
+
+def test_a_busy_machine_is_said_on_the_page(tmp_path: Path) -> None:
+    """A run that started beside other work, or on a battery, has that above its findings; a quiet one has nothing."""
+    busy = {"device_type": "cpu", "cores": "2", "machine_cores": "2", "other_busy_cores": "1.9"}
+    quiet = busy | {"other_busy_cores": "0.0"}
+    for name, facts in (("busy", busy), ("quiet", quiet)):
+        fabricated.add_experiment(tmp_path, name, "How long?", [name * 3])
+        fabricated.add_run(tmp_path, name, name * 3, {"stages": fabricated.stages()}, environment=facts)
+    dashboard.build(Store(tmp_path))
+    said = "Times may be off: at the start of 1 of 1 run other work keeps 1.9 of 2 CPU cores busy."
+    assert said in (tmp_path / "busy" / "index.html").read_text()
+    assert "Times may be off" not in (tmp_path / "quiet" / "index.html").read_text()

@@ -23,7 +23,7 @@ from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
-from zimage.machine import MOMENTARY
+from zimage.machine import MOMENTARY, concerns
 
 import jinja2
 import pandas as pd
@@ -208,7 +208,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
-        "caveat": _SYNTHETIC if "synthetic" in kinds else "",
+        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *_doubts(page)],
         "findings": lines,
         "most": ON_A_PAGE,
         "problems": problems,
@@ -221,6 +221,19 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     return _render(
         "experiment.html", title=f"{page.question or page.name} · zimage", page=content, plotly_inline=inline
     )
+
+
+def _doubts(page: Experiment) -> list[str]:
+    """What the machine was doing when the runs behind the page started that makes their times doubtful."""
+    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
+    for one in page.cases:
+        facts = {name: str(value) for name, value in _mapping(one.run, "environment").items()}
+        for concern in concerns(facts)[:1]:
+            found.setdefault(concern.topic, []).append(concern.words)
+    return [
+        f"Times may be off: at the start of {len(words)} of {_runs(len(page.cases), words[0])}."
+        for words in found.values()
+    ]
 
 
 def _group(
@@ -393,7 +406,7 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ")) else text
+    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ", "calibrated ")) else text
 
 
 @cache

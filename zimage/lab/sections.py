@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zimage.analysis import plots, reading, units
-from zimage.analysis.findings import Tables, baseline_arm, verdict_of
+from zimage.analysis.findings import Tables, baseline_arm, baselines, verdict_of
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -171,16 +171,20 @@ def verdicts(frame: pd.DataFrame, id: str) -> Section:
 
 
 def by_arm(tables: Tables, id: str) -> Section | None:
-    """Time, size and quality of every arm side by side; None where no memory or quality was recorded."""
+    """Time, size and quality of every arm side by side; None where no memory or quality was recorded.
+
+    Ratios to different baselines are not put beside each other, and no baseline is grey among several.
+    """
     memory, quality, ablation = (some(tables, name) for name in ("memory", "quality", "ablation"))
     if memory is None and quality is None:
         return None
     baseline = baseline_arm(tables)
+    if len(baselines(tables)) > 1:
+        baseline = ablation = None
     charts: list[Chart] = []
     columns: list[tuple[str, dict[str, str]]] = []
     several_arms = len({*reading.arms(memory), *reading.arms(quality)}) > 1
-    # Ratios to several baselines are no column of numbers to be compared.
-    beside = ablation if ablation is not None and several_arms and ablation["baseline"].nunique() <= 1 else None
+    beside = ablation if several_arms else None
 
     def panel(name: str, values: dict[str, str], draw: Callable[[], go.Figure]) -> None:
         columns.append((name, values))
