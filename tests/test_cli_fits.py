@@ -280,6 +280,9 @@ def test_fits_refuses_what_the_model_does_not_take() -> None:
         ((512, 512, 0), InputError),
         ((512, 512, 1, 32, "float16"), InputError),
         ((512, 512, 1, 32, None, "7bit"), InputError),
+        ((512, 512, 1, 32, None, None, 0), InputError),
+        ((512, 512, 1, 32, None, None, -1), InputError),
+        ((512, 512, 1, 32, None, None, float("nan")), InputError),
     ):
         given: tuple[Any, ...] = arguments
         with pytest.raises(kind):

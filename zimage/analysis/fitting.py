@@ -4,6 +4,7 @@ Judged by what the device has in all and what it recommends to use; what is free
 take it and give it back.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from zimage import recipes
 from zimage.analysis import cost, footprint
 from zimage.analysis.footprint import DeviceKind, Footprint, Verdict
 from zimage.config import TransformerConfig
+from zimage.errors import InputError
 from zimage.recipes import Asked
 from zimage.sources import SourceInfo, describe
 
@@ -102,8 +104,10 @@ def fits(
 
     dtype and quantization are those of `load_transformer`; models says how many models' weights are held at once, and
     may be a fraction where arms share arrays; device is this process's if left out. Raises WeightsError, ConfigError or
-    InputError for a source that cannot be loaded and sizes that the model does not take.
+    InputError for a source that cannot be loaded, sizes that the model does not take, and models of 0 or less.
     """
+    if not 0 < models < math.inf:
+        raise InputError(f"models says how many models' weights are held at once, above 0; found {models!r}")
     info = source if isinstance(source, SourceInfo) else _described(source)
     info.check()
     on = Device.here() if device is None else device
