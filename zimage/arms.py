@@ -7,7 +7,7 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from zimage import backend, inputs
+from zimage import backend, fusing, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.transformer import State, Transformer
@@ -18,7 +18,14 @@ import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {"fuse_qkv": fuse_qkv, "fuse_gate_up": fuse_gate_up}
+TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+    "fuse_qkv": fuse_qkv,
+    "fuse_gate_up": fuse_gate_up,
+    "fuse_norm_rope": fusing.fuse_norm_rope,
+    "fuse_residual_norm": fusing.fuse_residual_norm,
+    "fuse_swiglu": fusing.fuse_swiglu,
+    "wide_dequantize": fusing.wide_dequantize,
+}
 
 
 def step(

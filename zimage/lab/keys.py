@@ -53,7 +53,8 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     digests = {"notebook": _digest(*notebook.code), "sources": sources_digest()}
     if weights is not None:
         digests["weights"] = weights.digest
-    chosen = {k: v for k, v in facts.items() if k in ("device", "mlx", "driver", "blas") or k.startswith("MLX_")}
+    named = ("device", "mlx", "driver", "blas", "kernels")
+    chosen = {k: v for k, v in facts.items() if k in named or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
     return Identity(
         _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH], digests, weights, facts
