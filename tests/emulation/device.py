@@ -46,7 +46,7 @@ class Device:
         assert all(t % g == 0 for t, g in zip(launch.threads, launch.group, strict=True))
         command = [str(program), *map(str, (x, y, launch.group[0], *sizes))]
         done = subprocess.run(command, input=bytes(data), capture_output=True, check=False, timeout=60)
-        assert done.returncode == 0, f"status {done.returncode}: {done.stderr.decode()}"
+        assert done.returncode == 0, f"the kernel ended with {done.returncode}: {done.stderr.decode()}"
         found, at = [], 0
         for shape, dtype, size in zip(launch.shapes, launch.dtypes, sizes, strict=True):
             values = np.frombuffer(done.stdout[at : at + size], ITEM[dtype]).reshape(shape)
@@ -59,7 +59,15 @@ class Device:
         program = self.folder / f"{kernel.name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
         if not program.exists():
             program.with_suffix(".cpp").write_text(source)
-            flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-Wno-attributes", f"-I{HERE}"]
+            flags = [
+                "-std=c++20",
+                "-O1",
+                "-fsanitize=alignment,bounds,shift",
+                "-fno-sanitize-recover=all",
+                "-Wno-unknown-pragmas",
+                "-Wno-attributes",
+                f"-I{HERE}",
+            ]
             command = [str(COMPILER), *flags, str(program.with_suffix(".cpp")), "-o", str(program)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
             assert done.returncode == 0, done.stderr
