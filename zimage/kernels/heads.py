@@ -59,16 +59,15 @@ _BODY = r"""
     const bool is_query = head < queries;
     const bool is_key = !is_query && head < queries + keys;
     float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    if (is_query) {
-      zimage::load8(
-          q + item * q_strides[0] + token * q_strides[1] + head * q_strides[2] + first * q_strides[3],
-          q_strides[3],
-          v);
-    } else if (is_key) {
-      zimage::load8(
-          k + item * k_strides[0] + token * k_strides[1] + (head - queries) * k_strides[2] + first * k_strides[3],
-          k_strides[3],
-          v);
+    auto from = q + item * q_strides[0] + token * q_strides[1] + head * q_strides[2] + first * q_strides[3];
+    auto to = q_out + (int64_t(group_index) * queries + head) * D + first;
+    if (is_key) {
+      const int own = head - queries;
+      from = k + item * k_strides[0] + token * k_strides[1] + own * k_strides[2] + first * k_strides[3];
+      to = k_out + (int64_t(group_index) * keys + own) * D + first;
+    }
+    if (is_query || is_key) {
+      zimage::load8(from, is_query ? q_strides[3] : k_strides[3], v);
     }
     float sum = 0;
     for (int i = 0; i < 8; ++i) {
@@ -84,10 +83,8 @@ _BODY = r"""
       v[2 * i] = a * cosine[i] - b * sine[i];
       v[2 * i + 1] = a * sine[i] + b * cosine[i];
     }
-    if (is_query) {
-      zimage::store8(q_out + (int64_t(group_index) * queries + head) * D + first, v);
-    } else if (is_key) {
-      zimage::store8(k_out + (int64_t(group_index) * keys + head - queries) * D + first, v);
+    if (is_query || is_key) {
+      zimage::store8(to, v);
     }
   }
 """
