@@ -27,7 +27,7 @@ from zimage.quantization import Quantization
 
 Kind = Literal["matmul", "attention", "elementwise"]
 BYTES = {"bfloat16": 2, "float32": 4}
-FUSIONS = ("qkv", "gate_up")
+FUSIONS = ("qkv", "gate_up", "norm_rope", "residual_norm")
 UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
 
 # FLOPs an element
@@ -122,12 +122,14 @@ def step(
     """Every operation of one step in the order of the forward pass, for images of `height` x `width` pixels.
 
     `caption_tokens` is one count for all items or one for each. `quantization` packs the linear layers of all blocks
-    alike, as `transforms.quantize` does. `fused` may hold "qkv" (one `to_qkv` instead of three projections) and
-    "gate_up" (one `w13` instead of two). Raises InputError or ConfigError for what the model does not take.
+    alike, as `transforms.quantize` does. `fused` may hold "qkv" (one `to_qkv` instead of three projections), "gate_up"
+    (one `w13` instead of two), "norm_rope" (`qk_norm_rope` instead of QK norm and RoPE) and "residual_norm"
+    (`attention_residual_norm` instead of `attention_residual` and `ffn_norm1`). Raises InputError or ConfigError for
+    what the model does not take.
     """
     found, patch = token_lengths(config, height, width, batch, caption_tokens, patch_size)
     if not isinstance(fused, (list, tuple)) or any(name not in FUSIONS for name in fused):
-        raise InputError(f"fused must be a list of {' and '.join(FUSIONS)}, found {fused!r}")
+        raise InputError(f"fused must be a list of {', '.join(FUSIONS)}, found {fused!r}")
     packing = quantization
     if not (packing is None or isinstance(packing, Quantization)):
         packing = Quantization.parse(packing)
@@ -245,8 +247,11 @@ class _Step:
             )
         self._norm_in(stage, "attention_norm1", rows, modulation)
         self._attention(stage, length, table_items, masked)
-        self._residual(stage, "attention_residual", "attention_norm2", rows, modulation)
-        self._norm_in(stage, "ffn_norm1", rows, modulation)
+        if "residual_norm" in self.fused:
+            self._residual_norm(stage, rows, modulation)
+        else:
+            self._residual(stage, "attention_residual", "attention_norm2", rows, modulation)
+            self._norm_in(stage, "ffn_norm1", rows, modulation)
         self._feed_forward(stage, rows)
         self._residual(stage, "ffn_residual", "ffn_norm2", rows, modulation)
 
@@ -263,6 +268,13 @@ class _Step:
         moved = 3 * rows * D + gates
         self._elementwise(stage, operation, flops * rows * D, moved, parameters=D, module=f"{stage}.{norm}")
 
+    def _residual_norm(self, stage: str, rows: int, modulation: bool) -> None:
+        """Both at once: the sum is written, but not read again for its norm."""
+        D = self.config.dim
+        flops = 2 * RMS_NORM + ADD + (2 * SCALE if modulation else 0)
+        moved = 4 * rows * D + (2 * self.batch * D if modulation else 0)
+        self._elementwise(stage, "attention_residual_norm", flops * rows * D, moved, parameters=2 * D, module=stage)
+
     def _attention(self, stage: str, length: int, table_items: int, masked: bool) -> None:
         config, B, path = self.config, self.batch, f"{stage}.attention"
         D, head, rows = config.dim, config.head_dim, B * length
@@ -274,10 +286,16 @@ class _Step:
         for name, width in projections:
             self._linear(stage, name, f"{path}.{name}", rows, D, width, packed=True)
         turned = rows * (queries + keys)
-        if config.qk_norm:
-            self._elementwise(stage, "qk_norm", RMS_NORM * turned, 2 * turned, parameters=2 * head, module=path)
         tables = 4 * table_items * length * head
-        self._elementwise(stage, "rope", ROPE * turned, 2 * turned, other_bytes=tables, module=path)
+        if config.qk_norm and "norm_rope" in self.fused:
+            flops = (RMS_NORM + ROPE) * turned
+            self._elementwise(
+                stage, "qk_norm_rope", flops, 2 * turned, parameters=2 * head, other_bytes=tables, module=path
+            )
+        else:
+            if config.qk_norm:
+                self._elementwise(stage, "qk_norm", RMS_NORM * turned, 2 * turned, parameters=2 * head, module=path)
+            self._elementwise(stage, "rope", ROPE * turned, 2 * turned, other_bytes=tables, module=path)
         flops = 2 * 2 * B * config.n_heads * length * length * head
         moved = 2 * rows * (queries + keys) + (rows if masked else 0)
         self._write(stage, "sdpa", "attention", flops, moved * self.item, 0, 0, path)
