@@ -8,8 +8,8 @@ from tests.parity.cases import relative_l2
 from tests.test_transforms import FUSIONS, arrays, error, run, same_bits
 from zimage import adapters, transforms, weights
 from zimage.errors import InputError, WeightsError
+from zimage.layers import AdaptedLinear, clone
 from zimage.transformer import Transformer, count_parameters, weight_bytes
-from zimage.transforms import AdaptedLinear
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -273,7 +273,7 @@ def test_updates_have_the_models_dtype(whole: Path) -> None:
 def test_a_clone_has_the_same_updates(whole: Path) -> None:
     """A clone of an adapted, fused model holds the same arrays and can be unfused."""
     adapted = FUSIONS["both"](transforms.adapt(model("4bit"), [(whole, 1.0)]))
-    copy = transforms.clone(adapted)
+    copy = clone(adapted)
     assert all(arrays(copy)[name] is array for name, array in arrays(adapted).items())
     assert same_bits(arrays(transforms.unfuse(copy)), arrays(transforms.unfuse(adapted)))
 

@@ -86,6 +86,7 @@ def test_an_arm_by_names_is_the_loaded_one(scope: str, model: Transformer, examp
     fused = transforms.fuse_gate_up(transforms.fuse_qkv(model))
     names = ["fuse_qkv", "fuse_gate_up"]
     work = arms.step(SOURCE, "float32", transforms=names, device="cpu", scope=scope, **SIZES)
+    assert list(arms.TRANSFORMS)[:2] == names
     assert same(work(), arms.scopes(fused, example)[scope]())
 
 

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
-    {"config", "errors", "lengths", "quantization"},
+    {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
     {"measure", "backend", "blas", "doctor", "machine", "sensors", "trust"},
     {"sources", "hub"},
-    {"adapters"},
-    {"kernels", "rope", "patchify"},
-    {"transformer"},
+    {"adapters", "recipes", "recipe_files"},
+    {"kernels", "rope", "patchify", "rounding"},
+    {"transformer", "layers"},
     {"transforms", "fusing"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},
@@ -34,18 +34,8 @@ ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
-    *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks"),
-    *(
-        "analysis",
-        "lab.store",
-        "lab.dashboard",
-        "lab.claims",
-        "measure.statistics",
-        "measure.samples",
-        "measure.comparison",
-    ),
-    *("quantization", "sources", "hub", "adapters"),
-    *("quantization", "lengths", "sources", "hub", "adapters"),
+    *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
+    *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "lengths", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000

@@ -314,6 +314,27 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
         assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
 
 
+@pytest.mark.parametrize(
+    ("parameter", "value", "words"),
+    [("blocks", '["layers.9"]', "no block"), ("capture", "nonsense", "name it nonsense")],
+)
+def test_the_profile_refuses_before_it_measures(parameter: str, value: str, words: str, tmp_path: Path) -> None:
+    """A block that the model lacks and a capture that cannot be taken end the run before any time was taken."""
+    path = ROOT / "notebooks" / "profile_layers.ipynb"
+    assert zimage_run(path, tmp_path, **{parameter: value}, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("profile_layers")
+    assert words in run.meta["error"]
+    assert "stages" not in run.tables()
+
+
+def test_three_sizes_are_calibrated_with_and_none_is_held_out(tmp_path: Path) -> None:
+    """scaling completes with the three sizes that it needs, and says nothing of errors that it has not measured."""
+    path = ROOT / "notebooks" / "scaling.ipynb"
+    assert zimage_run(path, tmp_path, sizes="[[8, 8, 1, 1], [16, 16, 1, 1], [16, 16, 2, 1]]", **LEAST) == 0
+    (run,) = Store(tmp_path).runs("scaling")
+    assert list(run.table("scaling")["use"]) == ["calibration"] * 3
+
+
 def test_loading_writes_a_synthetic_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source without files is written as bfloat16 and loaded from there; nothing of it is left behind."""
     scratch = tmp_path / "scratch"

@@ -38,6 +38,7 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fused": _fused,
     "4bit": lambda model: transforms.quantize(model, "4bit-g32"),
     "fused 8bit": lambda model: _fused(transforms.quantize(model, "8bit-g32")),
+    "rounded input": transforms.quantize_input,
 }
 CONFIGS = {
     "tiny": TransformerConfig.tiny(n_layers=3),
@@ -334,3 +335,14 @@ def test_a_block_without_modulation_is_timed_among_others_without_theirs() -> No
     )
     assert found.sets["block"] > len(model.context_refiner)
     assert ("context_refiner.0", "adaln") not in found.by_operation()
+
+
+@pytest.mark.parametrize("stages", [[], ["layers.9"], ["layers.0", "layes.1"], [1], ["final_layer"]])
+def test_what_is_no_block_is_refused(stages: list[object]) -> None:
+    """One wrong name among others, no name at all and what is no name are refused with the names there are."""
+    model = zimage.load_transformer("digits")
+    with pytest.raises(
+        InputError, match=r"no block of this model; it has noise_refiner\.0, context_refiner\.0, layers\.0"
+    ):
+        operations.require_blocks(model, stages)
+    operations.require_blocks(model, ["layers.2", "context_refiner.0"])

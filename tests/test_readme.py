@@ -8,9 +8,11 @@ import tomllib
 from pathlib import Path
 
 from tests.parity.cases import CASES
-from zimage import cli, digits
+from zimage import cli, digits, recipes
+from zimage.config import TransformerConfig
 from zimage.digits import picture
 from zimage.lab import experiment
+from zimage.sources import describe
 from zimage.weights import load_transformer
 
 import numpy as np
@@ -39,12 +41,24 @@ def test_the_python_code_runs() -> None:
 
 def test_the_experiment_is_valid(tmp_path: Path) -> None:
     """The README's experiment file passes validation, in full and with its quick switch."""
-    (text,) = blocks("yaml")
+    (text,) = (block for block in blocks("yaml") if block.startswith("kind: experiment"))
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     path = tmp_path / "e.yaml"
     path.write_text(text)
     asked = experiment.read(path)
     assert [len(asked.plan(quick=quick)) for quick in (False, True)] == [3, 1]
+
+
+def test_the_recipe_is_valid(tmp_path: Path) -> None:
+    """The README's recipe can be read, and packs the shipped and the published model in the ways that it names."""
+    (text,) = (block for block in blocks("yaml") if block.startswith("default:"))
+    path = tmp_path / "mixed.yaml"
+    path.write_text(text)
+    for config in (describe("digits").config, TransformerConfig.turbo()):
+        found = recipes.packing(config, path)
+        assert {str(packing) for packing in found.values()} == {"4bit", "8bit-g32", "mxfp8"}
+        assert str(found["layers.2.feed_forward.w2"]) == "8bit-g32"
+        assert not any("adaLN" in path for path in found)
 
 
 def test_ci_runs_the_readmes_commands() -> None:

@@ -33,6 +33,7 @@ TRANSFORMS = {
     "quantize": lambda model: transforms.quantize(model, "4bit"),
     "cast": lambda model: transforms.cast(model, "bfloat16"),
     "unfuse": transforms.unfuse,
+    "quantize_input": transforms.quantize_input,
     "fuse_qkv_copied": transforms.fuse_qkv_copied,
     "with_all_ones_mask": transforms.with_all_ones_mask,
 }
@@ -288,7 +289,7 @@ def test_quantization_names(name: str, wanted: Quantization) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "4", "bit", "7bit", "1bit", "16bit", "4bit-g16", "4bit-g", "4BIT", " 4bit", "4bit\n", "mxfp4-g32", "int4",
-     None, 4, ["4bit"], {"default": "4bit"}],
+     None, 4, ["4bit"]],
     ids=repr,
 )  # fmt: skip
 def test_other_quantization_names_are_refused(name: object) -> None:

@@ -5,13 +5,16 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from zimage import backend, fusing, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
+from zimage.recipes import Asked
+from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import fuse_gate_up, fuse_qkv
+from zimage.transforms import fuse_gate_up, fuse_qkv, quantize_input
 from zimage.weights import load_transformer
 
 import mlx.core as mx
@@ -25,13 +28,14 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
+    **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
 
 
 def step(
     source: str,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantization: Asked | None = None,
     transforms: Sequence[str] = (),
     height: int = 1024,
     width: int = 1024,

@@ -109,7 +109,7 @@ def judge(measured: Mapping[str, Any], prepared: backend.Prepared, facts: Mappin
         Check(name, "warn", value, advice) if slow and name == "Matmul float32" else Check(name, "ok", value)
         for name, value in peaks.lines(measured)
     ]
-    reasons = measured["under_load"]["throttle"]
+    reasons = measured["under_load"]["throttle"] or ()
     if set(reasons) & set(sensors.ALARMING):
         advice = "timings sag: check its cooling and power supply: nvidia-smi -q -d PERFORMANCE"
         found.append(Check("Clocks", "warn", f"reduced while measuring: {', '.join(reasons)}", advice))

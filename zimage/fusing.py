@@ -13,8 +13,9 @@ from zimage.kernels.heads import QK_NORM_ROPE
 from zimage.kernels.native import Kernel
 from zimage.kernels.packed import DEQUANTIZE
 from zimage.kernels.stream import RESIDUAL_NORM_MODULATE
+from zimage.layers import clone
 from zimage.transformer import Transformer, TransformerBlock
-from zimage.transforms import blocks, clone
+from zimage.transforms import blocks
 
 import mlx.nn as nn
 

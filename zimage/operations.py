@@ -13,11 +13,12 @@ from zimage.errors import InputError
 from zimage.kernels.heads import rotate
 from zimage.kernels.native import Kernel
 from zimage.kernels.stream import modulate, residual
+from zimage.layers import clone
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
 from zimage.measure.timing import timed
 from zimage.transformer import Captions, State, Transformer, TransformerBlock
-from zimage.transforms import blocks, clone
+from zimage.transforms import blocks
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -231,6 +232,14 @@ def times(
     )
 
 
+def require_blocks(model: Transformer, stages: Sequence[object]) -> None:
+    """Raise InputError unless there is at least one, and each is the name of one of the model's blocks."""
+    known = [name for name, _ in blocks(model)]
+    for stage in stages or ["nothing"]:
+        if stage not in known:
+            raise InputError(f"{stage!r} is no block of this model; it has {', '.join(known)}")
+
+
 def stage_prefix(model: Transformer, example: Example) -> tuple[list[str], Callable[[int], list[mx.array]]]:
     """Names of the model's stages, and `run(k)` that builds the first k: what the prefix view and memory take."""
     stages = model.stages(*example)
@@ -327,8 +336,7 @@ def _turned(inputs: Values, i: int) -> Values:
 
 def _inputs_of(model: Transformer, example: Example, stage: str) -> Values:
     """The arrays that the block which is the stage called `stage` is called with in model(*example), computed."""
-    if stage not in dict(blocks(model)):
-        raise InputError(f"{stage!r} is no block of this model; it has {', '.join(name for name, _ in blocks(model))}")
+    require_blocks(model, [stage])
     part, _, index = stage.partition(".")
     given: list[mx.array | None] = []
 

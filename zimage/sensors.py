@@ -31,14 +31,17 @@ ALARMING = ("hardware slowdown", "thermal slowdown", "hardware thermal slowdown"
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at a meter: watts, joules since some time in the past, clocks in Hz, degrees Celsius."""
+    """One look at a meter: watts, joules since some time in the past, clocks in Hz, degrees Celsius.
+
+    throttle: why clocks are reduced; empty where nothing reduces them, None where that is not told.
+    """
 
     power_w: float | None = None
     energy_j: float | None = None
     clock_hz: float | None = None
     memory_clock_hz: float | None = None
     temperature_c: float | None = None
-    throttle: tuple[str, ...] = ()
+    throttle: tuple[str, ...] | None = None
 
 
 class Meter(Protocol):
@@ -73,7 +76,7 @@ class NvidiaGpu:
             self._number("nvmlDeviceGetClockInfo", 1, scale=1e6),  # NVML_CLOCK_SM
             self._number("nvmlDeviceGetClockInfo", 2, scale=1e6),  # NVML_CLOCK_MEM
             self._number("nvmlDeviceGetTemperature", 0, scale=1.0),  # NVML_TEMPERATURE_GPU
-            self.throttle() or (),
+            self.throttle(),
         )
 
     def _power_w(self) -> float | None:

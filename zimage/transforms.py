@@ -6,12 +6,23 @@ Each returns a new model that shares the arrays it did not touch, and leaves its
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from zimage import adapters
+from zimage import adapters, recipes, rounding
 from zimage.errors import InputError
-from zimage.kernels import QuantizedLinear
+from zimage.layers import (
+    LINEAR,
+    AdaptedLinear,
+    adopt,
+    as_class,
+    clone,
+    input_width,
+    packed,
+    split_rows,
+    stack_rows,
+)
 from zimage.quantization import Quantization, entry
+from zimage.recipes import Asked
 from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
 
 import mlx.core as mx
@@ -19,7 +30,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-_T = TypeVar("_T")
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -28,8 +38,8 @@ class FusedQKVAttention(Attention):
 
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
-        _adopt(self, attention, without=("to_q", "to_k", "to_v"))
-        self.to_qkv = _stack_rows([attention.to_q, attention.to_k, attention.to_v])
+        adopt(self, attention, without=("to_q", "to_k", "to_v"))
+        self.to_qkv = stack_rows([attention.to_q, attention.to_k, attention.to_v])
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         B, L, _ = x.shape
@@ -40,9 +50,9 @@ class FusedQKVAttention(Attention):
     def unfused(self) -> Attention:
         """The same attention with three projections again."""
         plain = Attention.__new__(Attention)
-        _adopt(plain, self, without=("to_qkv",))
+        adopt(plain, self, without=("to_qkv",))
         rows = [self.n_heads * self.head_dim, *[self.n_kv_heads * self.head_dim] * 2]
-        plain.to_q, plain.to_k, plain.to_v = _split_rows(self.to_qkv, rows)
+        plain.to_q, plain.to_k, plain.to_v = split_rows(self.to_qkv, rows)
         return plain
 
 
@@ -59,8 +69,8 @@ class FusedGateUpFeedForward(FeedForward):
 
     def __init__(self, feed_forward: FeedForward) -> None:
         nn.Module.__init__(self)
-        _adopt(self, feed_forward, without=("w1", "w3"))
-        self.w13 = _stack_rows([feed_forward.w1, feed_forward.w3])
+        adopt(self, feed_forward, without=("w1", "w3"))
+        self.w13 = stack_rows([feed_forward.w1, feed_forward.w3])
 
     def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
         gate, up = mx.split(self.w13(x), 2, axis=-1)
@@ -69,8 +79,8 @@ class FusedGateUpFeedForward(FeedForward):
     def unfused(self) -> FeedForward:
         """The same feed-forward with separate gate and up projections again."""
         plain = FeedForward.__new__(FeedForward)
-        _adopt(plain, self, without=("w13",))
-        plain.w1, plain.w3 = _split_rows(self.w13, [self.w13.weight.shape[0] // 2] * 2)
+        adopt(plain, self, without=("w13",))
+        plain.w1, plain.w3 = split_rows(self.w13, [self.w13.weight.shape[0] // 2] * 2)
         return plain
 
 
@@ -86,31 +96,6 @@ class MaskedTransformerBlock(TransformerBlock):
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
 def _all_ones(length: int) -> mx.array:
     return mx.array(np.ones((1, 1, 1, length), dtype=np.bool_))
-
-
-class AdaptedLinear(QuantizedLinear):
-    """A quantized layer with a low-rank update beside it: y = layer(x) + (x lora_down^T) lora_up^T.
-
-    lora_down [R, in] and lora_up [out, R] hold several updates one after the other; the layer is otherwise as it was.
-    `ranks` says how R is shared out to the projections that were fused into this layer.
-    """
-
-    def __init__(self, layer: QuantizedLinear, down: mx.array, up: mx.array, ranks: tuple[int, ...] = ()) -> None:
-        nn.Module.__init__(self)
-        _adopt(self, layer, without=())
-        self.lora_down, self.lora_up = down, up
-        self.freeze()
-        object.__setattr__(self, "ranks", ranks)  # MLX would take a tuple for parameters
-
-    def __call__(self, x: mx.array) -> mx.array:
-        inner = x @ self.lora_down.T.astype(x.dtype)
-        return super().__call__(x) + inner @ self.lora_up.T.astype(x.dtype)
-
-    def without_update(self) -> QuantizedLinear:
-        """The quantized layer alone."""
-        layer = QuantizedLinear.__new__(QuantizedLinear)
-        _adopt(layer, self, without=("lora_down", "lora_up"))
-        return layer
 
 
 def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Transformer:
@@ -163,14 +148,14 @@ def merged(weight: mx.array, updates: Sequence[adapters.Update]) -> mx.array:
 
 def _beside(layer: Any, updates: Sequence[adapters.Update], dtype: mx.Dtype) -> AdaptedLinear:
     """A quantized layer with these updates beside it, after those that it has."""
-    downs, ups = [], []
+    old, downs, ups = layer, [], []
     if isinstance(layer, AdaptedLinear):
         downs, ups, layer = [layer.lora_down], [layer.lora_up], layer.without_update()
     for update in updates:
         down, up = update.values()
         downs.append(mx.array(down).astype(dtype))
         ups.append(mx.array(up).astype(dtype))
-    return AdaptedLinear(layer, mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=1))
+    return rounding.like(old, AdaptedLinear(layer, mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=1)))
 
 
 def fuse_qkv(model: Transformer) -> Transformer:
@@ -188,7 +173,7 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
     """
     new = fuse_qkv(model)
     for _, block in blocks(new):
-        block.attention = _as_class(CopiedQKVAttention, block.attention)
+        block.attention = as_class(CopiedQKVAttention, block.attention)
     return new
 
 
@@ -199,7 +184,7 @@ def with_all_ones_mask(model: Transformer) -> Transformer:
     """
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
-        new[part] = [_as_class(MaskedTransformerBlock, block) for block in new[part]]
+        new[part] = [as_class(MaskedTransformerBlock, block) for block in new[part]]
     return new
 
 
@@ -214,9 +199,13 @@ def fuse_gate_up(model: Transformer) -> Transformer:
 def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:
     """The model with the module called `part` of every block in its fused form."""
     new = clone(model)
-    for _, block in blocks(new):
-        if not isinstance(block[part], fused):
+    for path, block in blocks(new):
+        if isinstance(block[part], fused):
+            continue
+        try:
             block[part] = fused(block[part])
+        except InputError as error:
+            raise InputError(f"{path}.{part}: {error}") from None
     mx.eval(new.parameters())
     return new
 
@@ -232,33 +221,27 @@ def unfuse(model: Transformer) -> Transformer:
     return plain
 
 
-def quantize(model: Transformer, quantization: str) -> Transformer:
-    """The linear layers of all blocks with packed weights; embedders, norms and the final layer stay as they are.
+def quantize(model: Transformer, recipe: Asked) -> Transformer:
+    """The linear layers of the blocks with packed weights; embedders, norms and the final layer stay as they are.
 
-    `quantization` is a name: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and "4bit-g128" for other
-    groups), "mxfp4", "nvfp4" or "mxfp8". Raises InputError for other names, for a model that is
-    quantized already, and where a layer's input width is not divisible by the group size.
+    `recipe` is a name, which packs all of them alike: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and
+    "4bit-g128" for other groups), "mxfp4", "nvfp4" or "mxfp8"; or it says layer by layer: a recipe's file or dict, see
+    `zimage.recipes`. Raises InputError for other names and bad recipes, for layers that are quantized already, where
+    a layer's sizes do not allow its packing, and where the parts of a fused layer are to be packed differently.
     """
-    wanted = Quantization.parse(quantization)
+    wanted = recipes.packing(model.config, recipes.read(recipe))
     quantized = clone(model)
-    require_packable(quantized, wanted)
-    for _, block in blocks(quantized):
-        pack(block, lambda _path, _linear: wanted)
+    chosen = {}
+    for path, block in blocks(quantized):
+        for name, layer in block.named_modules():
+            found = recipes.of_layer(wanted, f"{path}.{name}") if isinstance(layer, LINEAR) else None
+            if found is not None and isinstance(layer, nn.QuantizedLinear):
+                raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
+            chosen[f"{path}.{name}"] = found
+    for path, block in blocks(quantized):
+        pack(block, lambda name, _, path=path: chosen[f"{path}.{name}"])  # type: ignore[misc]
         mx.eval(block.parameters())
     return quantized
-
-
-def require_packable(model: Transformer, wanted: Quantization) -> None:
-    """Raise InputError where a linear layer of a block is packed already or the group does not divide its width."""
-    for path, block in blocks(model):
-        for name, linear in block.named_modules():
-            if isinstance(linear, nn.QuantizedLinear):
-                raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
-            if isinstance(linear, nn.Linear) and linear.weight.shape[1] % wanted.group_size:
-                raise InputError(
-                    f"{path}.{name}: input width {linear.weight.shape[1]} is not divisible by the group size "
-                    f"{wanted.group_size} of {wanted}; use a smaller group"
-                )
 
 
 def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | None]) -> None:
@@ -274,9 +257,37 @@ def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | No
     module.update_modules(tree_map_with_path(chosen, module.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
-def packed(linear: nn.Linear, wanted: Quantization) -> QuantizedLinear:
-    """The layer with packed weights, unevaluated. Raises ValueError where MLX cannot pack it so."""
-    return QuantizedLinear.from_linear(linear, wanted.group_size, wanted.bits, mode=wanted.mode)
+def quantize_input(model: Transformer, mode: str = "int8") -> Transformer:
+    """The model whose linear layers in blocks round the activations that enter them; emulated on every device.
+
+    mode: "int8" (symmetric) or "fp8" (E4M3) with a scale a token, or MLX's "mxfp8" or "nvfp4"; `rounding` says how. The
+    rounding error is faithful, the time is not that of a device with such products. Weights stay as they are, packed or
+    not, and so does what is saved. Raises InputError for other modes, for layers that round their input already, and
+    where a format does not divide a layer's input width.
+    """
+    rounding.require_mode(mode)
+    new = clone(model)
+    for path, block in blocks(new):
+        for name, layer in block.named_modules():
+            if not isinstance(layer, LINEAR):
+                continue
+            if rounding.mode_of(layer) is not None:
+                raise InputError(f"{path}.{name} rounds its input already, to {rounding.mode_of(layer)}")
+            rounding.require_width(f"{path}.{name}", input_width(layer), mode)
+        block.update_modules(
+            tree_map_with_path(
+                lambda _, layer: rounding.rounded(layer, mode) if isinstance(layer, LINEAR) else layer,
+                block.leaf_modules(),
+                is_leaf=nn.Module.is_module,
+            )
+        )
+    return new
+
+
+def input_quantization_of(model: Transformer) -> dict[str, Any] | None:
+    """How activations that enter linear layers are rounded, and that this is emulated; None where they are not."""
+    modes = sorted({mode for layer in model.modules() if (mode := rounding.mode_of(layer)) is not None})
+    return {"mode": ", ".join(modes), "emulated": rounding.EMULATED} if modes else None
 
 
 def cast(model: Transformer, dtype: str) -> Transformer:
@@ -311,104 +322,22 @@ def blocks(model: Transformer) -> Iterator[tuple[str, TransformerBlock]]:
             yield f"{part}.{i}", block
 
 
-def clone(value: _T) -> _T:
-    """A copy of a module, or of a list or dict of modules, whose arrays are the same objects."""
-    if isinstance(value, nn.Module):
-        new = value.__class__.__new__(value.__class__)
-        dict.update(new, {k: clone(v) for k, v in value.items()})
-        new.__dict__.update({k: set(v) if isinstance(v, set) else v for k, v in value.__dict__.items()})
-        return new
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}  # type: ignore[return-value]
-    if isinstance(value, list):
-        return [clone(v) for v in value]  # type: ignore[return-value]
-    return value
-
-
-def _as_class(kind: type[_T], module: nn.Module) -> _T:
-    """A module of class `kind` with the attributes and children of `module`."""
-    new = kind.__new__(kind)
-    _adopt(new, module, without=())
-    return new
-
-
-def _adopt(new: nn.Module, old: nn.Module, without: tuple[str, ...]) -> None:
-    """Make `new`, an empty module, have the attributes and children of `old` but for some."""
-    new.__dict__.update(clone(old).__dict__)
-    dict.update(new, {name: child for name, child in old.items() if name not in without})
-
-
-def _stack_rows(layers: list[Any]) -> Any:
-    """One linear layer whose output is the outputs of `layers`, one after the other."""
-    first = layers[0]
-    for other in layers[1:]:
-        if _kind(other) != _kind(first):
-            raise InputError(
-                "projections of one fused group must be stored alike, "
-                f"found {_kind(first)} beside {_kind(other)}; quantize them the same way or not at all"
-            )
-    bare = [_bare(layer) for layer in layers]
-    fused = clone(bare[0])
-    for name, array in fused.items():
-        if isinstance(array, mx.array):
-            fused[name] = mx.concatenate([layer[name] for layer in bare], axis=0)
-    ranks = [layer.lora_down.shape[0] if isinstance(layer, AdaptedLinear) else 0 for layer in layers]
-    if not any(ranks):
-        return fused
-    # Each part's output takes its own part of the inner activations only: a block-diagonal lora_up.
-    downs = [layer.lora_down for layer in layers if isinstance(layer, AdaptedLinear)]
-    ups, before = [], 0
-    for layer, rank in zip(layers, ranks, strict=True):
-        up = layer.lora_up if rank else mx.zeros((layer.scales.shape[0], 0), downs[0].dtype)
-        ups.append(mx.pad(up, [(0, 0), (before, sum(ranks) - before - rank)]))
-        before += rank
-    return AdaptedLinear(fused, mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=0), tuple(ranks))
-
-
-def _split_rows(fused: Any, rows: list[int]) -> list[Any]:
-    """The linear layers that `_stack_rows` made one of, with `rows` outputs each."""
-    bare, ranks = _bare(fused), fused.ranks if isinstance(fused, AdaptedLinear) else (0,) * len(rows)
-    layers = []
-    row = column = 0
-    for count, rank in zip(rows, ranks, strict=True):
-        layer = clone(bare)
-        for name, array in bare.items():
-            if isinstance(array, mx.array):
-                layer[name] = array[row : row + count]
-        if rank:
-            inner = slice(column, column + rank)
-            layer = AdaptedLinear(layer, fused.lora_down[inner], fused.lora_up[row : row + count, inner])
-        layers.append(layer)
-        row, column = row + count, column + rank
-    return layers
-
-
-def _bare(layer: Any) -> Any:
-    return layer.without_update() if isinstance(layer, AdaptedLinear) else layer
-
-
-def _kind(layer: Any) -> str:
-    if isinstance(layer, nn.QuantizedLinear):
-        return f"{layer.mode} {layer.bits} bits, group {layer.group_size}, scales {_dtype(layer.scales)}"
-    return _dtype(layer.weight)
-
-
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
-
-
 def quantization_of(model: Transformer) -> dict[str, Any] | None:
     """The `quantization` entry of a saved model's config, as mlx-lm writes it: one for all layers, or an entry a layer.
 
-    None where no layer is quantized.
+    Layers have the paths under which they are saved, unfused. None where no layer is quantized.
     """
-    return entry(
-        {
-            path: Quantization(layer.mode, layer.bits, layer.group_size)
-            for path, layer in model.named_modules()
-            if isinstance(layer, nn.QuantizedLinear)
-        }
-    )
+    return entry(packing_of(model))
+
+
+def packing_of(model: Transformer) -> dict[str, Quantization]:
+    """How each quantized layer is packed, by its published path; the parts of a fused layer are each there."""
+    return {
+        part: Quantization(layer.mode, layer.bits, layer.group_size)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.QuantizedLinear)
+        for part in recipes.published_paths(path)
+    }
 
 
 def tensors(model: Transformer) -> dict[str, mx.array]:

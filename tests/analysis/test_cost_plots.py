@@ -69,6 +69,12 @@ def test_empty_and_null_tables_give_figures(name: str, draw: Callable[[pd.DataFr
         json.loads(draw(stored(name, frame)).to_json())
 
 
+def test_a_size_without_a_side_has_a_name() -> None:
+    """A row that does not say how large the picture was is named all the same."""
+    row = {"height": 64.0, "width": math.nan, "batch": 2.0, "caption_tokens": None}
+    assert cost_plots.size_name(row) == "64 x ? px, batch 2"  # type: ignore[arg-type]
+
+
 def test_labels_are_plain_text() -> None:
     """Names out of a table never become markup."""
     hostile = "<b>x</b>"

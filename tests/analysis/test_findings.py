@@ -115,6 +115,25 @@ def test_memory_and_quality_join_the_verdict() -> None:
     assert found["8bit"].evidence[-1] == "digit accuracy 98.2 % against 98.4 % (intervals overlap)"
 
 
+def test_quality_stands_beside_the_arms_own_baseline_only() -> None:
+    """With several baselines an arm's error is never held against an arm that it was not compared with."""
+    rows = [
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.4, 0.6, "faster"),
+        ("4bit", "matmul", "matmul", 3, 2, 4, "slower"),
+    ]
+    errors = [
+        {"arm": arm, "metric": "relative_l2_error", "value": v} for arm, v in (("all_ones_mask", 0.01), ("4bit", 0.09))
+    ]
+    found = findings(stored(ablation=fabricated.ablation(*rows), quality=pd.DataFrame(errors)))
+    texts = [" ".join((one.text, *one.evidence)) for one in found]
+    assert not any("against" in text for text in texts)
+    assert [one.short for one in found] == [
+        "no_mask takes 50.0 % less time than all_ones_mask per step (40.0 to 60.0 %)",
+        "4bit takes 200.0 % more time than matmul (matmul) (100.0 to 300.0 %), relative L2 error 0.0900",
+        "all_ones_mask: relative L2 error 0.0100",
+    ]
+
+
 def test_quality_alone() -> None:
     """A table of quality without times is still a finding, with no verdict."""
     tables = stored(quality=fabricated.quantization()["quality"])
@@ -220,3 +239,23 @@ def test_energy_is_stated_where_it_is_known() -> None:
     (found,) = findings(stored(power=fabricated.power()))
     assert found.text == "baseline: 80.0 J a step"
     assert found.evidence == ("615 W on average", "throttled by power cap")
+
+
+def test_each_arm_is_held_against_its_own_baseline() -> None:
+    """Where a run compares with several baselines, no arm's error or size is put beside a stranger's."""
+    compared = fabricated.ablation(
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.49, 0.51, "faster"),
+        ("packed", "plain", "matmul", 2.0, 1.9, 2.1, "slower"),
+    )
+    errors = {"all_ones_mask": 0.0162, "packed": 0.091, "fused_copied": 0.003}
+    quality = pd.DataFrame([{"arm": a, "metric": "relative_l2_error", "value": v} for a, v in errors.items()])
+    sizes = {"all_ones_mask": 100, "packed": 25, "plain": 50}
+    memory = pd.DataFrame(
+        [{"arm": a, "stage": "weights", "metric": "weight_bytes", "bytes": v} for a, v in sizes.items()]
+    )
+    said = [
+        " ".join((f.text, *f.evidence)) for f in findings(stored(ablation=compared, quality=quality, memory=memory))
+    ]
+    assert not any("against 0.0162" in text for text in said)
+    assert any("weights 50 % smaller (25 B against 50 B)" in text for text in said)
+    assert any("fused_copied: relative L2 error 0.00300" in text for text in said)

@@ -218,6 +218,7 @@ def test_telling_sizes_are_of_different_kinds() -> None:
         ([(Size(512, 512), 0.03)] * 3, "three different sizes, found 1"),
         ([(Size(512, 512), 0.03), (Size(256, 256), 0.0), (Size(1024, 1024), 0.1)], r"times, found 0\.0 s"),
         ([(Size(512, 512), math.nan), (Size(256, 256), 0.1), (Size(1024, 1024), 0.1)], "times, found nan s"),
+        ([(Size(512, 512), None), (Size(256, 256), 0.1), (Size(1024, 1024), 0.1)], "times, found None s"),
     ],
 )
 def test_too_little_to_calibrate_with_is_refused(points: list[tuple[Size, float]], message: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from tests.lab import fabricated
+from zimage.analysis.tables import SCHEMAS
 from zimage.errors import StoreError
-from zimage.lab import dashboard
+from zimage.lab import cost_sections, dashboard
 from zimage.lab.sections import chart
 from zimage.lab.store import Store
 
@@ -238,6 +239,37 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
     assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e")
 
 
+def test_runs_of_different_machines_are_compared_with_the_difference(tmp_path: Path) -> None:
+    """Above verdicts of several runs stands in which facts these differ, but for those of the moment."""
+    for name, other in (("differ", "0.33.0"), ("alike", "0.32.4")):
+        for key, mlx, load in (("a1", "0.32.4", "0.1"), ("b2", other, "3.5")):
+            environment = {"mlx": mlx, "load_average": load, "os": "Linux"}
+            tables, batch = {"ablation": fabricated.qkv()}, {"batch": int(key[1])}
+            fabricated.add_run(tmp_path, name, key, tables, parameters=batch, environment=environment)
+        fabricated.add_experiment(tmp_path, name, "?", ["a1", "b2"])
+    assert "These runs differ in mlx; how, stands under Environment." in page_of(tmp_path, "differ").text
+    assert "0.32.4 | 0.33.0" in page_of(tmp_path, "differ").text
+    assert "These runs differ" not in page_of(tmp_path, "alike").text
+
+
+def test_ratios_to_several_baselines_are_no_column(tmp_path: Path) -> None:
+    """Times are beside sizes and errors only where all arms of the run are compared with one baseline."""
+    tables = fabricated.quantization()
+    several = tables["ablation"].assign(baseline=["float32", "bfloat16"])
+    fabricated.add_run(tmp_path, "one", "a1", tables)
+    fabricated.add_run(tmp_path, "several", "b2", {**tables, "ablation": several})
+    assert "time ratio, step" in page_of(tmp_path, "one").text
+    assert "time ratio, step" not in page_of(tmp_path, "several").text
+
+
+def test_power_and_prediction_are_told_in_their_units(tmp_path: Path) -> None:
+    """A clock of 1.755e9 Hz is about 1.75 GHz, joules are a step's, and the error is that of the sizes held out."""
+    fabricated.add_run(tmp_path, "e", "a1", {"power": fabricated.power(), "scaling": fabricated.scaling()})
+    text = page_of(tmp_path, "e").text
+    assert re.search(r"80(\.0)? J\s+615 W\s+1\.7[56] GHz\s+61(\.0)? °C\s+power cap", text)
+    assert "median absolute error 4.0 % at 3 sizes held out, 10.0 % at most" in text
+
+
 def test_single_file(results: Path) -> None:
     """With single_file the page carries plotly's script itself and refers to none."""
     (path, _) = dashboard.build(Store(results), single_file=True)
@@ -257,6 +289,11 @@ def hostile_store(root: Path) -> Path:
         "memory": fabricated.quantization()["memory"].assign(stage=HOSTILE, metric=HOSTILE),
         "quality": fabricated.quantization()["quality"].assign(metric=HOSTILE),
         "samples": fabricated.samples(HOSTILE),
+        "loading": fabricated.loading().assign(arm=HOSTILE),
+        "operations": fabricated.operations().assign(arm=HOSTILE, stage=HOSTILE, operation=HOSTILE, bound=HOSTILE),
+        "modules": fabricated.modules().assign(arm=HOSTILE, path=HOSTILE),
+        "scaling": fabricated.scaling().assign(arm=HOSTILE, use=HOSTILE),
+        "power": fabricated.power().assign(arm=HOSTILE, scope=HOSTILE, regime=HOSTILE, throttle=HOSTILE),
     }
     strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)
     facts, weights = {HOSTILE: HOSTILE}, dict.fromkeys(("source", "kind", "digest"), HOSTILE)
@@ -291,7 +328,7 @@ def test_a_figures_json_cannot_leave_its_script() -> None:
     assert json.loads(made.json)["layout"]["annotations"][0]["text"] == HOSTILE + "<!--\u2028"
 
 
-@pytest.mark.parametrize("name", ["stages", "ablation", "memory", "quality", "samples", "loading"])
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - {"environment"}))
 @pytest.mark.parametrize("rows", [[], [{"arm": "a"}], [{"arm": None}]])
 def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     """A table without rows, or whose rows say next to nothing, still gives a page and a sentence."""
@@ -389,3 +426,58 @@ def test_no_mlx(results: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_the_module_tree_is_indented_by_what_holds_what() -> None:
+    """A module stands below the one that holds it, under its own name or with that of the list it is in."""
+    table = cost_sections.modules(fabricated.arrow("modules", fabricated.modules()).to_pandas()).table
+    assert table is not None
+    names = [row[0].text.replace("\N{NO-BREAK SPACE}", " ") for row in table.rows]
+    assert names == [
+        "the whole step", "   layers", "      layers.0", "         attention", "            to_out.0",
+        "         feed_forward", "   final_layer",
+    ]  # fmt: skip
+
+
+def test_ratios_to_different_baselines_are_not_put_side_by_side(tmp_path: Path) -> None:
+    """Where arms have baselines of their own, the panel of arms holds their errors, no ratio of one to another's."""
+    rows = [
+        ("no_mask", "all_ones_mask", "step", 0.5, 0.4, 0.6, "faster"),
+        ("b", "c", "step", 0.9, 0.8, 1.1, "inconclusive"),
+    ]
+    errors = [
+        {"arm": arm, "metric": "relative_l2_error", "value": v} for arm, v in (("all_ones_mask", 0.01), ("c", 0.02))
+    ]
+    tables = {"ablation": fabricated.ablation(*rows), "quality": pd.DataFrame(errors)}
+    fabricated.add_experiment(tmp_path, "claims", "Which hold?", ["a" * 16])
+    fabricated.add_run(tmp_path, "claims", "a" * 16, tables)
+    dashboard.build(Store(tmp_path))
+    page = (tmp_path / "claims" / "index.html").read_text()
+    assert "relative L2 error" in page
+    assert "time ratio, step" not in page
+    assert "The baseline is grey" not in page
+
+
+def test_findings_beyond_the_most_are_counted_in_words(tmp_path: Path) -> None:
+    """One finding too many is `1 more finding`, two are `2 more findings`."""
+    for name, number in (("one", dashboard.ON_A_PAGE + 1), ("two", dashboard.ON_A_PAGE + 2)):
+        rows = [(f"arm{i}", "base", "step", 0.9, 0.8, 0.95, "faster") for i in range(number)]
+        fabricated.add_experiment(tmp_path, name, "Which?", [name * 5])
+        fabricated.add_run(tmp_path, name, name * 5, {"ablation": fabricated.ablation(*rows)})
+    dashboard.build(Store(tmp_path))
+    one, two = ((tmp_path / name / "index.html").read_text() for name in ("one", "two"))
+    assert "1 more finding<" in one
+    assert "2 more findings<" in two
+
+
+def test_a_busy_machine_is_said_on_the_page(tmp_path: Path) -> None:
+    """A run that started beside other work, or on a battery, has that above its findings; a quiet one has nothing."""
+    busy = {"device_type": "cpu", "cores": "2", "machine_cores": "2", "other_busy_cores": "1.9"}
+    quiet = busy | {"other_busy_cores": "0.0"}
+    for name, facts in (("busy", busy), ("quiet", quiet)):
+        fabricated.add_experiment(tmp_path, name, "How long?", [name * 3])
+        fabricated.add_run(tmp_path, name, name * 3, {"stages": fabricated.stages()}, environment=facts)
+    dashboard.build(Store(tmp_path))
+    said = "Times may be off: at the start of 1 of 1 run other work keeps 1.9 of 2 CPU cores busy."
+    assert said in (tmp_path / "busy" / "index.html").read_text()
+    assert "Times may be off" not in (tmp_path / "quiet" / "index.html").read_text()

@@ -56,8 +56,8 @@ def noisier() -> Outcome:
 @contextmanager
 def off_by(ranks: int) -> Iterator[None]:
     """While this lasts, the ends of intervals are taken that many ranks further inside than the test allows."""
-    right = statistics._critical
-    with patch.object(statistics, "_critical", lambda n, level: right(n, level) + ranks):
+    right = statistics.critical
+    with patch.object(statistics, "critical", lambda n, level: right(n, level) + ranks):
         yield
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain, count, repeat
+from types import SimpleNamespace
 from typing import Any
 
 from tests.measure.clock import Clock
@@ -204,6 +205,17 @@ def test_the_default_canary_is_sized_once(monkeypatch: pytest.MonkeyPatch, per_p
     found = default_canary()
     assert found() >= canary.LEAST_S["cpu"]
     assert calls[-1] == repeats and found() == per_product_s * repeats
+
+
+@pytest.mark.parametrize(("kind", "least_s"), [(mx.DeviceType.gpu, 0.020), (mx.DeviceType.cpu, 0.005)])
+def test_a_canary_lasts_20_ms_on_a_gpu_and_5_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, kind: mx.DeviceType, least_s: float
+) -> None:
+    """Whatever a product takes, the first number of them that lasts long enough is taken, on either kind of device."""
+    monkeypatch.setattr(canary.mx, "default_device", lambda: SimpleNamespace(type=kind))
+    monkeypatch.setattr(canary, "_data", lambda _size: (0, 0))
+    monkeypatch.setattr(canary, "timed", lambda work: lambda: 1e-4 * work.args[2])
+    assert least_s <= default_canary()() <= 2.5 * least_s
 
 
 def test_a_device_that_is_too_quick_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

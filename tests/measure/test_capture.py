@@ -135,3 +135,15 @@ def test_nothing_is_timed_under_a_capture(
     else:
         _refused(lambda: capture.nvtx(["a"], lambda _k: call()), "under way")
     assert timed(lambda: None)() >= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nonsense", r"name it nonsense\.gputrace"), ("a.gputrace", "no Metal"), ("nvtx", "pip install")],
+)
+def test_what_cannot_be_captured_is_known_beforehand(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`require` refuses what the capture itself would, without taking one; None asks for none."""
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    _refused(lambda: capture.require(kind), words)
+    capture.require(None)

@@ -53,6 +53,15 @@ def test_fresh_processes_find_a_planted_delay(tmp_path: Path) -> None:
     conform("samples", frame)
 
 
+def test_a_commands_first_call_is_not_judged() -> None:
+    """A command in another environment has its first call and warm-ups apart too, though it makes none by itself."""
+    command = ["sh", "-c", "echo ready; t=9; while read x; do echo $t; t=1; done"]
+    found = in_fresh_processes(command, command, seed=0, samples=2, warm_up=1, timeout_s=TIMEOUT_S)
+    kinds = {kind: [s.time_s for s in found.samples if s.kind == kind] for kind in ("first call", "warm-up", "sample")}
+    assert kinds == {"first call": [9.0] * 16, "warm-up": [1.0] * 16, "sample": [1.0] * 32}
+    assert (found.ratio, found.verdict) == (1.0, "equivalent")
+
+
 class Fake:
     """Stands for `Resident`: an arm is a call of an injected clock, and at most one is alive at a time."""
 
@@ -139,7 +148,8 @@ def test_verdicts_of_processes(
         ({"pairs": 7}, "pairs must be an integer of at least 8, found 7"),
         ({"pairs": 8.0}, "found 8.0"),
         ({"samples": 0}, "samples must be an integer of at least 1"),
-        ({"warm_up": -1}, "warm_up must be a number of calls, found -1"),
+        ({"warm_up": -1}, "warm_up must be an integer of at least 0, found -1"),
+        ({"timeout_s": "60"}, "timeout_s must be positive"),
         ({"timeout_s": 0}, "timeout_s must be positive"),
         ({"timeout_s": math.nan}, "timeout_s must be positive"),
         ({"timeout_s": math.inf}, "timeout_s must be positive"),

@@ -189,6 +189,30 @@ def test_a_quick_look_keeps_what_only_a_full_one_finds() -> None:
     assert both["under_load"] == _new()["under_load"]  # of the last measurement alone
 
 
+def test_a_busy_look_lowers_no_roof() -> None:
+    """A lower rate is given as measured, and the higher one of before kept for the runs to come, with its size."""
+    quiet = _new()
+    busy = _new(matmul={"float32": {"burst": 1.0, "sustained": None, "size": 256}}, copy={"burst": 2.0})
+    quiet["conditions"] = {"gpu_power_limit_w": "unknown", "blas_threads": "2"}
+    busy["conditions"] = quiet["conditions"] | {"blas_threads": "1"}
+    peaks.keep("cpu-x", quiet)
+    given = peaks.keep("cpu-x", busy)
+    assert (given["matmul"]["float32"]["burst"], given["copy"]["burst"]) == (1.0, 2.0)
+    found = peaks.kept("cpu-x")
+    assert found is not None
+    assert found["matmul"]["float32"] == quiet["matmul"]["float32"]
+    assert found["copy"]["burst"] == quiet["copy"]["burst"]
+
+
+def test_another_power_limit_has_its_own_roof() -> None:
+    """Rates under another power limit replace those of before, higher or lower."""
+    peaks.keep("gpu-x", _new())
+    peaks.keep("gpu-x", _new(copy={"burst": 2.0}, conditions={"gpu_power_limit_w": "300"}))
+    found = peaks.kept("gpu-x")
+    assert found is not None
+    assert found["copy"]["burst"] == 2.0
+
+
 @pytest.mark.parametrize("changed", ["mlx", "driver", "blas"])
 def test_a_changed_machine_forgets(changed: str) -> None:
     """With another MLX, driver or BLAS nothing of before is kept, and runs get no peaks of before."""

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from tests.fake_nvml import Card, Nvml
+from tests.fake_nvml import Card, Nvml, NVMLError
 from zimage import backend, sensors
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
@@ -13,19 +13,22 @@ from zimage.sensors import Reading
 import pandas as pd
 import pytest
 
+Reasons = tuple[str, ...] | None
+
 
 class Steady:
     """A meter that draws the same power all the time, with an energy counter or without."""
 
     name = "NVML"
 
-    def __init__(self, watts: float | None = 100.0, counter: bool = True) -> None:
+    def __init__(self, watts: float | None = 100.0, counter: bool = True, throttle: Reasons = ()) -> None:
+        self.throttle = throttle
         self.start, self.watts, self.counter, self.threads = time.monotonic(), watts, counter, set[str]()
 
     def read(self) -> Reading:
         self.threads.add(threading.current_thread().name)
         energy = self.watts * (time.monotonic() - self.start) if self.counter and self.watts else None
-        return Reading(self.watts, energy, 1.5e9, 2.6e9, 40.0)
+        return Reading(self.watts, energy, 1.5e9, 2.6e9, 40.0, self.throttle)
 
 
 def test_summary_of_looks() -> None:
@@ -49,6 +52,15 @@ def test_power_is_integrated_without_a_counter(counter: tuple[float | None, floa
     assert found.mean_power_w == pytest.approx(200)
 
 
+def test_reasons_that_are_not_told_are_unknown() -> None:
+    """A meter that tells no reasons for reduced clocks is not one that saw none; a look that failed hides none."""
+    told = [(0.0, Reading(100.0)), (1.0, Reading(100.0, throttle=("power cap",))), (2.0, Reading(100.0, throttle=()))]
+    assert power.summary(told).throttle == ("power cap",)
+    assert power.summary(told[2:]).throttle == ()
+    assert power.summary(told[:1]).throttle is None
+    assert sensors.NvidiaGpu(Nvml(new=False), Card(throttle=NVMLError())).read().throttle is None
+
+
 def test_gaps_are_filled_with_the_mean() -> None:
     """Looks whose power failed do not lose the energy of their time."""
     looks = [(0.0, Reading()), (1.0, Reading(100.0)), (2.0, Reading(100.0)), (4.0, Reading())]
@@ -60,7 +72,7 @@ def test_nothing_told_is_none() -> None:
     """A meter that tells nothing leaves everything unknown."""
     found = power.summary([(0.0, Reading()), (1.0, Reading())], note="why")
     assert (found.energy_j, found.mean_power_w, found.max_power_w, found.clock_hz) == (None, None, None, None)
-    assert (found.throttle, found.seconds, found.note) == ((), 1.0, "why")
+    assert (found.throttle, found.seconds, found.note) == (None, 1.0, "why")
 
 
 def test_sampler_watches_from_its_own_thread() -> None:
@@ -104,9 +116,9 @@ def test_joules_of_a_step() -> None:
 def test_rows_fit_the_table() -> None:
     """A step's power is a row of the table `power`, with what is unknown missing from it."""
     known = joules_per_step(lambda: 1.0, 1.0, Steady()).row("baseline", "step")
-    unknown = joules_per_step(lambda: 1.0, 1.0, Steady(watts=None)).row("arm", "step", "burst")
+    unknown = joules_per_step(lambda: 1.0, 1.0, Steady(watts=None, throttle=None)).row("arm", "step", "burst")
     table = conform("power", pd.DataFrame([known, unknown]).assign(run_key="k", experiment="e", device="d"))
-    assert table.column("throttle").to_pylist() == ["none", "none"]
+    assert table.column("throttle").to_pylist() == ["none", "unknown"]
     assert table.column("energy_j").to_pylist()[1] is None
     assert table.column("steps").to_pylist() == [1, 1]
 
@@ -116,8 +128,9 @@ def test_times_that_are_none_are_refused(bad: float) -> None:
     """A call that returns no positive number of seconds would never end, and is refused."""
     with pytest.raises(MeasurementError, match="must be positive"):
         joules_per_step(lambda: bad, 1.0, Steady())
-    with pytest.raises(MeasurementError, match="seconds to run"):
-        joules_per_step(lambda: 1.0, float("nan"), Steady())
+    for seconds in (float("nan"), 0.0, None):
+        with pytest.raises(MeasurementError, match="seconds must be positive"):
+            joules_per_step(lambda: 1.0, seconds, Steady())  # type: ignore[arg-type]
 
 
 def test_device_without_a_meter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,12 +375,18 @@ def test_other_impossible_profiles_are_refused() -> None:
     """No stages, one count, counts that are none, an impossible alpha or time: each is one line."""
     _refused(lambda: profile.prefix((), _nothing, 3, 0), "at least one stage")
     _refused(lambda: profile.prefix(NAMES, _nothing, 3, 0, alpha=1.0), "alpha must lie between 0 and 1")
+    _refused(lambda: profile.prefix(NAMES, _nothing, 3, 0, alpha=None), "found None")  # type: ignore[arg-type]
     _refused(lambda: profile.depth(_nothing, (2, 2), 3, 0), "two different counts")
     _refused(lambda: profile.depth(_nothing, (1, -2), 3, 0), "integers of 0 or more")
     _refused(lambda: profile.slope(lambda r: lambda: _nothing(r), 3, 0, repeats=()), "two different counts")
     for seconds in (math.nan, -1.0, "1", None):
         clock: Any = lambda _work, seconds=seconds: lambda: seconds  # noqa: E731
         _refused(lambda clock=clock: profile.prefix(NAMES, _nothing, 1, 0, clock=clock), "a timed call returned")
+    first: Any = iter([math.nan])  # and what the rounds never see
+    _refused(
+        lambda: profile.prefix(NAMES, _nothing, 1, 0, clock=lambda _work: lambda: next(first, 1.0)),
+        "a timed call returned nan",
+    )
 
 
 def test_work_that_cannot_be_evaluated_is_refused() -> None:

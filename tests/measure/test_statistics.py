@@ -80,6 +80,22 @@ def test_an_interval_off_by_one_rank_would_be_seen() -> None:
     assert wilcoxon(differences - outside, method="exact").pvalue <= 0.05
 
 
+def test_more_quads_than_a_power_of_two_has_floats_for() -> None:
+    """Beyond a thousand quads, where 2^n is no float, the estimate is as scipy's approximation has it."""
+    differences = np.random.default_rng(0).normal(0.0005, 0.01, 1100)
+    estimate = analyse(differences, 0.05)
+    assert estimate.p == pytest.approx(wilcoxon(differences, method="approx").pvalue, rel=0.02)
+    assert 1 - 0.0015 < estimate.low < estimate.ratio < estimate.high < 1 + 0.0025
+
+
+@pytest.mark.parametrize(("difference", "wanted"), [(-1453.0, "faster"), (1453.0, "slower")])
+def test_ratios_beyond_all_floats_have_a_verdict(difference: float, wanted: str) -> None:
+    """A ratio too small or too large for a float stays positive and finite, and is judged beside a noise floor too."""
+    estimate = analyse(np.full(10, difference), 0.05)
+    assert 0 < estimate.low <= estimate.ratio <= estimate.high < math.inf
+    assert verdict(estimate, 0.01, 0.004)[0] == wanted
+
+
 def test_few_quads_say_nothing() -> None:
     """Where no outcome could be rejected at the level the interval is everything, and the verdict says why."""
     estimate = analyse(np.full(7, 0.1), 0.0125)

@@ -151,7 +151,8 @@ def throughput(frame: pd.DataFrame) -> go.Figure:
 
 def size_name(row: dict[str, float]) -> str:
     """A row of a `scaling` table in words: `1024 x 768 px, batch 2, 32 tokens`."""
-    parts = [f"{int(row['height'])} x {int(row['width'])} px"]
+    sides = ("?" if units.missing(row[name]) else f"{int(row[name])}" for name in ("height", "width"))
+    parts = [f"{' x '.join(sides)} px"]
     if not units.missing(row["batch"]):
         parts.append(f"batch {int(row['batch'])}")
     if not units.missing(row["caption_tokens"]):

@@ -82,6 +82,13 @@ def baseline_arm(tables: Tables) -> str | None:
     return None
 
 
+def baselines(tables: Tables) -> list[str]:
+    """Every arm that others are compared with: all that the ablation names, else the one of `baseline_arm`."""
+    compared = tables.get("ablation")
+    named = [] if compared is None else [str(name) for name in dict.fromkeys(compared["baseline"].dropna())]
+    return named or [name for name in [baseline_arm(tables)] if name is not None]
+
+
 def verdict_of(row: Mapping[str, object]) -> str:
     """The verdict of an ablation row; a missing or unknown one, or one without a ratio, is inconclusive."""
     verdict = row.get("verdict")
@@ -164,15 +171,23 @@ def _stands_out(ranked: pd.DataFrame) -> bool:
 
 
 def _arms(tables: Tables) -> list[Finding]:
-    """One finding an arm and scope; memory and quality join the finding of the widest scope."""
-    baseline = baseline_arm(tables)
+    """One finding an arm and scope; memory and quality join the finding of the widest scope that the arm has.
+
+    An arm stands beside the baseline that it was compared with. Where there are several, one that was compared with
+    none stands alone.
+    """
+    every = baselines(tables)
     compared = tables.get("ablation")
-    widest = best_scope(compared) if compared is not None else ""
     found: list[Finding] = []
     for arm in dict.fromkeys([*arms(compared), *arms(tables.get("memory")), *arms(tables.get("quality"))]):
-        if arm == baseline:
+        if every == [arm]:
             continue
-        rows = [] if compared is None else [row for row in records(compared) if row["arm"] == arm]
+        own = compared[compared["arm"] == arm] if compared is not None else pd.DataFrame()
+        rows = records(own)
+        widest = best_scope(own) if len(own) else ""
+        baseline = next((row["baseline"] for row in rows if _text(row["baseline"])), None)
+        if baseline is None and len(every) == 1:
+            baseline = every[0]
         narrow = [time_finding(row) for row in rows if row["scope"] != widest]
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
         found += [replace(one, short="") for one in narrow]
@@ -273,7 +288,9 @@ def _scaling(frame: pd.DataFrame | None) -> list[Finding]:
         f"calibrated at {sizes} sizes, the cost model predicts the others to {units.percent(float(held.median()))} in "
         "the median"
     )
-    numbers = f"{len(held)} sizes held out, at most {units.percent(float(held.max()))} off"
+    numbers = (
+        f"{len(held)} size{'' if len(held) == 1 else 's'} held out, at most {units.percent(float(held.max()))} off"
+    )
     return [Finding(text, "", (numbers,), f"{text} ({numbers})")]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
-from zimage.analysis import cost
+from zimage.analysis import cost, units
 from zimage.analysis.cost import UNATTRIBUTED, Operation
 from zimage.config import TransformerConfig
 from zimage.errors import MeasurementError
@@ -125,7 +125,7 @@ def mfu(
 
     None where that peak was not measured. Raises MeasurementError for a time that is not positive.
     """
-    if not math.isfinite(time_s) or time_s <= 0:
+    if units.missing(time_s) or time_s <= 0:
         raise MeasurementError(f"MFU needs a positive time, found {time_s!r} s")
     rate = peaks.matmul_flops_per_s(dtype, regime)
     flops = sum(o.flops for o in operations if o.kind != "elementwise")
@@ -287,7 +287,7 @@ def telling_sizes(sizes: Sequence[Size], config: TransformerConfig, patch_size: 
 
 def _checked(points: Sequence[tuple[Size, float]]) -> Sequence[tuple[Size, float]]:
     for size, time_s in points:
-        if not math.isfinite(time_s) or time_s <= 0:
+        if units.missing(time_s) or time_s <= 0:
             raise MeasurementError(f"a prediction needs positive measured times, found {time_s!r} s for {size}")
     return points
 

@@ -6,9 +6,9 @@ Everything that a run supplied reaches the page escaped: text through the templa
 """
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
-from zimage.machine import MOMENTARY
+from zimage.machine import MOMENTARY, concerns
 
 import jinja2
 import pandas as pd
@@ -208,7 +208,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
-        "caveat": _SYNTHETIC if "synthetic" in kinds else "",
+        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *_doubts(page)],
         "findings": lines,
         "most": ON_A_PAGE,
         "problems": problems,
@@ -223,13 +223,29 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     )
 
 
+def _doubts(page: Experiment) -> list[str]:
+    """What the machine was doing when the runs behind the page started that makes their times doubtful."""
+    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
+    for one in page.cases:
+        facts = {name: str(value) for name, value in _mapping(one.run, "environment").items()}
+        for concern in concerns(facts)[:1]:
+            found.setdefault(concern.topic, []).append(concern.words)
+    return [
+        f"Times may be off: at the start of {len(words)} of {_runs(len(page.cases), words[0])}."
+        for words in found.values()
+    ]
+
+
 def _group(
     id: str, notebook: str, cases: list[Case], several: bool, inline: bool, problems: list[str]
 ) -> dict[str, Any]:
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
-        overview += [verdicts(pd.concat(compared), f"{id}-all")] if len(compared) > 1 else []
+        if len(compared) > 1:
+            section = verdicts(pd.concat(compared), f"{id}-all")
+            runs = [one.run for one in cases if "ablation" in one.tables]
+            overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
@@ -283,13 +299,26 @@ def _run_list(page: Experiment) -> Section:
 
 def _environment(page: Experiment) -> Section:
     """What all runs recorded of their machine; a fact in which they differ shows every value."""
-    values: dict[str, dict[str, None]] = {}
-    for run in page.runs:
-        for part, prefix in (("environment", ""), ("versions", "version of "), ("weights", "weights ")):
-            for name, value in _mapping(run, part).items():
-                values.setdefault(f"{prefix}{name}", {})[str(value)] = None
-    rows = [[Cell(name), Cell(_values(name, several), "free")] for name, several in sorted(values.items())]
+    parts = {"environment": "", "versions": "version of ", "weights": "weights "}
+    facts = [(f"{prefix}{n}", v) for part, prefix in parts.items() for n, v in _recorded(page.runs, part).items()]
+    rows = [[Cell(name), Cell(_values(name, several), "free")] for name, several in sorted(facts)]
     return Section("Environment", table=Table("Environment", [Head("Fact"), Head("Value")], rows))
+
+
+def _recorded(runs: Iterable[Run], part: str) -> dict[str, list[str]]:
+    """Every value of every fact that runs recorded in a part of their meta, each once."""
+    values: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in _mapping(run, part).items():
+            values.setdefault(name, {})[str(value)] = None
+    return {name: list(several) for name, several in values.items()}
+
+
+def _difference(runs: Sequence[Run]) -> str:
+    """What sets the machines and programs of runs that stand beside each other apart, as a sentence, or ""."""
+    recorded = _recorded(runs, "versions") | _recorded(runs, "environment")
+    names = sorted(name for name, several in recorded.items() if len(several) > 1 and name not in MOMENTARY)
+    return f" These runs differ in {', '.join(names)}; how, stands under Environment." if names else ""
 
 
 def _values(name: str, several: Iterable[str]) -> str:
@@ -377,7 +406,7 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ")) else text
+    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ", "calibrated ")) else text
 
 
 @cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zimage.analysis import plots, reading, units
-from zimage.analysis.findings import Tables, baseline_arm, verdict_of
+from zimage.analysis.findings import Tables, baseline_arm, baselines, verdict_of
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -171,14 +171,20 @@ def verdicts(frame: pd.DataFrame, id: str) -> Section:
 
 
 def by_arm(tables: Tables, id: str) -> Section | None:
-    """Time, size and quality of every arm side by side; None where no memory or quality was recorded."""
+    """Time, size and quality of every arm side by side; None where no memory or quality was recorded.
+
+    Ratios to different baselines are not put beside each other, and no baseline is grey among several.
+    """
     memory, quality, ablation = (some(tables, name) for name in ("memory", "quality", "ablation"))
     if memory is None and quality is None:
         return None
     baseline = baseline_arm(tables)
+    if len(baselines(tables)) > 1:
+        baseline = ablation = None
     charts: list[Chart] = []
     columns: list[tuple[str, dict[str, str]]] = []
     several_arms = len({*reading.arms(memory), *reading.arms(quality)}) > 1
+    beside = ablation if several_arms else None
 
     def panel(name: str, values: dict[str, str], draw: Callable[[], go.Figure]) -> None:
         columns.append((name, values))
@@ -186,12 +192,12 @@ def by_arm(tables: Tables, id: str) -> Section | None:
             alt = f"{name}: " + "; ".join(f"{arm} {value}" for arm, value in values.items())
             charts.append(chart(draw(), f"{id}-panel-{len(columns)}", alt))
 
-    if ablation is not None and several_arms:
-        scope = reading.best_scope(ablation)
-        timed = ablation[(ablation["scope"] == scope) & ablation["ratio"].notna()].drop_duplicates("arm")
+    if beside is not None:
+        scope = reading.best_scope(beside)
+        timed = beside[(beside["scope"] == scope) & beside["ratio"].notna()].drop_duplicates("arm")
         values = {baseline or "baseline": units.ratio(1.0)}
         values |= {str(row["arm"]): units.ratio(row["ratio"]) for row in reading.records(timed)}
-        panel(f"time ratio, {scope}", values, lambda: plots.ratios(ablation))
+        panel(f"time ratio, {scope}", values, lambda: plots.ratios(beside))
     if memory is not None:
         key = "arm" if several_arms or memory["stage"].nunique() <= 1 else "stage"
         for name, group in reading.memory_groups(memory):
@@ -207,7 +213,7 @@ def by_arm(tables: Tables, id: str) -> Section | None:
     heads = [Head("Arm" if several_arms else ""), *(Head(name, True) for name, _ in columns)]
     cells = [[Cell(n), *(Cell(values.get(n, units.MISSING), "num") for _, values in columns)] for n in names]
     kinds = [text for text, frame in (("size", memory), ("quality", quality)) if frame is not None]
-    if ablation is not None and several_arms:
+    if beside is not None:
         kinds.insert(0, "time")
     title = f"{' and '.join(kinds) if len(kinds) < 3 else 'time, size and quality'}".capitalize()
     return Section(

@@ -28,10 +28,10 @@ def sustained(
 ) -> Comparison:
     """Compare `arm` with `baseline` in quads of blocks, A B B A or B A A B; one look, after all `quads`.
 
-    A block is one arm called again and again until its calls took `block_s` seconds by their own account, at least
-    twice. Its value is the time of all its calls but the first divided by their number, not their mean log: sustained
-    is what a long row of steps takes in total, so that a pause which a hot device forces counts in full. The first
-    call, which follows the other arm's heat, is a sample of kind "warm-up"; the samples' position is their block.
+    A block is one arm called once, which follows the other arm's heat, may build kernels and is a sample of kind
+    "warm-up", and then again and again until these calls took `block_s` seconds by their own account. Its value is
+    their time divided by their number, not their mean log: sustained is what a long row of steps takes in total, so
+    that a pause which a hot device forces counts in full. The samples' position is their block.
 
     A noise floor from bursts bounds less than one from blocks would. Raises MeasurementError for arguments out of
     range, too few quads for any rejection at alpha, or a time that is not positive.
@@ -52,10 +52,10 @@ def sustained(
         outside[quad] = order[0]
         for position, is_arm in enumerate(order):
             name, call = calls[is_arm]
+            samples.append(Sample(name, quad, position, seconds(name, call()), "warm-up"))
             times = list(_block(name, call, block_s))
-            kinds = ["warm-up", *["sample"] * (len(times) - 1)]
-            samples += [Sample(name, quad, position, t, kind) for t, kind in zip(times, kinds, strict=True)]
-            values[quad, position] = math.fsum(times[1:]) / (len(times) - 1)
+            samples += [Sample(name, quad, position, time_s) for time_s in times]
+            values[quad, position] = math.fsum(times) / len(times)
     estimate = analyse(differences(values, outside), alpha)
     floor = floor_at(noise_floor, quads)
     word, reason = verdict(estimate, delta, floor)
@@ -66,9 +66,9 @@ def sustained(
 
 
 def _block(name: str, call: Timed, block_s: float) -> Iterator[float]:
-    """The times of one block's calls."""
-    total, count = 0.0, 0
-    while total < block_s or count < 2:
+    """The times of one block's calls after the first."""
+    total = 0.0
+    while total < block_s:
         time_s = seconds(name, call())
-        total, count = total + time_s, count + 1
+        total += time_s
         yield time_s

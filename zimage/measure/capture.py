@@ -17,6 +17,17 @@ from zimage.measure.timing import untimed
 import mlx.core as mx
 
 
+def require(kind: str | None) -> None:
+    """Raise MeasurementError unless a capture of this kind can be taken: "nvtx", a path for `metal`, or None for none.
+
+    For before a long measurement that ends with one.
+    """
+    if kind == "nvtx":
+        _ranges()
+    elif kind:
+        _require_metal(Path(kind))
+
+
 def metal(work: Callable[[], Any], path: str | Path) -> Path:
     """Evaluate what `work` returns under a Metal capture, and give the .gputrace that was written.
 
@@ -24,14 +35,7 @@ def metal(work: Callable[[], Any], path: str | Path) -> Path:
     without MTL_CAPTURE_ENABLED=1 in the environment the process started with, or for a path that cannot be written.
     """
     target = Path(path)
-    if target.suffix != ".gputrace":
-        raise MeasurementError(f"{target}: a Metal capture is a .gputrace; name it {target.with_suffix('.gputrace')}")
-    if not mx.metal.is_available():
-        raise MeasurementError("no Metal device here: a .gputrace is captured on a Mac with Apple silicon")
-    if os.environ.get("MTL_CAPTURE_ENABLED") != "1":
-        raise MeasurementError("Metal captures must be allowed at start: run again with MTL_CAPTURE_ENABLED=1 set")
-    if target.exists():
-        raise MeasurementError(f"{target} exists already, and Metal overwrites no capture: move it or choose another")
+    _require_metal(target)
     with untimed("a Metal capture"):
         try:
             mx.metal.start_capture(str(target))
@@ -53,11 +57,27 @@ def nvtx(names: Sequence[str], step: Callable[[int], Any]) -> None:
     """
     if not names:
         raise MeasurementError("a capture needs at least one stage")
-    try:
-        ranges = import_module("nvtx")
-    except ImportError:
-        raise MeasurementError("NVTX ranges need a package that is not installed: pip install nvtx") from None
+    ranges = _ranges()
     with untimed("an NVTX capture"):
         for k, name in enumerate(names, start=1):
             with ranges.annotate(name):
                 mx.eval(step(k))  # waits for the device, so that the range spans its work
+
+
+def _require_metal(target: Path) -> None:
+    if target.suffix != ".gputrace":
+        raise MeasurementError(f"{target}: a Metal capture is a .gputrace; name it {target.with_suffix('.gputrace')}")
+    if not mx.metal.is_available():
+        raise MeasurementError("no Metal device here: a .gputrace is captured on a Mac with Apple silicon")
+    if os.environ.get("MTL_CAPTURE_ENABLED") != "1":
+        raise MeasurementError("Metal captures must be allowed at start: run again with MTL_CAPTURE_ENABLED=1 set")
+    if target.exists():
+        raise MeasurementError(f"{target} exists already, and Metal overwrites no capture: move it or choose another")
+
+
+def _ranges() -> Any:
+    """The package nvtx."""
+    try:
+        return import_module("nvtx")
+    except ImportError:
+        raise MeasurementError("NVTX ranges need a package that is not installed: pip install nvtx") from None

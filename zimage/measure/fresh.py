@@ -60,11 +60,11 @@ def in_fresh_processes(
         for process, (name, program) in enumerate(order, start=2 * pair + 1):
             try:
                 with Resident(program, warm_up=warm_up, timeout_s=timeout_s) as resident:
+                    before = resident.before_s or [resident() for _ in range(1 + warm_up)]  # a command makes none
                     times = [resident() for _ in range(samples)]
             except MeasurementError as error:
                 raise MeasurementError(f"{name}, process {process} of {2 * pairs}: {error}") from None
-            before = resident.before_s
-            kinds = ["first call", *["warm-up"] * len(before)][: len(before)] + ["sample"] * samples
+            kinds = ["first call", *["warm-up"] * warm_up, *["sample"] * samples]
             taken += [
                 Sample(name, pair, position, time_s, kind, process=process)
                 for position, (kind, time_s) in enumerate(zip(kinds, [*before, *times], strict=True))

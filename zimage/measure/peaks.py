@@ -81,7 +81,8 @@ def measure(full: bool = False, advance: Advance = lambda _seconds: None) -> Pea
     power, today = sampler.power, datetime.now(UTC).date().isoformat()
     return peaks | {
         "under_load": {
-            "power_w": power.max_power_w, "temperature_c": power.temperature_c, "throttle": list(power.throttle),
+            "power_w": power.max_power_w, "temperature_c": power.temperature_c,
+            "throttle": None if power.throttle is None else list(power.throttle),
         },
         "measured": today,
         **({"measured_full": today} if full else {}),
@@ -105,17 +106,22 @@ def expected_s(full: bool, build: str) -> float:
 
 
 def keep(device: str, peaks: Peaks) -> Peaks:
-    """Keep the peaks measured on `device` in the user's cache folder, where there is one; gives what is kept.
+    """Keep the peaks measured on `device` in the user's cache folder, where there is one; gives these, completed.
 
-    What was kept before and not measured this time stays, unless MLX, the driver or the BLAS has changed since.
+    What was kept before and not measured this time stays, unless MLX, the driver or the BLAS has changed since. So
+    does a higher rate under the same power, for the runs to come: the roof is the best that the device has reached,
+    and a look beside other work does not lower it.
     """
     before = kept(device) or {}
+    best = peaks
     if all(before.get(name) == peaks.get(name) for name in _DECIDING):
-        peaks = _merged(before, peaks)
+        best = peaks = _merged(before, peaks)
+        if _power(before) == _power(peaks):
+            best = _higher(before, peaks)
     folder = blas.cache_folder()
     if folder is not None:
         with suppress(OSError):  # a full disk costs the runs to come their peaks, and nothing else
-            blas.write_atomically(folder / f"peaks-{device}.json", lambda draft: draft.write_text(json.dumps(peaks)))
+            blas.write_atomically(folder / f"peaks-{device}.json", lambda draft: draft.write_text(json.dumps(best)))
     return peaks
 
 
@@ -155,6 +161,25 @@ def _merged(before: Peaks, now: Peaks) -> Peaks:
         elif both.get(name) is None:
             both[name] = value
     return both
+
+
+def _higher(before: Peaks, now: Peaks) -> Peaks:
+    """`now`, with those rates of `before` that are higher, and the sizes that reached them."""
+    both = dict(now)
+    for name, value in before.items():
+        if isinstance(value, dict) and isinstance(both.get(name), dict):
+            both[name] = _higher(value, both[name])
+    for rate, size in (("burst", "size"), ("sustained", "sustained_size")):
+        then, new = before.get(rate), now.get(rate)
+        if isinstance(then, float) and isinstance(new, float) and math.isfinite(then) and then > new:
+            both |= {name: before[name] for name in (rate, size) if name in before}
+    return both
+
+
+def _power(peaks: Peaks) -> Any:
+    """What peaks were measured under, but for the threads, of which a busy machine has fewer."""
+    found = peaks.get("conditions")
+    return {**found, "blas_threads": None} if isinstance(found, dict) else found
 
 
 def upgraded(peaks: Any) -> Peaks:

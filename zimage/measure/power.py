@@ -3,17 +3,17 @@
 What a machine does not tell is None: on macOS, energy needs root and stays unknown. Needs no MLX to be imported.
 """
 
-import math
 import threading
 import time
 from dataclasses import dataclass
-from numbers import Real
 from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Self
 
 from zimage import backend, sensors
 from zimage.errors import BackendError, MeasurementError
+from zimage.measure.arguments import require_positive
+from zimage.measure.quads import seconds as require_seconds
 from zimage.measure.samples import Timed
 
 _INTERVAL_S = 0.03
@@ -24,8 +24,8 @@ class Power:
     """What was drawn from start to end; None where the meter does not tell.
 
     Joules in all, watts (mean and highest sample), medians of the SM and memory clock in Hz, the highest temperature
-    in degrees Celsius, every reason seen for reduced clocks, and how long and how often was looked. `meter` is "NVML",
-    "RAPL" or "unknown"; `note` says why something is unknown.
+    in degrees Celsius, every reason seen for reduced clocks (empty where none was), and how long and how often was
+    looked. `meter` is "NVML", "RAPL" or "unknown"; `note` says why something is unknown.
     """
 
     energy_j: float | None
@@ -34,7 +34,7 @@ class Power:
     clock_hz: float | None
     memory_clock_hz: float | None
     temperature_c: float | None
-    throttle: tuple[str, ...]
+    throttle: tuple[str, ...] | None
     seconds: float
     samples: int
     meter: str = "unknown"
@@ -57,7 +57,7 @@ class StepPower:
             "arm": arm, "scope": scope, "regime": regime, "steps": self.steps, "time_s": self.time_s,
             "energy_j": self.energy_j, "power_w": p.mean_power_w, "clock_hz": p.clock_hz,
             "memory_clock_hz": p.memory_clock_hz, "temperature_c": p.temperature_c,
-            "throttle": "unknown" if p.meter != "NVML" else ", ".join(p.throttle) or "none",
+            "throttle": "unknown" if p.throttle is None else ", ".join(p.throttle) or "none",
         }  # fmt: skip
 
 
@@ -143,6 +143,8 @@ def summary(looks: list[tuple[float, sensors.Reading]], meter: str = "unknown", 
     def known(name: str) -> list[float]:
         return [value for r in readings if (value := getattr(r, name)) is not None]
 
+    told = [r.throttle for r in readings if r.throttle is not None]
+    reasons = {name for one in told for name in one}
     clocks, memory_clocks, heat = known("clock_hz"), known("memory_clock_hz"), known("temperature_c")
     return Power(
         energy_j,
@@ -151,7 +153,7 @@ def summary(looks: list[tuple[float, sensors.Reading]], meter: str = "unknown", 
         median(clocks) if clocks else None,
         median(memory_clocks) if memory_clocks else None,
         max(heat, default=None),
-        tuple(name for name in sensors.THROTTLE_REASONS.values() if any(name in r.throttle for r in readings)),
+        tuple(name for name in sensors.THROTTLE_REASONS.values() if name in reasons) if told else None,
         seconds,
         len(looks),
         meter,
@@ -176,19 +178,12 @@ def joules_per_step(call: Timed, seconds: float = 10.0, meter: sensors.Meter | N
     One call before the first look warms up. NVML's energy counter moves about ten times a second, so that runs of less
     than some seconds tell little. Raises MeasurementError for a time that is not positive.
     """
-    if not 0 < seconds < math.inf:
-        raise MeasurementError(f"energy needs a positive number of seconds to run, found {seconds}")
-    _positive(call())
+    require_positive(seconds=seconds)
+    require_seconds("the step", call())
     total, steps = 0.0, 0
     with Sampler(meter) as sampler:
         while total < seconds:
-            total += _positive(call())
+            total += require_seconds("the step", call())
             steps += 1
     energy_j = sampler.power.energy_j
     return StepPower(steps, total / steps, None if energy_j is None else energy_j / steps, sampler.power)
-
-
-def _positive(time_s: Any) -> float:
-    if isinstance(time_s, Real) and not isinstance(time_s, bool) and 0 < float(time_s) < math.inf:
-        return float(time_s)
-    raise MeasurementError(f"a timed call returned {time_s!r} seconds; it must be positive")

@@ -19,6 +19,7 @@ from typing import Any
 
 import zimage
 from zimage.errors import MeasurementError
+from zimage.measure.arguments import require_integer, require_positive
 
 _LONGEST = 300  # characters of what a process said
 _LONGEST_JOB = 32_768  # bytes: what a pipe takes before anyone reads from it
@@ -82,10 +83,8 @@ class Resident:
     """
 
     def __init__(self, arm: Arm, *, warm_up: int = 3, timeout_s: float = 600.0) -> None:
-        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
-            raise MeasurementError(f"warm_up must be a number of calls, found {warm_up!r}")
-        if not 0 < timeout_s < math.inf:
-            raise MeasurementError(f"timeout_s must be positive and finite, found {timeout_s!r}")
+        require_integer("warm_up", warm_up, 0)
+        require_positive(timeout_s=timeout_s)
         if isinstance(arm, Program):
             self._command: Sequence[str] = [sys.executable, "-P", "-m", "zimage.measure.worker"]
             self._job, self._what = arm.job(warm_up), f"the program {arm}"

@@ -11,14 +11,15 @@ signed-rank test, as in a comparison.
 
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from zimage.errors import MeasurementError
+from zimage.measure.arguments import is_number, require_fractions, require_integer
 from zimage.measure.samples import Timed
-from zimage.measure.statistics import Floats, _cumulative, walsh_averages
+from zimage.measure.statistics import Floats, critical, walsh_averages
 from zimage.measure.timing import timed
 
 import mlx.core as mx
@@ -117,7 +118,7 @@ def prefix(
     calls[0] = clock(lambda: zero + 1)
     if plain is not None:
         calls[-1] = clock(plain)
-    first_call_s = calls[n]()
+    first_call_s = _checked(calls[n]())
     times = _rounds({"": calls}, rounds, seed)[""]
     level = alpha / n
     stages = [estimate(name, times[k] - times[k - 1], level) for k, name in enumerate(names, start=1)]
@@ -214,9 +215,9 @@ def _made(make: Callable[[int], Work], repeats: Sequence[int]) -> Callable[[int]
 def estimate(name: str, samples: Floats, level: float) -> Time:
     """The Hodges-Lehmann estimate of a quantity's values [rounds] and its exact interval, two-sided at `level`."""
     walsh = walsh_averages(samples)
-    # As in a comparison: a value is rejected when at most `critical` Walsh averages lie on one side of it.
-    critical = int(np.searchsorted(2 * _cumulative(len(samples)), level, side="right")) - 1
-    low, high = (float(walsh[critical]), float(walsh[-critical - 1])) if critical >= 0 else (math.nan, math.nan)
+    # As in a comparison: a value is rejected when at most `rank` Walsh averages lie on one side of it.
+    rank = critical(len(samples), level)
+    low, high = (float(walsh[rank]), float(walsh[-rank - 1])) if rank >= 0 else (math.nan, math.nan)
     return Time(name, float(np.median(walsh)), low, high, [float(x) for x in samples])
 
 
@@ -269,7 +270,7 @@ def _rounds(groups: Mapping[str, Mapping[int, Timed]], rounds: int, seed: int) -
 
 
 def _checked(seconds: Any) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 <= float(seconds) < math.inf:
+    if not is_number(seconds) or not 0 <= seconds <= sys.float_info.max:
         raise MeasurementError(f"a timed call returned {seconds!r} seconds; it must be a finite number, 0 or more")
     return float(seconds)
 
@@ -277,10 +278,8 @@ def _checked(seconds: Any) -> float:
 def _check(rounds: int, alpha: float, given: bool, otherwise: str) -> None:
     if not given:
         raise MeasurementError(otherwise)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise MeasurementError(f"rounds must be an integer of at least 1, found {rounds!r}")
-    if not 0 < alpha < 1:
-        raise MeasurementError(f"alpha must lie between 0 and 1, found {alpha}")
+    require_integer("rounds", rounds, 1)
+    require_fractions(alpha=alpha)
 
 
 def note(rounds: int, level: float) -> str:

@@ -4,8 +4,8 @@ Every quad starts with one untimed call, and one untimed call follows each switc
 call of it stands before each quad; it alone decides whether the quad is dropped, before the quad's order is drawn.
 """
 
-import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def in_step(canaries_s: Floats) -> NDArray[np.bool_]:
 
 def seconds(name: str, value: Any) -> float:
     """What a timed call returned. Raises MeasurementError unless it is a positive, finite number."""
-    if not is_number(value) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise MeasurementError(f"{name} returned {value!r} seconds for a timed call; it must be positive")
     return float(value)
 

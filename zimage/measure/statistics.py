@@ -42,13 +42,13 @@ class Estimates:
 @lru_cache(maxsize=64)
 def _cumulative(n: int) -> Floats:
     """P(W <= k) for k = 0 .. n(n+1)/2 of the signed-rank statistic of n quads without ties."""
-    ways = np.ones(1)
-    for rank in range(1, n + 1):
-        ways = np.concatenate([ways, np.zeros(rank)]) + np.concatenate([np.zeros(rank), ways])
-    return np.cumsum(ways / 2.0**n)
+    chances = np.ones(1)
+    for rank in range(1, n + 1):  # halved as it grows: 2^n has no float beyond a thousand quads
+        chances = (np.concatenate([chances, np.zeros(rank)]) + np.concatenate([np.zeros(rank), chances])) / 2
+    return np.cumsum(chances)
 
 
-def _critical(n: int, level: float) -> int:
+def critical(n: int, level: float) -> int:
     """The largest number of Walsh averages on one side of a shift that still rejects it; -1 where none does."""
     return int(np.searchsorted(2 * _cumulative(n), level, side="right")) - 1
 
@@ -78,10 +78,10 @@ def analyse_many(differences: Floats, level: float) -> Estimates:
     fewest = np.minimum((walsh <= 0).sum(axis=-1), (walsh >= 0).sum(axis=-1))
     p = np.minimum(1.0, 2 * _cumulative(n)[fewest])
     middle = (walsh[:, (walsh.shape[-1] - 1) // 2] + walsh[:, walsh.shape[-1] // 2]) / 2
-    # A shift below walsh[critical], counted from 0, has at most `critical` averages on its lower side.
-    critical = _critical(n, level)
+    # A shift below walsh[rank], counted from 0, has at most `rank` averages on its lower side.
+    rank = critical(n, level)
     infinite = np.full(len(walsh), math.inf)
-    low, high = (walsh[:, critical], walsh[:, -critical - 1]) if critical >= 0 else (-infinite, infinite)
+    low, high = (walsh[:, rank], walsh[:, -rank - 1]) if rank >= 0 else (-infinite, infinite)
     return Estimates(_exp(middle), _exp(low), _exp(high), p)
 
 
@@ -92,8 +92,11 @@ def analyse(differences: Floats, level: float) -> Estimate:
 
 
 def _exp(shifts: Floats) -> Floats:
-    """exp, on the same side of 1 as a shift is of 0 however small it is, so that rounding changes no verdict."""
-    ratios = np.where(shifts > 700, math.inf, np.exp(np.minimum(shifts, 700)))
+    """exp, on the same side of 1 as a shift is of 0 however small it is, so that rounding changes no verdict.
+
+    Only an infinite shift gives 0 or infinity.
+    """
+    ratios = np.exp(np.where(np.isinf(shifts), shifts, np.clip(shifts, -700, 700)))
     return np.where((ratios == 1) & (shifts != 0), np.nextafter(1, 1 + np.sign(shifts)), ratios)
 
 
