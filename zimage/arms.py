@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, inputs
+from zimage import backend, fusing, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.recipes import Asked
@@ -24,6 +24,10 @@ FIRST_BLOCK = "layers.0"
 TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
+    "fuse_norm_rope": fusing.fuse_norm_rope,
+    "fuse_residual_norm": fusing.fuse_residual_norm,
+    "fuse_swiglu": fusing.fuse_swiglu,
+    "wide_dequantize": fusing.wide_dequantize,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
 
