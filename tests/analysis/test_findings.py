@@ -199,7 +199,7 @@ def test_time_phrase(ratio: float, text: str) -> None:
 def test_the_slowest_operation_and_what_is_unattributed() -> None:
     """A profiled stage's finding names its slowest operation, the share bound by memory, and the signed rest."""
     (found,) = findings(stored(operations=fabricated.operations()))
-    assert found.text == "sdpa takes the most of layers.0, 31 % at 51 % of the roof"
+    assert found.text == "sdpa takes the most of layers.0, 31 % of its time, at 51 % of the roof"
     assert found.evidence == ("21 % in operations bound by memory", "-2 % unattributed")
 
 

@@ -141,7 +141,7 @@ def test_the_page_says_what_was_found(quickstart: Page) -> None:
         "Whether fused_qkv is faster than separate_qkv per block is undecided",
         "4bit takes 12.1 % more time than float32 per step",
         "digit accuracy 96.0 % against 98.4 %",
-        "sdpa takes the most of layers.0, 31 % at 51 % of the roof",
+        "sdpa takes the most of layers.0, 31 % of its time, at 51 % of the roof",
         "Predicted for the step before anything was allocated: 20.0 MB, 0.952 times what was measured",
         "the whole step",
         "80.0 J a step",

@@ -270,3 +270,13 @@ def test_peaks_of_here_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(peaks, "measure", lambda: calls.append(1) or dict(made))
     assert peaks.here() == peaks.here() == made
     assert len(calls) == 1
+
+
+def test_a_device_in_the_place_of_kept_peaks_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A link to an endless device is no kept peaks, and costs no memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "zimage").mkdir()
+    (tmp_path / "zimage" / "peaks-x.json").symlink_to("/dev/zero")
+    assert peaks.kept("x") is None

@@ -208,7 +208,10 @@ def _clusters(rows: pd.DataFrame) -> list[_Point]:
         )
         if near is None:
             points.append(_Point(row["x"], row["rate"], row["bound"], name, fact, ""))
-        else:
+        else:  # in the middle of those that it stands for
+            count = near.names.count(",") + 1
+            near.x = near.x ** (count / (count + 1)) * row["x"] ** (1 / (count + 1))
+            near.rate = near.rate ** (count / (count + 1)) * row["rate"] ** (1 / (count + 1))
             near.names, near.facts = f"{near.names}, {name}", f"{near.facts}<br>{fact}"
     middle = math.sqrt(points[0].x * points[-1].x) if points else 0.0
     for point in points:  # a name has its room towards the middle

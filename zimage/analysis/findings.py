@@ -267,9 +267,9 @@ def _operations(frame: pd.DataFrame | None) -> list[Finding]:
         return []
     kinds = rows.groupby(rows["bound"].fillna(""), sort=False)["time_s"].sum()
     name, time_s, attained = rows[["operation", "time_s", "attained_fraction"]].iloc[0]
-    text = f"{name} takes the most of {stage}, {units.percent(time_s / whole, 0)}"
+    text = f"{name} takes the most of {stage}, {units.percent(time_s / whole, 0)} of its time"
     if not units.missing(attained):
-        text += f" at {units.percent(attained, 0)} of the roof"
+        text += f", at {units.percent(attained, 0)} of the roof"
     memory = units.percent(float(kinds.get("memory", 0.0)) / whole, 0)
     numbers = [f"{memory} in operations bound by memory"] if len(kinds) > 1 else []
     numbers += [f"{units.percent(float(t) / whole, 0)} unattributed" for t in rest[:1]]

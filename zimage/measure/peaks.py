@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from zimage import backend, blas
@@ -33,6 +34,7 @@ _LONGEST_CALL_S = 0.1
 _CALL_S = 0.02  # a call holds several operations if one is shorter, so that submitting it hardly counts
 _MOST_IN_A_CALL = 8
 _REPEATS = 7
+_LARGEST_FILE = 1 << 20
 _REST_S = 0.1  # before a burst: the device gets away from its power limit
 _PACKED_BITS = (4, 8)
 _GROUP = 64
@@ -132,7 +134,7 @@ def kept(device: str, facts: Mapping[str, str] | None = None) -> Peaks | None:
     """
     folder = blas.cache_folder()
     try:
-        peaks = None if folder is None else json.loads((folder / f"peaks-{device}.json").read_text())
+        peaks = None if folder is None else json.loads(_start_of(folder / f"peaks-{device}.json"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(peaks, dict):
@@ -140,6 +142,12 @@ def kept(device: str, facts: Mapping[str, str] | None = None) -> Peaks | None:
     if facts is not None and any(peaks.get(name) != facts.get(name) for name in _DECIDING):
         return None
     return peaks
+
+
+def _start_of(file: Path) -> str:
+    """The text of a file that should be small; whatever lies there instead is not read to its end."""
+    with file.open(encoding="utf-8") as content:
+        return content.read(_LARGEST_FILE)
 
 
 def here() -> Peaks:
