@@ -22,7 +22,7 @@ ROWS = (
     {"adapters"},
     {"kernels", "rope", "patchify"},
     {"transformer"},
-    {"transforms"},
+    {"transforms", "half"},
     {"saving", "weights"},
     {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations"},
     {"analysis"},

@@ -12,7 +12,7 @@ from zimage import adapters
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.quantization import Quantization, entry
-from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
+from zimage.transformer import Attention, FeedForward, TimestepEmbedder, Transformer, TransformerBlock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -88,6 +88,31 @@ def _all_ones(length: int) -> mx.array:
     return mx.array(np.ones((1, 1, 1, length), dtype=np.bool_))
 
 
+class RoundedRMSNorm(nn.RMSNorm):
+    """An RMSNorm in fp32 whose result, divided by 2^exponent, is rounded to `gives`: how `float16` reads the stream."""
+
+    def __init__(self, norm: nn.RMSNorm, exponent: int, gives: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, norm, without=())
+        self.weight = norm.weight.astype(mx.float32) * 2.0**-exponent
+        self.exponent, self.gives = exponent, gives
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self.gives)
+
+
+class RoundedTimestepEmbedder(TimestepEmbedder):
+    """A timestep embedder whose result is rounded to `gives`, and with it all modulation."""
+
+    def __init__(self, embedder: TimestepEmbedder, gives: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, embedder, without=())
+        self.gives = gives
+
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
+        return super().__call__(t, dtype).astype(self.gives)
+
+
 class AdaptedLinear(QuantizedLinear):
     """A quantized layer with a low-rank update beside it: y = layer(x) + (x lora_down^T) lora_up^T.
 
@@ -120,6 +145,7 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
     matrices of the model's dtype. Raises WeightsError for a file that is no LoRA of this model and InputError for a
     scale that is not finite.
     """
+    require_unscaled(model, "adapt")
     updates = adapters.read_all(files, model.config)
     new = clone(model)
     to_fuse = []
@@ -283,9 +309,10 @@ def cast(model: Transformer, dtype: str) -> Transformer:
     """The model with every floating-point array in `dtype`, "bfloat16" or "float32". Raises InputError for another.
 
     The new arrays are computed when they are first used. float16 is refused: the published weights overflow in it, in
-    the feed-forward and in the attention's output.
+    the feed-forward and in the attention's output. `float16` keeps them in range.
     """
     target = parse_dtype(dtype)
+    require_unscaled(model, "cast")
 
     def converted(array: mx.array) -> mx.array:
         wanted = mx.issubdtype(array.dtype, mx.floating) and array.dtype != target
@@ -300,8 +327,35 @@ def parse_dtype(name: str) -> mx.Dtype:
     """The MLX dtype called `name`. Raises InputError unless it is "bfloat16" or "float32"."""
     if isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
-    reason = ": Z-Image's activations overflow in it" if isinstance(name, str) and name == "float16" else ""
-    raise InputError(f"dtype {name!r} is not supported{reason}; use bfloat16 or float32")
+    if isinstance(name, str) and name == "float16":
+        raise InputError(
+            "dtype 'float16' is not supported: Z-Image's activations overflow in it; use bfloat16 or float32, or "
+            "zimage.transforms.float16 on the loaded model, which keeps them in range"
+        )
+    raise InputError(f"dtype {name!r} is not supported; use bfloat16 or float32")
+
+
+def float16(model: Transformer, *examples: Sequence[Any], most_error: float = 0.01) -> Transformer:
+    """The model with blocks that compute in float16 and a residual stream in fp32, for GPUs without fast bfloat16.
+
+    examples: what it will be called with, each (latents [B, C, H, W], timestep [B], captions); real captions, and
+    timesteps all over [0, 1], as a batch or as several examples. The plain model is run on them in fp32, a block at a
+    time, and every block's attention and feed-forward are divided by the powers of two that keep eight times their
+    largest values in range. `half` says how that changes nothing but the rounding. It works on fused, adapted and
+    affine-packed weights, and what it gives can be fused and packed.
+
+    Raises InputError, with the block and the operation, where values would overflow all the same or vanish, and where
+    the velocity's relative L2 error on an example exceeds `most_error`. Weights are copied, but for packed ones.
+    """
+    from zimage import half  # which builds on this module
+
+    return half.float16(model, examples, most_error)
+
+
+def require_unscaled(model: Transformer, doing: str) -> None:
+    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be."""
+    if any(isinstance(module, RoundedRMSNorm) for module in model.modules()):
+        raise InputError(f"a float16 model's weights are scaled to compute in it; {doing} the model it was made from")
 
 
 def blocks(model: Transformer) -> Iterator[tuple[str, TransformerBlock]]:
@@ -414,8 +468,10 @@ def quantization_of(model: Transformer) -> dict[str, Any] | None:
 def tensors(model: Transformer) -> dict[str, mx.array]:
     """The model's arrays by published name; quantized layers add `.scales` and `.biases`.
 
-    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold.
+    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold, and for a
+    float16 model, whose weights are scaled for what it computes in.
     """
+    require_unscaled(model, "save")
     adapted = [path for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
     if adapted:
         raise InputError(
