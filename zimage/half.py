@@ -10,10 +10,10 @@ attention divided by 2^a, the norm with eps / 4^a is the same to the last bit, a
 - so do the norms of queries and keys; a model without these has to_q and to_k multiplied by 2^a instead;
 - w1 is multiplied by 2^f, because SiLU does see the scale of a gate.
 
-Linear weights stay as they are but for that, so none gets too small for float16. The residual stream is in fp32, and so
-are embedders, the norms that read the stream or add to it, and the final layer; RoPE is computed in fp32 as ever. a and f
-are chosen block by block, from what the plain model computes for examples. That values have to be scaled down, and that
-V and w3 are enough, is known from mflux, which divides them by 4 and 32 in all blocks.
+Linear weights stay as they are but for that, so none gets too small for float16. The residual stream is in fp32, and
+so are embedders, the norms that read the stream or add to it, and the final layer; RoPE is computed in fp32 as ever. a
+and f are chosen block by block, from what the plain model computes for examples. That values have to be scaled down,
+and that V and w3 are enough, is known from mflux, which divides them by 4 and 32 in all blocks.
 """
 
 import math
@@ -50,7 +50,7 @@ class Reach(NamedTuple):
     rms: float
 
 
-# Layers of a block: which operation has just given what they take, where no layer gave it, and which operation they are.
+# Layers of a block: the operation that gives what they take, where no layer gives that, and the one that they are.
 _LAYERS: dict[str, tuple[str | None, str]] = {
     "adaLN_modulation.0": ("t_embedder", "adaln"),
     "attention_norm1": (None, "attention_norm1"),
@@ -78,6 +78,8 @@ def float16(model: Transformer, examples: Sequence[Sequence[Any]], most_error: f
             "float16 is checked on examples of what the model is called with, each (latents, timestep, captions): give "
             "one at least, of real captions"
         )
+    if isinstance(most_error, bool) or not isinstance(most_error, (int, float)) or not most_error > 0:
+        raise InputError(f"most_error must be a positive number, found {most_error!r}")
     reached, wanted = measure(model, examples)
     chosen = {stage: choose(stage, reached[stage], most_error) for stage, _ in blocks(model)}
     new = converted(model, chosen)
@@ -93,7 +95,8 @@ def float16(model: Transformer, examples: Sequence[Sequence[Any]], most_error: f
 def relative_l2(found: mx.array, wanted: mx.array) -> float:
     """|found - wanted| / |wanted|, in fp32."""
     found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
-    return float((mx.linalg.norm(found - wanted) / mx.linalg.norm(wanted)).item())
+    error: Any = (mx.linalg.norm(found - wanted) / mx.linalg.norm(wanted)).item()
+    return float(error)
 
 
 def exponents(model: Transformer) -> dict[str, Exponents]:
@@ -118,7 +121,7 @@ def measure(
     plain = dict(blocks(watched))
 
     def watch(path: str) -> Any:
-        def run(*arguments: mx.array | None) -> mx.array:
+        def run(*arguments: Any) -> mx.array:
             seen: list[tuple[str, mx.array]] = []
             out: mx.array = _watched(plain[path], seen)(*arguments)
             mx.eval(out, [size for _, size in seen])
@@ -169,7 +172,8 @@ def _watched(block: TransformerBlock, seen: list[tuple[str, mx.array]]) -> Trans
 def _add(seen: list[tuple[str, mx.array]], reached: dict[str, Reach], stage: str) -> None:
     """Widen what is known of a stage by what was seen of it."""
     for name, values in seen:
-        largest, rms = values.tolist()
+        pair: Any = values.tolist()
+        largest, rms = pair
         if not math.isfinite(largest):
             raise InputError(
                 f"{stage}: {name} is not finite in float32 either; are the example's values and the weights?"
@@ -214,9 +218,8 @@ def choose(stage: str, reached: dict[str, Reach], most_error: float = MOST_ERROR
         error = _SMALLEST_STEP / math.sqrt(12) / rms if rms else 0.0
         if name in divided and error > most_error:
             raise InputError(
-                f"{stage}: {name}, of root mean square {reach.rms:.3g} and divided by 2^{divided[name]} to keep its "
-                f"neighbours in range, is too small for float16: an error of {error:.2g}, and {most_error:.3g} is the "
-                "most; use bfloat16 or float32"
+                f"{stage}: {name} has a root mean square of {rms:.3g} after a division by 2^{divided[name]}; float16 "
+                f"would round that by {error:.2g} of it, and {most_error:.3g} is the most; use bfloat16 or float32"
             )
     return Exponents(*chosen)
 
@@ -241,7 +244,7 @@ def converted(model: Transformer, chosen: dict[str, Exponents], dtype: mx.Dtype 
 
 def _convert(path: str, block: TransformerBlock, by: Exponents, dtype: mx.Dtype) -> None:
     """Turn a plain block of one's own into one that computes in `dtype`."""
-    attention, feed_forward = block.attention, block.feed_forward
+    attention = block.attention
     for name, exponent in (("attention_norm", by.attention), ("ffn_norm", by.feed_forward)):
         before, after = block[f"{name}1"], block[f"{name}2"]
         block[f"{name}1"] = RoundedRMSNorm(before, exponent, dtype)
@@ -270,7 +273,7 @@ def _multiply(path: str, layer: Any, factor: float, dtype: mx.Dtype) -> None:
         if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
             continue
         wide = array.astype(mx.float32) * (1.0 if name == "lora_down" else factor)
-        largest = mx.abs(wide).max().item()
+        largest: Any = mx.abs(wide).max().item()
         if dtype == mx.float16 and not largest <= LARGEST:
             raise InputError(
                 f"{path}.{name} has a value of {largest:.3g}, and float16 holds {LARGEST:.0f}; use bfloat16 or float32"

@@ -468,8 +468,8 @@ def quantization_of(model: Transformer) -> dict[str, Any] | None:
 def tensors(model: Transformer) -> dict[str, mx.array]:
     """The model's arrays by published name; quantized layers add `.scales` and `.biases`.
 
-    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold, and for a
-    float16 model, whose weights are scaled for what it computes in.
+    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold, and for
+    a float16 model, whose weights are scaled for what it computes in.
     """
     require_unscaled(model, "save")
     adapted = [path for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
