@@ -275,6 +275,14 @@ def test_a_block_that_gives_nothing_is_no_underflow() -> None:
     assert error(new(*example()), model(*example())) < 2e-3
 
 
+def test_a_block_that_hides_its_operations_is_refused() -> None:
+    """Where an operation was not seen, nothing is assumed of it."""
+    reached, _ = half.measure(Transformer(TINY), [short(TINY)])
+    del reached["layers.0"]["sdpa"]
+    line = refusal(lambda: half.choose("layers.0", reached["layers.0"]))
+    assert line.startswith("layers.0: sdpa is not computed by a layer of its own; apply float16 before")
+
+
 @pytest.mark.parametrize(
     "examples",
     [(), (mx.zeros((1, 4, 6, 4)), mx.zeros(1), mx.zeros((1, 5, 48))), (None,), ((1, 2),), ("abc",), ((1, 2, 3),)],

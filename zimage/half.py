@@ -196,14 +196,20 @@ def _cast_around_blocks(model: Transformer) -> Transformer:
 def choose(stage: str, reached: dict[str, Reach], most_error: float = MOST_ERROR) -> Exponents:
     """The smallest exponents that keep a block's values within LIMIT, an eighth of what float16 holds.
 
-    Raises InputError where values that no exponent divides are beyond it, and where dividing leaves so little of others
-    that float16 would round them by more than `most_error` of their root mean square.
+    Raises InputError where values that no exponent divides are beyond it, where dividing leaves so little of others
+    that float16 would round them by more than `most_error` of their root mean square, and where some were not seen.
     """
     unscaled = () if "qk_norm" in reached else _QUERIES_AND_KEYS
     chosen = []
     divided: dict[str, int] = {}
     for operations in (_ATTENTION, _FEED_FORWARD):
         names = [name for name in operations if name not in unscaled]
+        unseen = [name for name in names if name not in reached]
+        if unseen:
+            raise InputError(
+                f"{stage}: {unseen[0]} is not computed by a layer of its own; apply float16 before transforms that "
+                "compute several operations at once"
+            )
         furthest = max(reached[name].largest for name in names)
         exponent = max(0, math.ceil(math.log2(furthest / LIMIT))) if furthest else 0
         chosen.append(exponent)
