@@ -10,7 +10,7 @@ import zimage
 from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
 from tests.lab.test_fitting import CPU, METAL, SHARED, declare
 from tests.test_cli import zimage as command
-from zimage import backend, machine, sources, weights
+from zimage import backend, machine, recipes, sources, weights
 from zimage.analysis.fitting import Device, fits
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, InputError, WeightsError
@@ -226,8 +226,8 @@ def test_predicted_weights_are_those_that_are_loaded(dtype: str, quantization: s
         return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
     item = {"float32": 4, "bfloat16": 2}
-    packing = Quantization.parse(quantization) if quantization else None
-    predicted = sources.describe("digits").loaded_bytes(item[dtype], packing)
+    info = sources.describe("digits")
+    predicted = info.loaded_bytes(item[dtype], recipes.packing(info.config, quantization))
     assert predicted == held(zimage.load_transformer("digits", dtype, quantization))
     stored = weights.convert("digits", tmp_path / "stored", "bfloat16", quantization)
     assert sources.describe(stored).loaded_bytes(item[dtype]) == held(zimage.load_transformer(stored, dtype))

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
-    {"config", "errors", "lengths", "quantization"},
+    {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
     {"measure", "backend", "blas", "doctor", "machine", "sensors"},
     {"sources", "hub"},
-    {"adapters"},
+    {"adapters", "recipes", "recipe_files"},
     {"kernels", "rope", "patchify"},
     {"transformer"},
     {"transforms", "half"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},
@@ -45,7 +45,7 @@ WITHOUT_MLX = (
         "measure.comparison",
     ),
     *("quantization", "sources", "hub", "adapters"),
-    *("quantization", "lengths", "sources", "hub", "adapters"),
+    *("quantization", "recipes", "recipe_files", "lengths", "sources", "hub", "adapters"),
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000

@@ -1,7 +1,9 @@
 """Facts about macOS, Linux and NVIDIA machines, from faked answers of theirs, and what is made of them."""
 
 import os
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -336,3 +338,29 @@ def test_no_rapl_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     package = _package(tmp_path, "intel-rapl:0", "package-0\n", 1)
     (package / "energy_uj").unlink()
     assert sensors.rapl() is None
+
+
+def test_a_mac_stays_awake_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On macOS caffeinate runs for this process until the work is done; elsewhere nothing is started."""
+    said = tmp_path / "said"
+    fake = tmp_path / "caffeinate"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {said}\nexec sleep 60\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with machine.awake():
+        pass
+    assert not said.exists()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with machine.awake():
+        deadline = time.monotonic() + 10
+        while not said.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert started[0].poll() is None
+    assert said.read_text().split() == ["-i", "-m", "-w", str(os.getpid())]
+    assert started[0].poll() is not None
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with machine.awake():
+        pass

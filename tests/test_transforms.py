@@ -288,7 +288,7 @@ def test_quantization_names(name: str, wanted: Quantization) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "4", "bit", "7bit", "1bit", "16bit", "4bit-g16", "4bit-g", "4BIT", " 4bit", "4bit\n", "mxfp4-g32", "int4",
-     None, 4, ["4bit"], {"default": "4bit"}],
+     None, 4, ["4bit"]],
     ids=repr,
 )  # fmt: skip
 def test_other_quantization_names_are_refused(name: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from zimage import backend, half, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
+from zimage.recipes import Asked
 from zimage.transformer import State, Transformer
 from zimage.transforms import fuse_gate_up, fuse_qkv
 from zimage.weights import load_transformer
@@ -25,7 +26,7 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {"fuse_qkv": fuse_
 def step(
     source: str,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantization: Asked | None = None,
     transforms: Sequence[str] = (),
     height: int = 1024,
     width: int = 1024,

@@ -49,7 +49,9 @@ _results = click.option(
 )  # fmt: skip
 _as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 _quantization = click.option(
-    "--quantization", metavar="NAME", help="Pack the weights: 2bit to 6bit, 8bit, 4bit-g32, mxfp4, nvfp4, mxfp8."
+    "--quantization",
+    metavar="NAME|FILE",
+    help="Pack the weights: 2bit to 6bit, 8bit, 4bit-g32, mxfp4, nvfp4, mxfp8, or a recipe (.yaml, .json).",
 )
 
 

@@ -1,5 +1,8 @@
 """Errors a user can meet. Each is one line: what went wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ZImageError(Exception):
     """Base of every error that bad input or a missing piece of the machine can cause."""
@@ -35,3 +38,10 @@ class MeasurementError(ZImageError):
 
 class BackendError(ZImageError):
     """MLX, its device or its libraries are missing or unusable on this machine."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The line that says a name is not known, with the nearest one or all there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}")

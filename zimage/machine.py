@@ -9,8 +9,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -334,3 +334,20 @@ def _value(facts: Mapping[str, str], name: str) -> float | None:
         return float(facts[name])
     except (KeyError, ValueError):
         return None
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Keep a Mac from going to sleep meanwhile, which a sweep over night would else do; elsewhere this does nothing."""
+    holder: subprocess.Popen[bytes] | None = None
+    if sys.platform == "darwin":
+        with suppress(OSError):  # not there: then the system decides
+            quiet = subprocess.DEVNULL
+            command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]  # it also ends when this process does
+            holder = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            holder.terminate()
+            holder.wait()

@@ -4,6 +4,7 @@ Nothing here imports MLX.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from zimage.errors import InputError
 MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits and group size; affine has a choice of both
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+NAMES = "2bit, 3bit, 4bit, 5bit, 6bit, 8bit (group 64, or with -g32, -g64, -g128), mxfp4, nvfp4, mxfp8"
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,7 @@ class Quantization:
             return cls(name, *MODES[name])
         match = re.fullmatch(r"([234568])bit(?:-g(32|64|128))?", name) if isinstance(name, str) else None
         if match is None:
-            raise InputError(
-                f"unknown quantization {name!r}; known are 2bit, 3bit, 4bit, 5bit, 6bit, 8bit (group 64, or with -g32, "
-                "-g64, -g128), mxfp4, nvfp4, mxfp8"
-            )
+            raise InputError(f"unknown quantization {name!r:.200}; known are {NAMES}")
         return cls("affine", int(match[1]), int(match[2] or 64))
 
     @classmethod
@@ -69,6 +68,16 @@ class Quantization:
         found = {"weight": (rows, width * self.bits // 32), "scales": groups}
         return {**found, "biases": groups} if self.mode == "affine" else found
 
+    def require(self, path: str, rows: int, width: int) -> None:
+        """Raise InputError, which names the layer at `path`, where a [rows, width] weight cannot be packed so."""
+        if self.shapes(rows, width) is None:
+            raise InputError(
+                f"{path}: input width {width} is not divisible by the group size {self.group_size} of {self}; "
+                "use a smaller group, or a recipe that leaves the layer as it is"
+            )
+        if rows * width % 32:  # MLX packs no fewer at once
+            raise InputError(f"{path}: {rows} x {width} weights are no multiple of 32, which {self} needs")
+
     def stored_bytes(self, rows: int, width: int, item: int) -> int | None:
         """Bytes of a packed [rows, width] weight whose affine scales and biases have `item` each; None as `shapes`."""
         size = {"weight": 4, "scales": item if self.mode == "affine" else 1, "biases": item}
@@ -83,13 +92,13 @@ class Quantization:
 
 
 def entry(packing: Mapping[str, Quantization]) -> dict[str, Any] | None:
-    """The `quantization` entry of a config.json, as mlx-lm writes it: one for all layers, and one a layer that differs.
+    """The `quantization` entry of a config.json, as mlx-lm writes it: one for most layers, one a layer that differs.
 
     packing: each quantized layer's path and how it is packed. None where there is none.
     """
     if not packing:
         return None
-    common = next(iter(packing.values()))
+    (common, _), *_ = Counter(packing.values()).most_common(1)
     others = {path: _values(own) for path, own in packing.items() if own != common}
     return {**_values(common), **others}
 

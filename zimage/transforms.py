@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zimage import adapters
+from zimage import adapters, recipes
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.quantization import Quantization, entry
+from zimage.recipes import Asked
 from zimage.transformer import Attention, FeedForward, TimestepEmbedder, Transformer, TransformerBlock
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 _T = TypeVar("_T")
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -240,9 +242,13 @@ def fuse_gate_up(model: Transformer) -> Transformer:
 def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:
     """The model with the module called `part` of every block in its fused form."""
     new = clone(model)
-    for _, block in blocks(new):
-        if not isinstance(block[part], fused):
+    for path, block in blocks(new):
+        if isinstance(block[part], fused):
+            continue
+        try:
             block[part] = fused(block[part])
+        except InputError as error:
+            raise InputError(f"{path}.{part}: {error}") from None
     mx.eval(new.parameters())
     return new
 
@@ -258,33 +264,27 @@ def unfuse(model: Transformer) -> Transformer:
     return plain
 
 
-def quantize(model: Transformer, quantization: str) -> Transformer:
-    """The linear layers of all blocks with packed weights; embedders, norms and the final layer stay as they are.
+def quantize(model: Transformer, recipe: Asked) -> Transformer:
+    """The linear layers of the blocks with packed weights; embedders, norms and the final layer stay as they are.
 
-    `quantization` is a name: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and "4bit-g128" for other
-    groups), "mxfp4", "nvfp4" or "mxfp8". Raises InputError for other names, for a model that is
-    quantized already, and where a layer's input width is not divisible by the group size.
+    `recipe` is a name, which packs all of them alike: "2bit" to "6bit" or "8bit" (affine, group 64; "4bit-g32" and
+    "4bit-g128" for other groups), "mxfp4", "nvfp4" or "mxfp8"; or it says layer by layer: a recipe's file or dict, see
+    `zimage.recipes`. Raises InputError for other names and bad recipes, for layers that are quantized already, where
+    a layer's sizes do not allow its packing, and where the parts of a fused layer are to be packed differently.
     """
-    wanted = Quantization.parse(quantization)
+    wanted = recipes.packing(model.config, recipes.read(recipe))
     quantized = clone(model)
-    require_packable(quantized, wanted)
-    for _, block in blocks(quantized):
-        pack(block, lambda _path, _linear: wanted)
+    chosen = {}
+    for path, block in blocks(quantized):
+        for name, layer in block.named_modules():
+            found = recipes.of_layer(wanted, f"{path}.{name}") if isinstance(layer, _LINEAR) else None
+            if found is not None and isinstance(layer, nn.QuantizedLinear):
+                raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
+            chosen[f"{path}.{name}"] = found
+    for path, block in blocks(quantized):
+        pack(block, lambda name, _, path=path: chosen[f"{path}.{name}"])  # type: ignore[misc]
         mx.eval(block.parameters())
     return quantized
-
-
-def require_packable(model: Transformer, wanted: Quantization) -> None:
-    """Raise InputError where a linear layer of a block is packed already or the group does not divide its width."""
-    for path, block in blocks(model):
-        for name, linear in block.named_modules():
-            if isinstance(linear, nn.QuantizedLinear):
-                raise InputError(f"{path}.{name} is quantized already; quantize the floating-point weights instead")
-            if isinstance(linear, nn.Linear) and linear.weight.shape[1] % wanted.group_size:
-                raise InputError(
-                    f"{path}.{name}: input width {linear.weight.shape[1]} is not divisible by the group size "
-                    f"{wanted.group_size} of {wanted}; use a smaller group"
-                )
 
 
 def pack(module: nn.Module, choose: Callable[[str, nn.Linear], Quantization | None]) -> None:
@@ -455,15 +455,19 @@ def _dtype(array: mx.array) -> str:
 def quantization_of(model: Transformer) -> dict[str, Any] | None:
     """The `quantization` entry of a saved model's config, as mlx-lm writes it: one for all layers, or an entry a layer.
 
-    None where no layer is quantized.
+    Layers have the paths under which they are saved, unfused. None where no layer is quantized.
     """
-    return entry(
-        {
-            path: Quantization(layer.mode, layer.bits, layer.group_size)
-            for path, layer in model.named_modules()
-            if isinstance(layer, nn.QuantizedLinear)
-        }
-    )
+    return entry(packing_of(model))
+
+
+def packing_of(model: Transformer) -> dict[str, Quantization]:
+    """How each quantized layer is packed, by its published path; the parts of a fused layer are each there."""
+    return {
+        part: Quantization(layer.mode, layer.bits, layer.group_size)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.QuantizedLinear)
+        for part in recipes.published_paths(path)
+    }
 
 
 def tensors(model: Transformer) -> dict[str, mx.array]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from zimage import adapters, backend, transforms
+from zimage import adapters, backend, recipes, transforms
 from zimage.errors import InputError, WeightsError
 from zimage.measure import memory
-from zimage.quantization import Quantization
+from zimage.recipes import Asked, Packing
 from zimage.saving import Advance, config_of, require_free, save_tensors, save_transformer
 from zimage.sources import SourceInfo, TensorInfo, describe, plain
 from zimage.transformer import Transformer
@@ -38,7 +38,7 @@ _NAN_BYTES = {"mxfp8": (0x7F, 0xFF), "nvfp4": (0x7F, 0xFF), "mxfp4": (0xFF,)}  #
 def load_transformer(
     source: str | Path,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantization: Asked | None = None,
     lora: Lora = (),
     check_values: bool = False,
     advance: Advance = lambda _: None,
@@ -49,15 +49,15 @@ def load_transformer(
     "ollama:NAME[:TAG]", "org/name" in the Hugging Face cache, "digits" (ships with the package), or "synthetic:turbo",
     "synthetic:small", "synthetic:tiny" (seeded, no files).
     dtype: "bfloat16", "float32", or None for what suits the device; a checkpoint that is quantized keeps its own then.
-    quantization: a name that `transforms.quantize` takes, or None.
+    quantization: a name or recipe that `transforms.quantize` takes, or None.
     lora: adapters as (file, scale) pairs; merged into floating-point weights before they are packed, and kept beside
     weights that are stored packed.
     check_values: look at every stored value first, and refuse NaN and infinity.
     advance: told of the bytes of the model that are ready.
 
     Raises WeightsError for a missing, unexpected or wrongly shaped tensor, ConfigError for a bad config and InputError
-    for a dtype or quantization that is not known, and, before anything is allocated, for weights that are more than the
-    device's whole memory, unless the environment variable ZIMAGE_FORCE is 1.
+    for a dtype, quantization or recipe that cannot be used, and, before anything is allocated, for weights that are
+    more than the device's whole memory, unless the environment variable ZIMAGE_FORCE is 1.
     """
     info = describe(source)
     wanted, target = _asked(info, dtype, quantization)
@@ -67,10 +67,10 @@ def load_transformer(
         _check_values(info)
     with _named(info):
         # What is packed or cast leaves something behind, and goes layer by layer; what is only read, in larger groups.
-        for part in _parts(model, _GROUP_BYTES if quantization is None and not lora else 0):
+        for part in _parts(model, _GROUP_BYTES if not wanted and not lora else 0):
             mx.eval(part)
             advance(sum(array.nbytes for array in part))
-            if quantization is not None:
+            if wanted:
                 mx.clear_cache()
     return transforms.adapt(model, lora) if lora and info.packing else model
 
@@ -79,7 +79,7 @@ def convert(
     source: str | Path,
     directory: str | Path,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantization: Asked | None = None,
     lora: Lora = (),
     check_values: bool = False,
     progress: Callable[[int], Advance] = lambda _: lambda _: None,
@@ -113,21 +113,19 @@ def check_values(source: str | Path) -> None:
     _check_values(info)
 
 
-def _asked(
-    info: SourceInfo, dtype: str | None, quantization: str | None
-) -> tuple[Quantization | None, mx.Dtype | None]:
-    """How to pack and what to cast to, None for not at all, of a source whose tensors are found well."""
-    wanted = None if quantization is None else Quantization.parse(quantization)
-    if wanted is not None and info.packing:
+def _asked(info: SourceInfo, dtype: str | None, quantization: Asked | None) -> tuple[Packing, mx.Dtype | None]:
+    """How to pack each layer, and what to cast to, None for not at all, of a source whose tensors are found well."""
+    recipe = None if quantization is None else recipes.read(quantization)
+    if recipe is not None and info.packing:
         raise InputError(f"{info.source} is quantized already; quantize the floating-point weights instead")
     if dtype is None and not info.keeps_dtype:
         dtype = backend.default_dtype()
     target = None if dtype is None else transforms.parse_dtype(dtype)
     info.check()
-    return wanted, target
+    return recipes.packing(info.config, recipe), target
 
 
-def _require_room(info: SourceInfo, wanted: Quantization | None, target: mx.Dtype | None) -> None:
+def _require_room(info: SourceInfo, wanted: Packing, target: mx.Dtype | None) -> None:
     """Raise InputError where the weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
 
     What is free at the moment is no measure: caches take it and give it back.
@@ -142,7 +140,7 @@ def _require_room(info: SourceInfo, wanted: Quantization | None, target: mx.Dtyp
         )
 
 
-def _lazy(info: SourceInfo, wanted: Quantization | None, target: mx.Dtype | None, lora: Lora) -> Transformer:
+def _lazy(info: SourceInfo, wanted: Packing, target: mx.Dtype | None, lora: Lora) -> Transformer:
     """The model that was asked for, nothing of it read or computed yet."""
     info.verify()
     updates = {} if info.packing else adapters.read_all(lora, info.config)
@@ -152,18 +150,15 @@ def _lazy(info: SourceInfo, wanted: Quantization | None, target: mx.Dtype | None
         model = Transformer(info.config)
         transforms.pack(model, lambda path, _: info.packing.get(path))
         model.load_weights(list(_stored(info).items()))
-    if wanted is not None:
-        transforms.require_packable(model, wanted)
-    in_blocks = {f"{path}." for path, _ in transforms.blocks(model)}
 
     def made(path: str, layer: nn.Module) -> nn.Module:
         if path in updates:  # in fp32, to be rounded once, to the dtype that was asked for
             layer.weight = transforms.merged(layer.weight.astype(mx.float32), updates[path])
         if target is not None:
             _cast(layer, target)
-        if wanted is None or not isinstance(layer, nn.Linear) or ".".join(path.split(".")[:2]) + "." not in in_blocks:
+        if path not in wanted:
             return layer
-        packed = transforms.packed(layer, wanted)
+        packed = transforms.packed(layer, wanted[path])
         dict.clear(layer)  # MLX's modules are dicts; the weights must not outlive their packing
         return packed
 

@@ -132,6 +132,7 @@ def operations() -> pd.DataFrame:
 def modules() -> pd.DataFrame:
     """A module tree of three levels whose root is the whole step."""
     rows = [("", 100, 1.0), ("layers", 90, 0.9), ("layers.0", 45, 0.45), ("layers.0.attention", 15, 0.2)]
+    rows += [("layers.0.attention.to_out.0", 4, 0.1), ("layers.0.feed_forward", 20, 0.2), ("final_layer", 10, 0.1)]
     return pd.DataFrame(
         [
             {"arm": "baseline", "path": path, "parameters": n, "bytes": 2 * n, "flops": 2e6 * n, "time_s": 0.01 * share,

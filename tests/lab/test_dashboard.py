@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from tests.lab import fabricated
 from zimage.errors import StoreError
-from zimage.lab import dashboard
+from zimage.lab import cost_sections, dashboard
 from zimage.lab.sections import chart
 from zimage.lab.store import Store
 
@@ -389,3 +389,14 @@ def test_no_mlx(results: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_the_module_tree_is_indented_by_what_holds_what() -> None:
+    """A module stands below the one that holds it, under its own name or with that of the list it is in."""
+    table = cost_sections.modules(fabricated.arrow("modules", fabricated.modules()).to_pandas()).table
+    assert table is not None
+    names = [row[0].text.replace("\N{NO-BREAK SPACE}", " ") for row in table.rows]
+    assert names == [
+        "the whole step", "   layers", "      layers.0", "         attention", "            to_out.0",
+        "         feed_forward", "   final_layer",
+    ]  # fmt: skip

@@ -188,3 +188,16 @@ def test_a_packed_sources_own_packing_counts(tmp_path: Path) -> None:
     weights.convert("digits", tmp_path / "packed", "bfloat16", "4bit")
     found = fits(tmp_path / "packed", 8, 8, 1, 1, device=fitting.Device("cpu", 64 * MB))
     assert (found.dtype, found.step.weight_bytes) == ("bfloat16", sources.describe(tmp_path / "packed").bytes)
+
+
+def test_a_recipe_of_a_run_counts(tmp_path: Path) -> None:
+    """A run whose quantization is a recipe is judged by it, in the run's folder; without the file it is not judged."""
+    (tmp_path / "r.yaml").write_text("default: 4bit\nrules: [{pattern: '*.w2', quantization: null}]\n")
+    job = job_of(tmp_path, quantization="r.yaml")
+    found, plain, packed = (fitting.of_job(job_of(tmp_path, quantization=q)) for q in ("r.yaml", None, "4bit"))
+    assert found and plain and packed
+    assert packed.step.weight_bytes < found.step.weight_bytes < plain.step.weight_bytes
+    wanted = fits("digits", 8, 8, 1, 1, None, tmp_path / "r.yaml", device=found.device)
+    assert found.step == wanted.step
+    (tmp_path / "r.yaml").unlink()
+    assert fitting.of_job(job) is None

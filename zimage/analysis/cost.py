@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from zimage import recipes
 from zimage.config import TIMESTEP_HIDDEN, TIMESTEP_WIDTH, TransformerConfig
 from zimage.errors import InputError
 from zimage.lengths import Lengths, lengths
-from zimage.quantization import Quantization
+from zimage.recipes import Asked, Packing
 
 Kind = Literal["matmul", "attention", "elementwise"]
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -115,22 +116,21 @@ def step(
     batch: int = 1,
     caption_tokens: int | Sequence[int] = 32,
     dtype: str = "bfloat16",
-    quantization: str | Quantization | None = None,
+    quantization: Asked | Packing | None = None,
     patch_size: int | None = None,
     fused: Sequence[str] = (),
 ) -> list[Operation]:
     """Every operation of one step in the order of the forward pass, for images of `height` x `width` pixels.
 
-    `caption_tokens` is one count for all items or one for each. `quantization` packs the linear layers of all blocks
-    alike, as `transforms.quantize` does. `fused` may hold "qkv" (one `to_qkv` instead of three projections) and
-    "gate_up" (one `w13` instead of two). Raises InputError or ConfigError for what the model does not take.
+    `caption_tokens` is one count for all items or one for each. `quantization` packs linear layers of the blocks as
+    `transforms.quantize` does, or is each layer's packing by its published path. `fused` may hold "qkv" (one `to_qkv`
+    instead of three projections) and "gate_up" (one `w13` instead of two). Raises InputError or ConfigError for what
+    the model does not take.
     """
     found, patch = token_lengths(config, height, width, batch, caption_tokens, patch_size)
     if not isinstance(fused, (list, tuple)) or any(name not in FUSIONS for name in fused):
         raise InputError(f"fused must be a list of {' and '.join(FUSIONS)}, found {fused!r}")
-    packing = quantization
-    if not (packing is None or isinstance(packing, Quantization)):
-        packing = Quantization.parse(packing)
+    packing = recipes.packing(config, quantization)
     return _Step(config, found, patch, item_bytes(dtype), packing, tuple(fused)).write()
 
 
@@ -169,6 +169,14 @@ def _totals(parts: Sequence[tuple[str, Operation]]) -> list[Total]:
     return [Total(path, *total) for path, total in sums.items()]
 
 
+def published_path(module: str, patch_size: int) -> str:
+    """The path in the model of a linear layer that an operation belongs to; embedders are one a patch size there."""
+    stage, _, rest = module.partition(".")
+    if stage not in ("x_embedder", "final_layer"):
+        return module
+    return f"all_{stage}.{patch_size}-1" + ("" if stage == "x_embedder" else f".{rest}")
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -181,7 +189,7 @@ class _Step:
     lengths: Lengths
     patch: int
     item: int  # bytes of a value
-    packing: Quantization | None
+    packing: Packing
     fused: tuple[str, ...]
     operations: list[Operation] = field(default_factory=list)
 
@@ -240,9 +248,7 @@ class _Step:
         config, B = self.config, self.batch
         D, rows = config.dim, B * length
         if modulation:
-            self._linear(
-                stage, "adaln", f"{stage}.adaLN_modulation.0", B, config.temb_dim, 4 * D, bias=True, packed=True
-            )
+            self._linear(stage, "adaln", f"{stage}.adaLN_modulation.0", B, config.temb_dim, 4 * D, bias=True)
         self._norm_in(stage, "attention_norm1", rows, modulation)
         self._attention(stage, length, table_items, masked)
         self._residual(stage, "attention_residual", "attention_norm2", rows, modulation)
@@ -272,7 +278,7 @@ class _Step:
         else:
             projections = [("to_q", queries), ("to_k", keys), ("to_v", keys)]
         for name, width in projections:
-            self._linear(stage, name, f"{path}.{name}", rows, D, width, packed=True)
+            self._linear(stage, name, f"{path}.{name}", rows, D, width)
         turned = rows * (queries + keys)
         if config.qk_norm:
             self._elementwise(stage, "qk_norm", RMS_NORM * turned, 2 * turned, parameters=2 * head, module=path)
@@ -281,15 +287,15 @@ class _Step:
         flops = 2 * 2 * B * config.n_heads * length * length * head
         moved = 2 * rows * (queries + keys) + (rows if masked else 0)
         self._write(stage, "sdpa", "attention", flops, moved * self.item, 0, 0, path)
-        self._linear(stage, "to_out", f"{path}.to_out.0", rows, queries, D, packed=True)
+        self._linear(stage, "to_out", f"{path}.to_out.0", rows, queries, D)
 
     def _feed_forward(self, stage: str, rows: int) -> None:
         D, H, path = self.config.dim, self.config.hidden_dim, f"{stage}.feed_forward"
         gate_and_up = [("w13", 2 * H)] if "gate_up" in self.fused else [("w1", H), ("w3", H)]
         for name, width in gate_and_up:
-            self._linear(stage, name, f"{path}.{name}", rows, D, width, packed=True)
+            self._linear(stage, name, f"{path}.{name}", rows, D, width)
         self._elementwise(stage, "swiglu", (SILU + SCALE) * rows * H, 3 * rows * H, module=path)
-        self._linear(stage, "w2", f"{path}.w2", rows, H, D, packed=True)
+        self._linear(stage, "w2", f"{path}.w2", rows, H, D)
 
     def _final_layer(self) -> None:
         stage, D, rows = "final_layer", self.config.dim, self.batch * self.lengths.image_tokens
@@ -310,27 +316,19 @@ class _Step:
         width_in: int,
         width_out: int,
         bias: bool = False,
-        packed: bool = False,
     ) -> None:
-        """A linear layer on `rows` tokens; `packed` layers are those that quantization packs."""
+        """A linear layer on `rows` tokens."""
         biases = width_out if bias else 0
-        packing = self.packing if packed else None
-        stored = self._stored(module, width_out, width_in, packing) + biases * self.item
+        stored = self._stored(module, width_out, width_in) + biases * self.item
         moved = rows * (width_in + width_out) * self.item + stored
         flops, parameters = 2 * rows * width_in * width_out, width_in * width_out + biases
         self._write(stage, operation, "matmul", flops, moved, stored, parameters, module)
 
-    def _stored(self, module: str, rows: int, width: int, packing: Quantization | None) -> int:
-        """Bytes of a weight matrix [rows, width]. Raises InputError where it cannot be packed so."""
-        if packing is None:
-            return rows * width * self.item
-        stored = packing.stored_bytes(rows, width, self.item)
-        if stored is None:
-            raise InputError(
-                f"{module}: input width {width} is not divisible by the group size {packing.group_size} of {packing}; "
-                "use a smaller group"
-            )
-        return stored
+    def _stored(self, module: str, rows: int, width: int) -> int:
+        """Bytes of a weight matrix [rows, width]. Raises InputError where its parts are packed differently."""
+        packing = recipes.of_layer(self.packing, published_path(module, self.patch))
+        stored = None if packing is None else packing.stored_bytes(rows, width, self.item)
+        return rows * width * self.item if stored is None else stored
 
     def _elementwise(
         self,

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zimage import recipes
 from zimage.analysis import cost, footprint
 from zimage.analysis.footprint import DeviceKind, Footprint, Verdict
 from zimage.config import TransformerConfig
-from zimage.quantization import Quantization
+from zimage.recipes import Asked
 from zimage.sources import SourceInfo, describe
 
 
@@ -92,7 +93,7 @@ def fits(
     batch: int = 1,
     caption_tokens: int | Sequence[int] = 32,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantization: Asked | None = None,
     models: float = 1,
     patch_size: int | None = None,
     device: Device | None = None,
@@ -108,12 +109,12 @@ def fits(
     on = Device.here() if device is None else device
     cast = on.dtype if dtype is None and not info.keeps_dtype else dtype
     shown = cast or ("bfloat16" if "BF16" in info.dtypes else "float32")
-    packing = Quantization.parse(quantization) if quantization is not None else next(iter(info.packing.values()), None)
+    packing = (info.packing if quantization is None else recipes.packing(info.config, quantization)) or None
     alive = footprint.step_bytes(
         info.config, height, width, batch, caption_tokens, shown, packing, patch_size, on.kind
     ).activation_bytes
     item = None if cast is None else cost.item_bytes(cast)
-    step = Footprint(info.loaded_bytes(item, packing if quantization is not None else None), alive)
+    step = Footprint(info.loaded_bytes(item, packing), alive)
     verdict, reason = footprint.verdict(needed(step, models), on.recommended_bytes, on.total_bytes, models)
     return Fit(verdict, reason, step, models, shown, on)
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from zimage import recipes
 from zimage.analysis import cost, units
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.lengths import Lengths
-from zimage.quantization import Quantization
+from zimage.recipes import Asked, Packing
 
 DeviceKind = Literal["cpu", "cuda", "metal"]
 Verdict = Literal["fits", "tight", "cannot fit", "unknown"]
@@ -54,7 +55,7 @@ def step_bytes(
     batch: int = 1,
     caption_tokens: int | Sequence[int] = 32,
     dtype: str = "bfloat16",
-    quantization: str | Quantization | None = None,
+    quantization: Asked | Packing | None = None,
     patch_size: int | None = None,
     device: DeviceKind = "cuda",
 ) -> Footprint:
@@ -62,13 +63,14 @@ def step_bytes(
 
     Raises InputError or ConfigError for what the model does not take and for an unknown kind of device.
     """
-    operations = cost.step(config, height, width, batch, caption_tokens, dtype, quantization, patch_size)
+    packing = recipes.packing(config, quantization)
+    operations = cost.step(config, height, width, batch, caption_tokens, dtype, packing or None, patch_size)
     found, _ = cost.token_lengths(config, height, width, batch, caption_tokens, patch_size)
     item = cost.item_bytes(dtype)
     unpacked = 0
-    if quantization is not None and device != "metal":  # Metal multiplies packed weights as they are
-        last = f"layers.{config.n_layers - 1}"
-        unpacked = sum(o.parameters for o in operations if o.stage == last and o.kind == "matmul")
+    if packing and device != "metal":  # Metal multiplies packed weights as they are
+        stages = cost.by_stage([operation for operation in operations if operation.module in packing])
+        unpacked = max((stage.parameters for stage in stages), default=0)
     if device == "cpu":
         alive = _alive_on_cpu(config, found, item, unpacked)
     elif device in _BATCH:

@@ -28,8 +28,8 @@ from zimage.analysis.reading import records
 from zimage.errors import ExperimentError, StoreError
 from zimage.lab.files import NAME
 from zimage.lab.store import Run, Store
-from zimage.lab.strict import Strict, validate
-from zimage.lab.yaml_lines import Document, Place, load
+from zimage.strict import Strict, validate
+from zimage.yaml_lines import Document, Place, load
 
 from pydantic import Field
 
@@ -74,7 +74,7 @@ def nearest(start: Path) -> Path:
 def read(path: Path) -> list[Claim]:
     """The claims in the file `path`. Raises ExperimentError with file and line for anything that does not fit."""
     document = load(path, "a claims file")
-    file = validate(document, _File, "claims", "a claims file")
+    file = validate(document, _File, "a claims file", "claims")
     return [_claim(document, index, file) for index in range(len(file.claims))]
 
 

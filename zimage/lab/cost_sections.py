@@ -82,12 +82,13 @@ def modules(frame: pd.DataFrame) -> Section:
     heads = [Head("Module"), *(Head(name, True) for name in ("Parameters", "Weights", "FLOPs"))]
     heads += [Head("Time", True), Head("Share", True)] if timed else []
     cells = []
+    above: list[str] = []  # the modules that hold the current one, from the outside
     for row in reading.records(frame):
         path = str(row["path"])
-        depth = path.count(".") + 1 if path else 0
-        name = "\N{NO-BREAK SPACE}" * 3 * depth + (path.rpartition(".")[2] or "the whole step")
+        while above and above[-1] and not path.startswith(f"{above[-1]}."):
+            above.pop()
         line = [
-            Cell(name),
+            Cell("\N{NO-BREAK SPACE}" * 3 * len(above) + _module_name(path, above[-1] if above else "")),
             Cell(units.count(row["parameters"]), "num"),
             Cell(units.size(row["bytes"]), "num"),
             Cell(units.count(row["flops"]), "num"),
@@ -95,8 +96,17 @@ def modules(frame: pd.DataFrame) -> Section:
         if timed:
             line += [Cell(units.seconds(row["time_s"]), "num"), Cell(units.percent(row["share"]), "num")]
         cells.append(line)
+        above.append(path)
     note = "Times are of the prefix view where a module is a stage, and of the operation view below that."
     return Section("Module tree", note if timed else "", table=Table("Module tree", heads, cells))
+
+
+def _module_name(path: str, parent: str) -> str:
+    """A module's path below its parent's; a place in a list keeps the list's name."""
+    if not path:
+        return "the whole step"
+    name = path.removeprefix(f"{parent}.") if parent else path
+    return f"{parent.rpartition('.')[2]}.{name}" if name.isdigit() else name
 
 
 def overhead(frame: pd.DataFrame) -> Section | None:
@@ -106,7 +116,11 @@ def overhead(frame: pd.DataFrame) -> Section | None:
         return None
     heads = [Head("What"), Head("Time", True), Head("Interval", True)]
     cells = [
-        [Cell(str(row["stage"])), Cell(units.seconds(row["time_s"]), "num"), Cell(times(row), "num")]
+        [
+            Cell(str(row["stage"]) + (", by depth" if row["view"] == "depth" else "")),
+            Cell(units.seconds(row["time_s"]), "num"),
+            Cell(times(row), "num"),
+        ]
         for row in reading.records(rows)
     ]
     note = "Measured apart and in no stage's time. The depth view regresses the time of a step on its number of blocks."

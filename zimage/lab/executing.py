@@ -34,7 +34,7 @@ def execute(
     note()
     teller = Teller(jobs, estimates)
     try:
-        with _farewells(), teller:
+        with _farewells(), machine.awake(), teller:
             outcome = sweep.sweep(jobs, store, teller, fresh)
         pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
         finding = dashboard.findings(store, name)

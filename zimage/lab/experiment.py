@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zimage.errors import ExperimentError, StoreError
+from zimage.errors import ExperimentError, StoreError, unknown
 from zimage.lab import notebook as notebooks
-from zimage.lab.notebook import Notebook, unknown
+from zimage.lab.notebook import Notebook
 from zimage.lab.store import check_name
-from zimage.lab.strict import Strict, short, validate
-from zimage.lab.yaml_lines import Document, Place, load, parse_value
+from zimage.strict import Strict, short, validate
+from zimage.yaml_lines import Document, Place, load, parse_value
 
 from pydantic import Field, field_validator
 
@@ -124,7 +124,7 @@ class Experiment:
 def read(path: Path) -> Experiment:
     """The experiment in `path`, checked against its notebooks. Raises ExperimentError with file and line."""
     document = load(path)
-    file = validate(document, _File, "experiment", "an experiment file")
+    file = validate(document, _File, "an experiment file", "experiment")
     try:
         check_name(file.name)
     except StoreError as error:

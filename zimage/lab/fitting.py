@@ -34,6 +34,10 @@ def of_job(job: Job) -> Fit | None:
         return None
     if not all(value is None or isinstance(value, str) for value in options):
         return None
+    try:
+        options[1] = keys.recipe_in(values, job.root) or options[1]
+    except InputError:
+        return None
     return _fit(values["source"], job.root, tuple(sizes), tuple(options), job.notebook.models, device)
 
 

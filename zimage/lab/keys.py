@@ -16,6 +16,7 @@ from zimage.errors import BackendError
 from zimage.lab.notebook import Notebook
 
 if TYPE_CHECKING:
+    from zimage.recipes import Recipe
     from zimage.sources import SourceInfo
 
 KEY_LENGTH = 16  # hex digits: 64 bits
@@ -39,13 +40,15 @@ class Identity:
     digests: dict[str, str]
     weights: Weights | None
     facts: dict[str, str]  # about the device that the run is for
+    recipe: dict[str, Any] | None = None  # what is in the file that the run's `quantization` parameter names, if one
 
 
 def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Identity:
     """The identity of the run of `notebook` with all its `parameters`, on the device that its `device` asks for.
 
-    root: the folder that the run will work in, so that a relative `source` means the same here. Raises WeightsError for
-    a source that cannot be had, and BackendError for a device.
+    root: the folder that the run will work in, so that a relative `source` means the same here. A recipe counts with
+    its content, not by its path. Raises WeightsError for a source that cannot be had, InputError for a recipe, and
+    BackendError for a device.
     """
     facts = device_facts(str(parameters.get("device", "auto")))
     source = parameters.get("source")
@@ -53,11 +56,28 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     digests = {"notebook": _digest(*notebook.code), "sources": sources_digest()}
     if weights is not None:
         digests["weights"] = weights.digest
+    recipe = recipe_in(parameters, root)
+    if recipe is not None:
+        digests["recipe"] = recipe.digest
+        parameters = {**parameters, "quantization": None}
     chosen = {k: v for k, v in facts.items() if k in ("device", "mlx", "driver", "blas") or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
-    return Identity(
-        _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH], digests, weights, facts
-    )
+    key = _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH]
+    return Identity(key, digests, weights, facts, None if recipe is None else recipe.content)
+
+
+def recipe_in(parameters: dict[str, Any], root: Path) -> "Recipe | None":
+    """The recipe in the file that `quantization` names for a run in the folder `root`; None where it names no file.
+
+    Raises InputError for a file that is no recipe.
+    """
+    from zimage import recipes
+
+    asked = parameters.get("quantization")
+    if not recipes.is_file(asked):
+        return None
+    with chdir(root):
+        return recipes.read(asked)
 
 
 def weights_meta(weights: Weights | None) -> dict[str, str] | None:

@@ -1,5 +1,7 @@
 """What the store holds, as data for programs and as lines for people."""
 
+import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from zimage.lab import fitting
@@ -64,6 +66,7 @@ def run_lines(run: Run) -> list[str]:
         f"  notebook    {run.notebook} (as executed: {run.path / 'notebook.ipynb'})",
         f"  parameters  {', '.join(f'{k}={v}' for k, v in run.parameters.items()) or 'none'}",
         f"  weights     {weights['source']} ({weights['kind']}, {weights['digest'][:16]})" if weights else "",
+        f"  recipe      {json.dumps(meta['recipe'])}" if "recipe" in meta else "",
         f"  device      {run.device}, MLX {meta['environment'].get('mlx', 'unknown')}",
         f"  peaks       {'; '.join(f'{name} {rate}' for name, rate in measured)}" if measured else "",
         f"  started     {meta['started']}, took {span(meta['duration_s'])}",
@@ -89,6 +92,7 @@ def source_content(info: "SourceInfo") -> dict[str, Any]:
         "kind": info.kind,
         "config": info.config.to_dict(),
         "quantization": info.quantization,
+        "layers_by_packing": _layers_by_packing(info) if problem is None else {},
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
         "tensors": len(info.tensors),
@@ -113,7 +117,7 @@ def source_lines(content: dict[str, Any]) -> list[str]:
         *(f"    {name:16}{count:>{len(str(content['parameters'])) + 4},}" for name, count in parts.items()),
         f"  stored      {stored if content['tensors'] else 'nothing: the weights are made from a seed'}",
         f"  dtypes      {', '.join(content['dtypes']) or 'as asked for when loading'}",
-        f"  quantized   {_packed(content['quantization'])}",
+        f"  quantized   {_packed(content['quantization'], content['layers_by_packing'])}",
         f"  digest      {content['digest']}",
         *([f"  a step      {fitting.shown_line(content['steps'])}"] if content["steps"] else []),
         "  config",
@@ -121,13 +125,26 @@ def source_lines(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _packed(entry: dict[str, Any] | None) -> str:
-    """A `quantization` entry in words."""
+def _layers_by_packing(info: "SourceInfo") -> dict[str, int]:
+    """How many of the blocks' linear layers are packed in which way, the commonest first, and "none" for the others."""
+    from zimage.sources import linears
+    from zimage.sources.published import BLOCKS
+
+    if not info.packing:
+        return {}
+    others = [path for path in linears(info.config) if path.split(".")[0] in BLOCKS and path not in info.packing]
+    counts = Counter(map(str, info.packing.values())).most_common()
+    return dict(counts) | ({"none": len(others)} if others else {})
+
+
+def _packed(entry: dict[str, Any] | None, layers: dict[str, int]) -> str:
+    """A `quantization` entry, and how many layers are packed in which way, in words."""
     if entry is None:
         return "no"
-    others = sum(isinstance(value, dict) for value in entry.values())
-    told = f"{entry['bits']} bits, {entry['mode']}, group {entry['group_size']}"
-    return told + (f"; {others} layer{'s' * (others > 1)} otherwise" if others else "")
+    if len(layers) <= 1:
+        return f"{entry['bits']} bits, {entry['mode']}, group {entry['group_size']}"
+    told = [f"{'not packed' if name == 'none' else name} {count}" for name, count in layers.items()]
+    return f"layer by layer: {', '.join(told)} of the linear layers in blocks"
 
 
 def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:

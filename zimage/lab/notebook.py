@@ -6,7 +6,6 @@ its type comment (`batch = 1  # type: int`) or else the type of its default. The
 """
 
 import ast
-import difflib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage.errors import ExperimentError
+from zimage.errors import ExperimentError, unknown
 
 MAX_NOTEBOOK_BYTES = 64 * 2**20
 MAX_MODELS = 1000
@@ -70,12 +69,6 @@ class Notebook:
         return {
             name: parameter.accept(given.get(name, parameter.default)) for name, parameter in self.parameters.items()
         }
-
-
-def unknown(what: str, name: str, known: Any) -> str:
-    """The line that says a name is not known, with the nearest one or all there are."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"{what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}")
 
 
 def project_root(start: Path) -> Path:

@@ -78,6 +78,7 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
             "peaks": peaks.kept(facts["device"], facts),
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
+            **({} if job.identity.recipe is None else {"recipe": job.identity.recipe}),
             "started": started.isoformat(timespec="seconds"),
             "duration_s": round(duration, 3),
             "versions": keys.versions(),

@@ -79,22 +79,20 @@ class SourceInfo:
             counts[published.part_of(name)] += math.prod(shape)
         return counts
 
-    def loaded_bytes(self, item: int | None, quantization: Quantization | None = None) -> int:
+    def loaded_bytes(self, item: int | None, packing: Mapping[str, Quantization] | None = None) -> int:
         """Bytes of the model when it is loaded, without loading it; to be asked once `check` has found it well.
 
-        item: bytes of a floating-point value, None for as they are stored. quantization: how the linear layers of all
-        blocks are packed then, but for those that are packed already; what cannot be packed so is counted unpacked.
+        item: bytes of a floating-point value, None for as they are stored. packing: how layers are packed then that are
+        not packed already, by their paths.
         """
         if item is None:
             return self.bytes
-        total = 0
+        total, packings = 0, {**(packing or {}), **self.packing}
         for name, shape in published.shapes(self.config):
             path = name.removesuffix(".weight")
             size = None
             if len(shape) == 2 and path != name:
-                in_block = published.part_of(name) in published.BLOCKS
-                packing = self.packing.get(path, quantization if in_block else None)
-                size = packing.stored_bytes(*shape, item) if packing is not None else None
+                size = packings[path].stored_bytes(*shape, item) if path in packings else None
             total += math.prod(shape) * item if size is None else size
         return total
 

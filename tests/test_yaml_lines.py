@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import ExperimentError
-from zimage.lab.yaml_lines import load, parse_value
+from zimage.yaml_lines import load, parse_value
 
 import pytest
 

@@ -2,9 +2,8 @@
 
 from typing import Any, TypeVar, get_args
 
-from zimage.errors import ExperimentError
-from zimage.lab.notebook import unknown
-from zimage.lab.yaml_lines import Document, Place
+from zimage.errors import ZImageError, unknown
+from zimage.yaml_lines import Document, Place
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +14,9 @@ _WORDS = {  # what pydantic calls an error, in ours
     "string_type": "takes text",
     "float_type": "takes a number",
     "finite_number": "takes a finite number",
+    "int_type": "takes a whole number",
+    "too_long": "must have at most {max_length}",
+    "string_too_long": "must have at most {max_length} characters",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
     "greater_than": "must be greater than {gt:g}",
@@ -32,15 +34,16 @@ class Strict(BaseModel):
 _M = TypeVar("_M", bound=Strict)
 
 
-def validate(document: Document, model: type[_M], kind: str, name: str) -> _M:
-    """What `document` holds, as a `model`; it must be of `kind`, in words `name` ("an experiment file").
+def validate(document: Document, model: type[_M], name: str, kind: str | None = None) -> _M:
+    """What `document` holds, as a `model`, in words `name` ("an experiment file"); it must be of `kind`, if given.
 
-    Raises ExperimentError for the fault on the lowest line, and counts the others.
+    Raises the document's kind of error for the fault on the lowest line, and counts the others.
     """
     if not isinstance(document.value, dict):
-        raise document.error((), f"{name} is a mapping that starts with 'kind: {kind}'")
+        start = f"that starts with 'kind: {kind}'" if kind else f"with {' and '.join(map(repr, model.model_fields))}"
+        raise document.error((), f"{name} is a mapping {start}, found {short(document.value)}")
     found = document.value.get("kind")
-    if found != kind:
+    if kind is not None and found != kind:
         said = f"kind {short(found)} is not {name}" if "kind" in document.value else "key 'kind' is missing"
         raise document.error(("kind",), f"{said}; it needs 'kind: {kind}'")
     try:
@@ -55,7 +58,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _first_error(document: Document, model: type[Strict], error: ValidationError) -> ExperimentError:
+def _first_error(document: Document, model: type[Strict], error: ValidationError) -> ZImageError:
     """The error on the lowest line in our words, and how many more there are."""
     found = sorted(error.errors(include_url=False), key=lambda one: document.line(tuple(one["loc"])))
     first, place = found[0], tuple(found[0]["loc"])
