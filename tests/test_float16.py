@@ -12,7 +12,7 @@ from zimage.digits import quality
 from zimage.errors import InputError
 from zimage.half import Exponents, Reach
 from zimage.saving import save_transformer
-from zimage.transformer import Transformer
+from zimage.transformer import Attention, Transformer
 from zimage.weights import load_transformer
 
 import mlx.core as mx
@@ -94,7 +94,7 @@ def test_blocks_compute_in_float16() -> None:
             assert layer.weight.dtype == mx.float16
     attention = model.layers[0].attention
 
-    class Spied(type(attention)):  # type: ignore[misc]
+    class Spied(Attention):
         def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
             out: mx.array = super().attend(q, k, v, mask)
             seen.extend((q.dtype, k.dtype, v.dtype, out.dtype))
@@ -148,7 +148,7 @@ def test_what_is_measured_is_what_the_operations_give() -> None:
     names = {name for name in found["layers.1"] if name not in ("t_embedder", "adaln")}
     block, values = model.layers[1], operations._inputs_of(model, example(model.config), "layers.1")
     gives = {"to_q": "q", "to_k": "k", "to_v": "v", "sdpa": "attended", "to_out": "change", "w1": "gate", "w3": "up",
-             "swiglu": "hidden", "w2": "change"}  # fmt: skip
+             "swiglu": "hidden", "w2": "change", "attention_norm1": "normed", "ffn_norm1": "normed"}  # fmt: skip
     for operation in operations.operations(block):
         values = operations.perform([operation], block, values)
         if operation.name in gives:
@@ -156,7 +156,7 @@ def test_what_is_measured_is_what_the_operations_give() -> None:
             assert value is not None
             assert found["layers.1"][operation.name].largest == mx.abs(value).max().item()
             names.remove(operation.name)
-    assert names == {"attention_norm1", "ffn_norm1"}
+    assert names == set()
 
 
 def test_its_blocks_can_be_taken_apart() -> None:
@@ -317,9 +317,37 @@ def test_a_float16_model_is_not_cast_adapted_saved_or_made_one_again(tmp_path: P
         "adapt": lambda: transforms.adapt(model, []),
         "save": lambda: save_transformer(model, tmp_path / "saved"),
         "transform": lambda: transforms.float16(model, example()),
+        "mask": lambda: transforms.with_all_ones_mask(model),
     }.items():
         assert refusal(call).endswith(f"{doing} the model it was made from")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_another_transform_are_refused() -> None:
+    """Blocks that a transform replaced are not replaced once more, but named."""
+    masked = transforms.with_all_ones_mask(Transformer(PLAIN))
+    line = refusal(lambda: transforms.float16(masked, example()))
+    assert line.startswith("noise_refiner.0 is a MaskedTransformerBlock")
+
+
+def test_queries_and_keys_stay_within_what_their_norm_can_give() -> None:
+    """The bound for qk_norm is never exceeded, by norm or RoPE, and a weight that takes it out of range is refused."""
+    model = Transformer(PLAIN)
+    seen: list[mx.array] = []
+    attention = model.layers[0].attention
+
+    class Spied(Attention):
+        def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
+            seen.extend((q, k))
+            return super().attend(q, k, v, mask)
+
+    attention.__class__ = Spied
+    model(*example())
+    attention.__class__ = Attention
+    found, _ = half.measure(model, [example()])
+    assert max(mx.abs(a).max().item() for a in seen) <= found["layers.0"]["qk_norm"].largest < 12
+    attention.norm_k.weight = attention.norm_k.weight * 2000
+    assert refusal(lambda: transforms.float16(model, example())).startswith("layers.0: qk_norm reaches ")
 
 
 def test_loading_in_float16_names_the_transform() -> None:

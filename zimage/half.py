@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from zimage.errors import InputError
 from zimage.transformer import Transformer, TransformerBlock
-from zimage.transforms import RoundedRMSNorm, RoundedTimestepEmbedder, blocks, clone, require_unscaled, unfuse
+from zimage.transforms import RoundedTimestepEmbedder, RoundedTransformerBlock, blocks, clone, require_unscaled, unfuse
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,17 +50,13 @@ class Reach(NamedTuple):
     rms: float
 
 
-# Layers of a block: the operation that gives what they take, where no layer gives that, and the one that they are.
+# Linear layers of a block: the operation that gives what they take, unless another layer has that, and their own.
 _LAYERS: dict[str, tuple[str | None, str]] = {
     "adaLN_modulation.0": ("t_embedder", "adaln"),
-    "attention_norm1": (None, "attention_norm1"),
     "attention.to_q": ("attention_norm1", "to_q"),
     "attention.to_k": (None, "to_k"),
     "attention.to_v": (None, "to_v"),
-    "attention.norm_q": (None, "qk_norm"),
-    "attention.norm_k": (None, "qk_norm"),
     "attention.to_out.0": ("sdpa", "to_out"),
-    "ffn_norm1": (None, "ffn_norm1"),
     "feed_forward.w1": ("ffn_norm1", "w1"),
     "feed_forward.w3": (None, "w3"),
     "feed_forward.w2": ("swiglu", "w2"),
@@ -73,6 +69,9 @@ _QUERIES_AND_KEYS = ("to_q", "to_k")  # which it doesn't divide where the model 
 def float16(model: Transformer, examples: Sequence[Sequence[Any]], most_error: float = MOST_ERROR) -> Transformer:
     """`transforms.float16`, which see, with its examples as one argument."""
     require_unscaled(model, "transform")
+    for path, block in blocks(model):
+        if type(block) is not TransformerBlock:
+            raise InputError(f"{path} is a {type(block).__name__}, and float16 takes blocks that no transform replaced")
     if not examples or not all(isinstance(one, (tuple, list)) and len(one) in (3, 4) for one in examples):
         raise InputError(
             "float16 is checked on examples of what the model is called with, each (latents, timestep, captions): give "
@@ -102,9 +101,9 @@ def relative_l2(found: mx.array, wanted: mx.array) -> float:
 def exponents(model: Transformer) -> dict[str, Exponents]:
     """The exponents of every block of a float16 model by its path; empty for another model."""
     return {
-        path: Exponents(block.attention_norm1.exponent, block.ffn_norm1.exponent)
+        path: Exponents(block.attention_exponent, block.feed_forward_exponent)
         for path, block in blocks(model)
-        if isinstance(block.attention_norm1, RoundedRMSNorm)
+        if isinstance(block, RoundedTransformerBlock)
     }
 
 
@@ -157,11 +156,19 @@ def _watched(block: TransformerBlock, seen: list[tuple[str, mx.array]]) -> Trans
     wide = clone(block)
     wide.update(tree_map(_wide, wide.parameters()))
 
+    def note(name: str, values: mx.array) -> None:
+        seen.append((name, mx.stack([mx.abs(values).max(), mx.sqrt(mx.square(values).mean())])))
+
+    if "norm_q" in wide.attention:  # whatever it is given: RoPE too keeps a head's length, at most sqrt(its size)
+        for norm in (wide.attention.norm_q, wide.attention.norm_k):
+            note("qk_norm", norm.weight * wide.attention.head_dim**0.5)
+
     def watched(path: str, layer: nn.Module) -> nn.Module:
         def see(x: mx.array, y: mx.array) -> None:
-            for name, values in zip(_LAYERS[path], (x, y), strict=True):
-                if name is not None:
-                    seen.append((name, mx.stack([mx.abs(values).max(), mx.sqrt(mx.square(values).mean())])))
+            before, own = _LAYERS[path]
+            if before is not None:
+                note(before, x)
+            note(own, y)
 
         return _Watched(layer, see) if path in _LAYERS else layer
 
@@ -237,23 +244,26 @@ def converted(model: Transformer, chosen: dict[str, Exponents], dtype: mx.Dtype 
     """
     new = _cast_around_blocks(unfuse(model))
     new.t_embedder = RoundedTimestepEmbedder(new.t_embedder, dtype)
-    for (path, block), (_, original) in zip(blocks(new), blocks(model), strict=True):
+    for (path, plain), (_, original) in zip(list(blocks(new)), blocks(model), strict=True):
+        block = RoundedTransformerBlock(plain, *chosen[path], dtype)
         _convert(path, block, chosen[path], dtype)
         for part in ("attention", "feed_forward"):
             kind = type(original[part])
             if type(block[part]) is not kind:
                 block[part] = kind(block[part])
         mx.eval(block.parameters())
+        stage, _, index = path.partition(".")
+        new[stage][int(index)] = block
     mx.eval(new.parameters())
     return new
 
 
 def _convert(path: str, block: TransformerBlock, by: Exponents, dtype: mx.Dtype) -> None:
-    """Turn a plain block of one's own into one that computes in `dtype`."""
+    """Scale a block of one's own, and hold in `dtype` what its attention and feed-forward compute with."""
     attention = block.attention
     for name, exponent in (("attention_norm", by.attention), ("ffn_norm", by.feed_forward)):
         before, after = block[f"{name}1"], block[f"{name}2"]
-        block[f"{name}1"] = RoundedRMSNorm(before, exponent, dtype)
+        before.weight = before.weight.astype(mx.float32) * 2.0**-exponent
         after.weight = after.weight.astype(mx.float32)
         after.eps *= 4.0**-exponent
     factors = {"feed_forward.w1": 2.0**by.feed_forward}

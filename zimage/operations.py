@@ -14,7 +14,7 @@ from zimage.errors import InputError
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
 from zimage.measure.timing import timed
-from zimage.transformer import Captions, State, Transformer, TransformerBlock, modulate, residual, rotate
+from zimage.transformer import Captions, State, Transformer, TransformerBlock, residual, rotate
 from zimage.transforms import blocks, clone
 
 import mlx.core as mx
@@ -44,7 +44,7 @@ def operations(block: TransformerBlock) -> list[Operation]:
     if "adaLN_modulation" in block:
         gives = ("scale_msa", "gate_msa", "scale_mlp", "gate_mlp")
         found.append(Operation("adaln", ("temb",), gives, lambda b, temb: b.modulation(temb)))
-    found.append(_norm("attention_norm1", "scale_msa"))
+    found.append(_norm("attention_norm1", "scale_msa", "before_attention"))
     if "to_qkv" in attention:
         found.append(Operation("to_qkv", ("normed",), ("q", "k", "v"), lambda b, x: b.attention.project(x)))
     else:
@@ -56,7 +56,7 @@ def operations(block: TransformerBlock) -> list[Operation]:
         Operation("sdpa", ("q", "k", "v", "mask"), ("attended",), lambda b, *qkv: b.attention.attend(*qkv)),
         Operation("to_out", ("attended",), ("change",), lambda b, x: b.attention.to_out[0](x)),
         _residual("attention_residual", "attention_norm2", "gate_msa"),
-        _norm("ffn_norm1", "scale_mlp"),
+        _norm("ffn_norm1", "scale_mlp", "before_feed_forward"),
     ]
     if "w13" in feed_forward:
         found.append(Operation("w13", ("normed",), ("gate", "up"), lambda b, x: b.feed_forward.gate_and_up(x)))
@@ -71,8 +71,8 @@ def operations(block: TransformerBlock) -> list[Operation]:
     ]
 
 
-def _norm(name: str, scale: str) -> Operation:
-    return Operation(name, ("x", scale), ("normed",), lambda b, x, s: modulate(b[name](x), s))
+def _norm(name: str, scale: str, method: str) -> Operation:
+    return Operation(name, ("x", scale), ("normed",), lambda b, x, s: getattr(b, method)(x, s))
 
 
 def _projection(letter: str) -> Operation:

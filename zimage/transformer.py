@@ -147,6 +147,14 @@ class TransformerBlock(nn.Module):
         scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
         return scale_msa, mx.tanh(gate_msa), scale_mlp, mx.tanh(gate_mlp)
 
+    def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        """The attention's input: the stream normed and modulated."""
+        return modulate(self.attention_norm1(x), scale)
+
+    def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        """The feed-forward's input: the stream normed and modulated."""
+        return modulate(self.ffn_norm1(x), scale)
+
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
@@ -154,9 +162,9 @@ class TransformerBlock(nn.Module):
         if "adaLN_modulation" in self:
             assert temb is not None
             scale_msa, gate_msa, scale_mlp, gate_mlp = self.modulation(temb)
-        attended = self.attention(modulate(self.attention_norm1(x), scale_msa), rotation, mask)
+        attended = self.attention(self.before_attention(x, scale_msa), rotation, mask)
         x = residual(x, self.attention_norm2(attended), gate_msa)
-        fed = self.feed_forward(modulate(self.ffn_norm1(x), scale_mlp))
+        fed = self.feed_forward(self.before_feed_forward(x, scale_mlp))
         return residual(x, self.ffn_norm2(fed), gate_mlp)
 
 

@@ -90,17 +90,22 @@ def _all_ones(length: int) -> mx.array:
     return mx.array(np.ones((1, 1, 1, length), dtype=np.bool_))
 
 
-class RoundedRMSNorm(nn.RMSNorm):
-    """An RMSNorm in fp32 whose result, divided by 2^exponent, is rounded to `gives`: how `float16` reads the stream."""
+class RoundedTransformerBlock(TransformerBlock):
+    """A block whose attention and feed-forward get their input rounded to `gives`, beside a wider residual stream.
 
-    def __init__(self, norm: nn.RMSNorm, exponent: int, gives: mx.Dtype) -> None:
+    The exponents say by which powers of two their values are divided, see `half`.
+    """
+
+    def __init__(self, block: TransformerBlock, attention: int, feed_forward: int, gives: mx.Dtype) -> None:
         nn.Module.__init__(self)
-        _adopt(self, norm, without=())
-        self.weight = norm.weight.astype(mx.float32) * 2.0**-exponent
-        self.exponent, self.gives = exponent, gives
+        _adopt(self, block, without=())
+        self.attention_exponent, self.feed_forward_exponent, self.gives = attention, feed_forward, gives
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(self.gives)
+    def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        return super().before_attention(x, scale).astype(self.gives)
+
+    def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        return super().before_feed_forward(x, scale).astype(self.gives)
 
 
 class RoundedTimestepEmbedder(TimestepEmbedder):
@@ -223,8 +228,10 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
 def with_all_ones_mask(model: Transformer) -> Transformer:
     """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
 
-    Its output is the same; the time differs by what a device's attention pays for a mask.
+    Its output is the same; the time differs by what a device's attention pays for a mask. Raises InputError for a
+    float16 model.
     """
+    require_unscaled(model, "mask")
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
         new[part] = [_as_class(MaskedTransformerBlock, block) for block in new[part]]
@@ -355,7 +362,7 @@ def float16(model: Transformer, *examples: Sequence[Any], most_error: float = 0.
 
 def require_unscaled(model: Transformer, doing: str) -> None:
     """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be."""
-    if any(isinstance(module, RoundedRMSNorm) for module in model.modules()):
+    if any(isinstance(block, RoundedTransformerBlock) for _, block in blocks(model)):
         raise InputError(f"a float16 model's weights are scaled to compute in it; {doing} the model it was made from")
 
 
