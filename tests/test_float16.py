@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.test_transforms import CONFIGS, PLAIN, arrays, error
-from zimage import arms, digits, half, inputs, operations, transforms
+from zimage import arms, digits, fusing, half, inputs, operations, transforms
 from zimage.config import TransformerConfig
 from zimage.digits import quality
 from zimage.errors import InputError
 from zimage.half import Exponents, Reach
+from zimage.kernels.native import Kernel
 from zimage.saving import save_transformer
 from zimage.transformer import Attention, Transformer
 from zimage.weights import load_transformer
@@ -199,6 +200,25 @@ def test_fusing_before_and_after_is_the_same(fuse: Callable[[Transformer], Trans
     assert error(before(*example()), model(*example())) < 2e-3
     back = arrays(transforms.unfuse(before))
     assert all(mx.array_equal(back[name], array) for name, array in arrays(plain).items())
+
+
+@pytest.mark.parametrize("name", [name for name in arms.TRANSFORMS if name != "wide_dequantize"])
+def test_every_named_transform_goes_with_it(name: str) -> None:
+    """On a CPU a lever pulled before or after gives the same bits, those of float16 alone to its rounding."""
+    model, pull = stressed(), arms.TRANSFORMS[name]
+    alone = transforms.float16(model, example())
+    before, after = transforms.float16(pull(model), example()), pull(alone)
+    assert mx.array_equal(before(*example()), after(*example()))
+    assert error(after(*example()), alone(*example())) < 1e-3
+
+
+def test_kernels_are_checked_for_what_the_blocks_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels inside attention and feed-forward are asked for in float16, though the stream is in fp32."""
+    asked: list[str] = []
+    monkeypatch.setattr(Kernel, "install", lambda _self, request: asked.append(request["dtype"]))
+    model = transforms.float16(Transformer(TINY), short(TINY))
+    fusing.fuse_swiglu(fusing.fuse_norm_rope(model))
+    assert asked == ["float16", "float16"]
 
 
 def test_packed_weights() -> None:

@@ -3,7 +3,7 @@
 from zimage import rope
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
-from zimage.transformer import rotate
+from zimage.kernels.heads import rotate
 
 import mlx.core as mx
 import numpy as np

@@ -7,7 +7,7 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zimage import backend, half, inputs
+from zimage import backend, fusing, half, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.recipes import Asked
@@ -20,7 +20,14 @@ import mlx.core as mx
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
 # By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {"fuse_qkv": fuse_qkv, "fuse_gate_up": fuse_gate_up}
+TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+    "fuse_qkv": fuse_qkv,
+    "fuse_gate_up": fuse_gate_up,
+    "fuse_norm_rope": fusing.fuse_norm_rope,
+    "fuse_residual_norm": fusing.fuse_residual_norm,
+    "fuse_swiglu": fusing.fuse_swiglu,
+    "wide_dequantize": fusing.wide_dequantize,
+}
 
 
 def step(

@@ -1,6 +1,7 @@
 """What `zimage doctor` checks: is this machine ready, how fast is it, and what would mend what is missing."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zimage import backend, machine, sensors
+from zimage import backend, machine, sensors, trust
 from zimage.errors import BackendError, MeasurementError
 from zimage.measure import peaks, power
 
@@ -42,11 +43,11 @@ def checks(
         facts = backend.device_facts()  # before anything is measured: what makes the device busy now is other work
         found += [_mlx(facts), _device(facts), _import_order(prepared), _blas(prepared, facts)]
         found += _speed(prepared, facts, full, advance)
-        found += [_memory(facts), *_conditions(facts), _energy(), _variables(facts)]
+        found += [*_kernels(facts), _memory(facts), *_conditions(facts), _energy(), _variables(facts)]
     except BackendError as error:
         what, _, advice = str(error).partition(": ")
         found.append(Check("MLX", "fail", what, advice))
-    return [*found, _disk(results), _kernel(), _git()]
+    return [*found, _disk(results), _notebooks(), _git()]
 
 
 def _python() -> Check:
@@ -117,6 +118,26 @@ def judge(measured: Mapping[str, Any], prepared: backend.Prepared, facts: Mappin
     return found
 
 
+def _kernels(facts: Mapping[str, str]) -> list[Check]:
+    """A check for each kernel of our own: those the published model needs are tried where there is no verdict."""
+    if facts["device_type"] != "gpu":
+        return [Check("Kernels", "ok", "plain operations: a CPU has no others")]
+    if trust.off():
+        return [Check("Kernels", "ok", f"off: {trust.VARIABLE} says so")]
+    trust.settle(facts, trust.DEFAULTS)
+    found = []
+    for name, reason in sorted((trust.kept(facts) | trust.settle(facts, trust.DEFAULTS)).items()):
+        request = json.loads(name)
+        sizes = ", ".join(f"{what} {value}" for what, value in request.items() if what not in ("kernel", "dtype"))
+        value = f"{request['kernel']} ({request['dtype']}{', ' if sizes else ''}{sizes}): "
+        if reason:
+            advice = "the plain operations are used in its place; report this with the lines above"
+            found.append(Check("Kernels", "warn", f"{value}falls back, {reason}", advice))
+        else:
+            found.append(Check("Kernels", "ok", f"{value}right"))
+    return found
+
+
 def _memory(facts: dict[str, str]) -> Check:
     total = facts["memory_bytes"]
     value = f"{int(total) / 1e9:.1f} GB" if total.isdigit() else total
@@ -175,7 +196,7 @@ def _disk(results: Path) -> Check:
     return Check("Disk", "ok", value)
 
 
-def _kernel() -> Check:
+def _notebooks() -> Check:
     missing = [name for name in ("ipykernel", "papermill", "jupyterlab") if importlib.util.find_spec(name) is None]
     if missing:
         return Check("Notebooks", "fail", f"{', '.join(missing)} missing", f"pip install {' '.join(missing)}")

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from zimage import kernels
 from zimage.errors import InputError
+from zimage.kernels.heads import rotate
+from zimage.kernels.native import Kernel
+from zimage.kernels.stream import residual
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
 from zimage.measure.timing import timed
-from zimage.transformer import Captions, State, Transformer, TransformerBlock, residual, rotate
+from zimage.transformer import Captions, State, Transformer, TransformerBlock
 from zimage.transforms import blocks, clone
 
 import mlx.core as mx
@@ -29,34 +31,50 @@ ROTATED_BYTES = 2**28  # several times the last-level cache of any device this r
 
 
 class Operation(NamedTuple):
-    """One kernel-sized piece of a block: which values it takes and gives, and how a block computes it."""
+    """One kernel-sized piece of a block: which values it takes and gives, and how a block computes it.
+
+    covers: the plain operations that a fused kernel does at once, empty where it is a plain one itself. All of them lie
+    in the same block, so that no work moves to another stage.
+    """
 
     name: str
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     run: Callable[..., Any]  # block, values -> value, or values where it gives several
+    covers: tuple[str, ...] = ()
 
 
 def operations(block: TransformerBlock) -> list[Operation]:
-    """The operations of a block in order, from `x`, `rotation`, `mask` and `temb` to the new `x`."""
+    """The operations of a block in order, from `x`, `rotation`, `mask` and `temb` to the new `x`.
+
+    A kernel that does several is one operation under its own name: `qk_norm_rope`, and `attention_residual_norm` for
+    `attention_residual` and `ffn_norm1`. Kernels that do one operation alone keep its name.
+    """
     attention, feed_forward = block.attention, block.feed_forward
     found = []
     if "adaLN_modulation" in block:
         gives = ("scale_msa", "gate_msa", "scale_mlp", "gate_mlp")
         found.append(Operation("adaln", ("temb",), gives, lambda b, temb: b.modulation(temb)))
-    found.append(_norm("attention_norm1", "scale_msa", "before_attention"))
+    found.append(
+        Operation("attention_norm1", ("x", "scale_msa"), ("normed",), lambda b, x, s: b.before_attention(x, s))
+    )
     if "to_qkv" in attention:
         found.append(Operation("to_qkv", ("normed",), ("q", "k", "v"), lambda b, x: b.attention.project(x)))
     else:
         found += [_projection("q"), _projection("k"), _projection("v")]
-    if "norm_q" in attention:
-        found.append(Operation("qk_norm", ("q", "k"), ("q", "k"), lambda b, q, k: b.attention.norm(q, k)))
+    if "norm_q" in attention and isinstance(attention.norm_then_rotate, Kernel):
+        taken, turn = ("q", "k", "rotation"), lambda b, q, k, r: b.attention.turned(q, k, r)
+        found.append(Operation("qk_norm_rope", taken, ("q", "k"), turn, ("qk_norm", "rope")))
+    else:
+        if "norm_q" in attention:
+            found.append(Operation("qk_norm", ("q", "k"), ("q", "k"), lambda b, q, k: b.attention.norm(q, k)))
+        found.append(
+            Operation("rope", ("q", "k", "rotation"), ("q", "k"), lambda _b, q, k, r: (rotate(q, r), rotate(k, r)))
+        )
     found += [
-        Operation("rope", ("q", "k", "rotation"), ("q", "k"), lambda _b, q, k, r: (rotate(q, r), rotate(k, r))),
         Operation("sdpa", ("q", "k", "v", "mask"), ("attended",), lambda b, *qkv: b.attention.attend(*qkv)),
         Operation("to_out", ("attended",), ("change",), lambda b, x: b.attention.to_out[0](x)),
-        _residual("attention_residual", "attention_norm2", "gate_msa"),
-        _norm("ffn_norm1", "scale_mlp", "before_feed_forward"),
+        *_between(block),
     ]
     if "w13" in feed_forward:
         found.append(Operation("w13", ("normed",), ("gate", "up"), lambda b, x: b.feed_forward.gate_and_up(x)))
@@ -65,14 +83,29 @@ def operations(block: TransformerBlock) -> list[Operation]:
         found.append(Operation("w3", ("normed",), ("up",), lambda b, x: b.feed_forward.w3(x)))
     return [
         *found,
-        Operation("swiglu", ("gate", "up"), ("hidden",), lambda _b, gate, up: kernels.swiglu(gate, up)),
+        Operation("swiglu", ("gate", "up"), ("hidden",), lambda b, gate, up: b.feed_forward.swiglu(gate, up)),
         Operation("w2", ("hidden",), ("change",), lambda b, x: b.feed_forward.w2(x)),
-        _residual("ffn_residual", "ffn_norm2", "gate_mlp"),
+        Operation(
+            "ffn_residual", ("x", "change", "gate_mlp"), ("x",), lambda b, x, y, g: b.after_feed_forward(x, y, g)
+        ),
     ]
 
 
-def _norm(name: str, scale: str, method: str) -> Operation:
-    return Operation(name, ("x", scale), ("normed",), lambda b, x, s: getattr(b, method)(x, s))
+def _between(block: TransformerBlock) -> list[Operation]:
+    """From the attention's output to the feed-forward's input."""
+    if isinstance(block.residual_norm_modulate, Kernel):
+        takes, covers = ("x", "change", "gate_msa", "scale_mlp"), ("attention_residual", "ffn_norm1")
+        run = lambda b, x, y, g, s: b.after_attention(x, y, g, s)  # noqa: E731
+        return [Operation("attention_residual_norm", takes, ("x", "normed"), run, covers)]
+    return [
+        Operation(
+            "attention_residual",
+            ("x", "change", "gate_msa"),
+            ("x",),
+            lambda b, x, y, g: residual(x, b.attention_norm2(y), g),
+        ),
+        Operation("ffn_norm1", ("x", "scale_mlp"), ("normed",), lambda b, x, s: b.before_feed_forward(x, s)),
+    ]
 
 
 def _projection(letter: str) -> Operation:
@@ -80,10 +113,6 @@ def _projection(letter: str) -> Operation:
         return block.attention.heads(block.attention[f"to_{letter}"](x))
 
     return Operation(f"to_{letter}", ("normed",), (letter,), run)
-
-
-def _residual(name: str, norm: str, gate: str) -> Operation:
-    return Operation(name, ("x", "change", gate), ("x",), lambda b, x, y, g: residual(x, b[norm](y), g))
 
 
 def perform(done: Sequence[Operation], block: TransformerBlock, values: Values) -> Values:
@@ -341,7 +370,8 @@ def _kinds(block: TransformerBlock, modulated: bool) -> dict[str, Any]:
 
     def kind(module: nn.Module) -> Any:
         arrays = {n: (a.shape, a.dtype) for n, a in module.items() if isinstance(a, mx.array)}
-        return type(module), arrays, module.__dict__.get("mode"), module.__dict__.get("bits")
+        own = [n for n, v in module.__dict__.items() if isinstance(v, Kernel)]
+        return type(module), arrays, own, module.__dict__.get("mode"), module.__dict__.get("bits")
 
     found = {path: kind(module) for path, module in block.named_modules()}
     return {path: k for path, k in found.items() if modulated or not path.startswith("adaLN_modulation")}

@@ -18,6 +18,7 @@ from zimage.config import (
     TransformerConfig,
 )
 from zimage.errors import InputError
+from zimage.kernels import heads, stream
 from zimage.patchify import Geometry, geometry, patchify, unpatchify
 
 import mlx.core as mx
@@ -51,16 +52,10 @@ class TimestepEmbedder(nn.Module):
         return reduce(lambda y, layer: layer(y), self.mlp, x)
 
 
-def rotate(x: mx.array, rotation: mx.array) -> mx.array:
-    """RoPE in fp32: x [B, L, N, head_dim], adjacent pairs turned by `rotation` [2, 1 or B, L, 1, head_dim / 2]."""
-    cos, sin = rotation[0], rotation[1]
-    wide = x.astype(mx.float32)
-    a, b = wide[..., 0::2], wide[..., 1::2]
-    return mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
-
-
 class Attention(nn.Module):
     """Self-attention with QK norm and RoPE: [B, L, D] -> [B, L, D]. Grouped-query where n_kv_heads < n_heads."""
+
+    norm_then_rotate = staticmethod(heads.norm_then_rotate)  # `fusing` puts a kernel in its place
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -86,6 +81,12 @@ class Attention(nn.Module):
         """QK norm over each head, where the config has it."""
         return (self.norm_q(q), self.norm_k(k)) if "norm_q" in self else (q, k)
 
+    def turned(self, q: mx.array, k: mx.array, rotation: mx.array) -> tuple[mx.array, mx.array]:
+        """Queries and keys after QK norm and RoPE."""
+        if "norm_q" not in self:
+            return heads.rotate(q, rotation), heads.rotate(k, rotation)
+        return self.norm_then_rotate(q, k, _norm(self.norm_q), _norm(self.norm_k), rotation)
+
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
         """What every head found, side by side: [B, L, n_heads * head_dim]."""
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
@@ -95,13 +96,18 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, rotation: mx.array, mask: mx.array | None = None) -> mx.array:
         q, k, v = self.project(x)
-        q, k = self.norm(q, k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = self.turned(q, k, rotation)
         return self.to_out[0](self.attend(q, k, v, mask))
+
+
+def _norm(norm: nn.RMSNorm) -> tuple[mx.array, float]:
+    return norm.weight, norm.eps
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x), [B, L, D] -> [B, L, D]."""
+
+    swiglu = staticmethod(kernels.swiglu)  # `fusing` puts a kernel in its place
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -114,21 +120,13 @@ class FeedForward(nn.Module):
         return self.w1(x), self.w3(x)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(kernels.swiglu(*self.gate_and_up(x)))
-
-
-def modulate(x: mx.array, scale: mx.array | None) -> mx.array:
-    """x (1 + scale), or x in a block without modulation."""
-    return x if scale is None else x * (1 + scale)
-
-
-def residual(x: mx.array, change: mx.array, gate: mx.array | None) -> mx.array:
-    """x + gate * change, or x + change in a block without modulation."""
-    return x + (change if gate is None else gate * change)
+        return self.w2(self.swiglu(*self.gate_and_up(x)))
 
 
 class TransformerBlock(nn.Module):
     """Attention and feed-forward between sandwich norms, with AdaLN modulation by the timestep or without."""
+
+    residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
         super().__init__()
@@ -149,11 +147,30 @@ class TransformerBlock(nn.Module):
 
     def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
         """The attention's input: the stream normed and modulated."""
-        return modulate(self.attention_norm1(x), scale)
+        _, normed = self.residual_norm_modulate(x, None, None, None, _norm(self.attention_norm1), scale)
+        assert normed is not None
+        return normed
 
     def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
-        """The feed-forward's input: the stream normed and modulated."""
-        return modulate(self.ffn_norm1(x), scale)
+        """The feed-forward's input alone, as `after_attention` gives it with the stream."""
+        _, normed = self.residual_norm_modulate(x, None, None, None, _norm(self.ffn_norm1), scale)
+        assert normed is not None
+        return normed
+
+    def after_attention(
+        self, x: mx.array, change: mx.array, gate: mx.array | None, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """The stream with what the attention gave, and the feed-forward's input."""
+        after, before = _norm(self.attention_norm2), _norm(self.ffn_norm1)
+        x_new, normed = self.residual_norm_modulate(x, change, gate, after, before, scale)
+        assert x_new is not None and normed is not None
+        return x_new, normed
+
+    def after_feed_forward(self, x: mx.array, change: mx.array, gate: mx.array | None) -> mx.array:
+        """The stream with what the feed-forward gave."""
+        x_new, _ = self.residual_norm_modulate(x, change, gate, _norm(self.ffn_norm2), None, None)
+        assert x_new is not None
+        return x_new
 
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
@@ -163,9 +180,8 @@ class TransformerBlock(nn.Module):
             assert temb is not None
             scale_msa, gate_msa, scale_mlp, gate_mlp = self.modulation(temb)
         attended = self.attention(self.before_attention(x, scale_msa), rotation, mask)
-        x = residual(x, self.attention_norm2(attended), gate_msa)
-        fed = self.feed_forward(self.before_feed_forward(x, scale_mlp))
-        return residual(x, self.ffn_norm2(fed), gate_mlp)
+        x, normed = self.after_attention(x, attended, gate_msa, scale_mlp)
+        return self.after_feed_forward(x, self.feed_forward(normed), gate_mlp)
 
 
 class FinalLayer(nn.Module):

@@ -107,6 +107,12 @@ class RoundedTransformerBlock(TransformerBlock):
     def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
         return super().before_feed_forward(x, scale).astype(self.gives)
 
+    def after_attention(
+        self, x: mx.array, change: mx.array, gate: mx.array | None, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        x, normed = super().after_attention(x, change, gate, scale)
+        return x, normed.astype(self.gives)
+
 
 class RoundedTimestepEmbedder(TimestepEmbedder):
     """A timestep embedder whose result is rounded to `gives`, and with it all modulation."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import zimage
-from zimage import transforms
+from zimage import fusing, operations, transforms
 from zimage.analysis import cost
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, InputError
@@ -132,6 +132,34 @@ def test_fusing_keeps_flops_and_reads_the_input_once() -> None:
     assert cost.whole(fused).weight_bytes == cost.whole(plain).weight_bytes
 
 
+@pytest.mark.parametrize("config", [TURBO, CONFIGS["no_qk_norm"]], ids=["turbo", "no_qk_norm"])
+def test_kernels_keep_flops_and_save_passes(config: TransformerConfig) -> None:
+    """A kernel that does several operations has their FLOPs and parameters and saves passes over what lies between,
+
+    in every block, with modulation and without. Names are those of the operation view.
+    """
+    plain = cost.step(config, 512, 512)
+    fused = cost.step(config, 512, 512, fused=("norm_rope", "residual_norm"))
+    for stage in ("layers.1", "context_refiner.0"):
+        a, b = _of(plain, stage), _of(fused, stage)
+        rows, heads = (1056 if stage == "layers.1" else 32), 2 if config.qk_norm else 0
+        parts = {"attention_residual_norm": ("attention_residual", "ffn_norm1")}
+        if config.qk_norm:
+            parts["qk_norm_rope"] = ("qk_norm", "rope")
+        for name, covered in parts.items():
+            assert b[name].flops == sum(a[n].flops for n in covered)
+            assert b[name].parameters == sum(a[n].parameters for n in covered)
+            assert not set(covered) & set(b)
+        saved = sum(o.bytes for o in a.values()) - sum(o.bytes for o in b.values())
+        assert saved == 2 * rows * config.dim * (1 + 2 * heads)
+    assert cost.whole(fused).flops == cost.whole(plain).flops
+    assert cost.whole(fused).parameters == cost.whole(plain).parameters
+    model = fusing.fuse_residual_norm(fusing.fuse_norm_rope(Transformer(CONFIGS["no_refiners"])))
+    viewed = [o.name for o in operations.operations(model.layers[0])]
+    forward = cost.step(CONFIGS["no_refiners"], 64, 64, fused=("norm_rope", "residual_norm"))
+    assert list(_of(forward, "layers.1")) == viewed
+
+
 def test_grouped_queries_have_smaller_keys() -> None:
     """With half as many key heads, to_k and to_v are half of to_q, and the two products are not smaller."""
     config = CONFIGS["grouped"]
@@ -213,7 +241,7 @@ def test_module_tree_adds_up() -> None:
         ({"quantization": "9bit"}, InputError, "unknown quantization '9bit'"),
         ({"quantization": "4bit-g128"}, InputError, r"adaLN_modulation.0: input width 64 is not divisible"),
         ({"patch_size": 3}, InputError, "patch_size 3 is not one of"),
-        ({"fused": ("kv",)}, InputError, "fused must be a list of qkv and gate_up"),
+        ({"fused": ("kv",)}, InputError, "fused must be a list of qkv, gate_up, norm_rope"),
         ({"fused": "qkv"}, InputError, "fused must be a list"),
     ],
 )

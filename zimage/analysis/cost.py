@@ -28,7 +28,7 @@ from zimage.recipes import Asked, Packing
 
 Kind = Literal["matmul", "attention", "elementwise"]
 BYTES = {"bfloat16": 2, "float32": 4}
-FUSIONS = ("qkv", "gate_up")
+FUSIONS = ("qkv", "gate_up", "norm_rope", "residual_norm")
 UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
 
 # FLOPs an element
@@ -124,12 +124,13 @@ def step(
 
     `caption_tokens` is one count for all items or one for each. `quantization` packs linear layers of the blocks as
     `transforms.quantize` does, or is each layer's packing by its published path. `fused` may hold "qkv" (one `to_qkv`
-    instead of three projections) and "gate_up" (one `w13` instead of two). Raises InputError or ConfigError for what
-    the model does not take.
+    instead of three projections), "gate_up" (one `w13` instead of two), "norm_rope" (`qk_norm_rope` instead of QK norm
+    and RoPE) and "residual_norm" (`attention_residual_norm` instead of `attention_residual` and `ffn_norm1`). Raises
+    InputError or ConfigError for what the model does not take.
     """
     found, patch = token_lengths(config, height, width, batch, caption_tokens, patch_size)
     if not isinstance(fused, (list, tuple)) or any(name not in FUSIONS for name in fused):
-        raise InputError(f"fused must be a list of {' and '.join(FUSIONS)}, found {fused!r}")
+        raise InputError(f"fused must be a list of {', '.join(FUSIONS)}, found {fused!r}")
     packing = recipes.packing(config, quantization)
     return _Step(config, found, patch, item_bytes(dtype), packing, tuple(fused)).write()
 
@@ -251,8 +252,11 @@ class _Step:
             self._linear(stage, "adaln", f"{stage}.adaLN_modulation.0", B, config.temb_dim, 4 * D, bias=True)
         self._norm_in(stage, "attention_norm1", rows, modulation)
         self._attention(stage, length, table_items, masked)
-        self._residual(stage, "attention_residual", "attention_norm2", rows, modulation)
-        self._norm_in(stage, "ffn_norm1", rows, modulation)
+        if "residual_norm" in self.fused:
+            self._residual_norm(stage, rows, modulation)
+        else:
+            self._residual(stage, "attention_residual", "attention_norm2", rows, modulation)
+            self._norm_in(stage, "ffn_norm1", rows, modulation)
         self._feed_forward(stage, rows)
         self._residual(stage, "ffn_residual", "ffn_norm2", rows, modulation)
 
@@ -269,6 +273,13 @@ class _Step:
         moved = 3 * rows * D + gates
         self._elementwise(stage, operation, flops * rows * D, moved, parameters=D, module=f"{stage}.{norm}")
 
+    def _residual_norm(self, stage: str, rows: int, modulation: bool) -> None:
+        """Both at once: the sum is written, but not read again for its norm."""
+        D = self.config.dim
+        flops = 2 * RMS_NORM + ADD + (2 * SCALE if modulation else 0)
+        moved = 4 * rows * D + (2 * self.batch * D if modulation else 0)
+        self._elementwise(stage, "attention_residual_norm", flops * rows * D, moved, parameters=2 * D, module=stage)
+
     def _attention(self, stage: str, length: int, table_items: int, masked: bool) -> None:
         config, B, path = self.config, self.batch, f"{stage}.attention"
         D, head, rows = config.dim, config.head_dim, B * length
@@ -280,10 +291,16 @@ class _Step:
         for name, width in projections:
             self._linear(stage, name, f"{path}.{name}", rows, D, width)
         turned = rows * (queries + keys)
-        if config.qk_norm:
-            self._elementwise(stage, "qk_norm", RMS_NORM * turned, 2 * turned, parameters=2 * head, module=path)
         tables = 4 * table_items * length * head
-        self._elementwise(stage, "rope", ROPE * turned, 2 * turned, other_bytes=tables, module=path)
+        if config.qk_norm and "norm_rope" in self.fused:
+            flops = (RMS_NORM + ROPE) * turned
+            self._elementwise(
+                stage, "qk_norm_rope", flops, 2 * turned, parameters=2 * head, other_bytes=tables, module=path
+            )
+        else:
+            if config.qk_norm:
+                self._elementwise(stage, "qk_norm", RMS_NORM * turned, 2 * turned, parameters=2 * head, module=path)
+            self._elementwise(stage, "rope", ROPE * turned, 2 * turned, other_bytes=tables, module=path)
         flops = 2 * 2 * B * config.n_heads * length * length * head
         moved = 2 * rows * (queries + keys) + (rows if masked else 0)
         self._write(stage, "sdpa", "attention", flops, moved * self.item, 0, 0, path)

@@ -60,7 +60,8 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     if recipe is not None:
         digests["recipe"] = recipe.digest
         parameters = {**parameters, "quantization": None}
-    chosen = {k: v for k, v in facts.items() if k in ("device", "mlx", "driver", "blas") or k.startswith("MLX_")}
+    named = ("device", "mlx", "driver", "blas", "kernels")
+    chosen = {k: v for k, v in facts.items() if k in named or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
     key = _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH]
     return Identity(key, digests, weights, facts, None if recipe is None else recipe.content)

@@ -1,10 +1,14 @@
 """Operations with more than one way to compute them, each way giving the same answer up to rounding.
 
+Kernels of our own for GPUs lie in modules of this package, each beside the operations it does at once; `native` says
+when one of them runs.
+
 On a CPU in fp32, MLX evaluates `exp` one scalar at a time but `power` in vectors, so softmax and SiLU go through powers
 of two there; elsewhere MLX's own fused operations are used.
 """
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,6 +58,19 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     return out.reshape(B, N, L, D)
 
 
+def dequantize(
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    group_size: int,
+    bits: int,
+    mode: str,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """Packed weights [out, in * bits / 32] as floating-point ones [out, in] of `dtype`."""
+    return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+
+
 class QuantizedLinear(nn.QuantizedLinear):
     """MLX's quantized layer, which unpacks its weights before each product where that is faster.
 
@@ -62,17 +79,13 @@ class QuantizedLinear(nn.QuantizedLinear):
     11520, 4 bits, H100, MLX 0.32.4). On Metal it is used as it is.
     """
 
+    unpack: Callable[..., mx.array] = staticmethod(dequantize)
+
     def __call__(self, x: mx.array) -> mx.array:
         if not (_fp32_on_cpu(x) or _on_cuda()):
             return super().__call__(x)
-        weight = mx.dequantize(
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=x.dtype,
+        weight = self.unpack(
+            self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode, x.dtype
         )
         y = x @ weight.T
         return y + self.bias if "bias" in self else y

@@ -1,0 +1,14 @@
+// The names of CUDA that the kernels use.
+#include "threads.h"
+#define __device__
+#define __shared__ static
+#define threadIdx emulation::thread_
+#define blockIdx emulation::group
+#define __syncthreads() emulation::barrier()
+inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+  if (mask != 0xffffffffu) std::exit(4);
+  return emulation::shuffle_xor(value, lanes);
+}
+inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
+using __nv_bfloat16 = BFloat;
+using __half = Half;

@@ -1,0 +1,23 @@
+// The names of Metal that the kernels use. Address spaces are left out: a CPU has one.
+#include "threads.h"
+using uint = unsigned;
+using ushort = unsigned short;
+#define device
+#define constant
+#define thread
+#define threadgroup static
+#define thread_position_in_threadgroup emulation::thread_
+#define threadgroup_position_in_grid emulation::group
+namespace mem_flags {
+constexpr int mem_threadgroup = 1;
+}
+inline void threadgroup_barrier(int) { emulation::barrier(); }
+inline float simd_shuffle_xor(float value, ushort lanes) { return emulation::shuffle_xor(value, lanes); }
+namespace metal {
+namespace precise {
+inline float rsqrt(float value) { return 1 / std::sqrt(value); }
+inline float exp(float value) { return std::exp(value); }
+}  // namespace precise
+}  // namespace metal
+using bfloat16_t = BFloat;
+using float16_t = Half;

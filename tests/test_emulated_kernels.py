@@ -1,0 +1,146 @@
+"""The kernels' own sources in CUDA's and Metal's spelling, run on this CPU, give what their composed forms give."""
+
+from dataclasses import replace
+
+from tests.emulation.device import COMPILER, Device
+from zimage import trust
+from zimage.kernels.catalogue import KERNELS
+from zimage.kernels.native import MOST_THREADS, Kernel, compare, normal
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the kernels' sources with")
+few = settings(max_examples=12, deadline=None, derandomize=True)
+CASES: list[tuple[str, trust.Request]] = [
+    ("cuda", {"kernel": "qk_norm_rope", "dtype": "bfloat16", "head_dim": 128}),
+    ("cuda", {"kernel": "qk_norm_rope", "dtype": "float32", "head_dim": 16}),
+    ("metal", {"kernel": "qk_norm_rope", "dtype": "float16", "head_dim": 256}),
+    ("cuda", {"kernel": "residual_norm_modulate", "dtype": "bfloat16", "width": 3840}),
+    ("metal", {"kernel": "residual_norm_modulate", "dtype": "bfloat16", "width": 3840}),
+    ("cuda", {"kernel": "residual_norm_modulate", "dtype": "float32", "width": 6152}),
+    ("metal", {"kernel": "residual_norm_modulate", "dtype": "float16", "width": 72}),
+    ("cuda", {"kernel": "swiglu", "dtype": "bfloat16"}),
+    ("metal", {"kernel": "swiglu", "dtype": "float32"}),
+    ("cuda", {"kernel": "dequantize", "dtype": "bfloat16", "bits": 4, "group_size": 64}),
+    ("cuda", {"kernel": "dequantize", "dtype": "bfloat16", "bits": 8, "group_size": 64}),
+    ("metal", {"kernel": "dequantize", "dtype": "float32", "bits": 4, "group_size": 128}),
+    ("metal", {"kernel": "dequantize", "dtype": "float16", "bits": 8, "group_size": 32}),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Device:
+    return Device(tmp_path_factory.mktemp("kernels"))
+
+
+def problem(gpu: Device, here: str, kernel: Kernel, example: tuple[object, ...], slices: tuple[int, ...] = ()) -> str:
+    launch = kernel.prepare(MOST_THREADS[here], *example)
+    assert launch is not None
+    return compare(gpu.run(here, kernel, launch, slices), kernel.composed, example)
+
+
+@pytest.mark.parametrize(("here", "case"), CASES, ids=[f"{here} {trust.key(case)}" for here, case in CASES])
+def test_a_kernel_gives_what_its_composed_form_gives(here: str, case: trust.Request, gpu: Device) -> None:
+    """On its own examples every kernel passes the check that it must pass on the user's device."""
+    kernel = KERNELS[case["kernel"]]
+    assert [problem(gpu, here, kernel, example) for example in kernel.examples(case)] == [""] * len(
+        list(kernel.examples(case))
+    )
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.integers(0, 2**16)
+)
+@few
+def test_queries_and_keys_of_any_lengths_and_strides(
+    batch: int, length: int, queries: int, keys: int, own_tables: bool, seed: int
+) -> None:
+    """QK norm and RoPE for any numbers of items, tokens and heads, read out of larger arrays."""
+    q, k = normal(seed, batch, length, queries, 32), normal(seed + 1, batch, length, keys, 32)
+    norms = [(1 + 0.1 * normal(seed + n, 32), eps) for n, eps in ((2, 1e-5), (3, 0.5))]
+    angles = normal(seed + 4, batch if own_tables else 1, length, 1, 16)
+    example = (q, k, *norms, mx.stack([mx.cos(angles), mx.sin(angles)]))
+    assert problem(_shared(), "cuda", KERNELS["qk_norm_rope"], example, slices=(0, 1, 4)) == ""
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**16))
+@few
+def test_streams_of_any_lengths_and_forms(
+    batch: int, length: int, adds: bool, norms: bool, modulated: bool, seed: int
+) -> None:
+    """The stream's kernel in each of its forms, with strided inputs."""
+    W = 520
+    x, change = normal(seed, batch, length, W), 2 * normal(seed + 1, batch, length, W)
+    after, before = [(1 + 0.1 * normal(seed + n, W), eps) for n, eps in ((2, 1e-5), (3, 0.5))]
+    scale, gate = [normal(seed + n, batch, 1, W) if modulated else None for n in (4, 5)]
+    adding = (change, gate, after) if adds or not norms else (None, None, None)
+    example = (x, *adding, *((before, scale) if norms else (None, None)))
+    assert problem(_shared(), "cuda", KERNELS["residual_norm_modulate"], example, slices=(0,)) == ""
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 300), st.integers(0, 2**16))
+@few
+def test_swiglu_of_any_width(batch: int, length: int, eighths: int, seed: int) -> None:
+    """SwiGLU for any width in eights, gate and up as halves of a product; large gates neither overflow nor give NaN."""
+    gate, up = 60 * normal(seed, batch, length, 8 * eighths), normal(seed + 1, batch, length, 8 * eighths)
+    assert problem(_shared(), "cuda", KERNELS["swiglu"], (gate, up), slices=(0, 1)) == ""
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**16))
+@few
+def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
+    """Every packed weight comes out as MLX's own dequantize gives it, also in a last thread group that isn't full."""
+    packed = mx.quantize(normal(seed, rows, groups * 64), group_size=64, bits=4)
+    example = (*packed, 64, 4, "affine", mx.float32)
+    assert problem(_shared(), "cuda", KERNELS["dequantize"], example) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "instead"),
+    [
+        ("qk_norm_rope", "LANES / 2; mask > 0", "LANES / 4; mask > 0"),
+        ("qk_norm_rope", "a * sine[i] + b", "b * sine[i] + a"),
+        ("qk_norm_rope", "own * k_strides[2]", "head * k_strides[2]"),
+        ("residual_norm_modulate", "    BARRIER();\n", ""),
+        ("residual_norm_modulate", "(1 + s[i])", "s[i]"),
+        (
+            "residual_norm_modulate",
+            "      if (column < W) {\n        float w[8];\n        float s",
+            "{ float w[8]; float s",
+        ),
+        ("swiglu", "  if (column < width) {", "  {"),
+        ("dequantize", "if (chunk < chunks)", ""),
+        ("dequantize", "chunk * 8 / GROUP", "chunk / GROUP"),
+    ],
+)
+def test_a_wrong_kernel_is_found(name: str, what: str, instead: str, gpu: Device) -> None:
+    """A change of one place in a body is found, as a wrong result or as memory touched that is not the kernel's."""
+    kernel = KERNELS[name]
+    assert what in kernel.body
+    sizes = {"head_dim": 32, "width": 520, "bits": 4, "group_size": 64}
+    wrong = replace(kernel, body=kernel.body.replace(what, instead))
+    for example in kernel.examples({"dtype": "float32", **sizes}):
+        try:
+            if problem(gpu, "cuda", wrong, example):
+                return
+        except AssertionError as error:
+            if "the kernel ended with" not in str(error):
+                raise
+            return
+    pytest.fail("nothing was found")
+
+
+_SHARED: list[Device] = []
+
+
+@pytest.fixture(autouse=True)
+def _share(gpu: Device) -> None:
+    """Hypothesis takes no fixtures of a function's, so its tests find the device here."""
+    _SHARED[:] = [gpu]
+
+
+def _shared() -> Device:
+    return _SHARED[0]

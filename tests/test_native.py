@@ -1,0 +1,220 @@
+"""When a kernel runs: only after it gave the right answers on this device; else its composed form, and one warning."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.test_trust import FACTS
+from zimage import backend, blas, trust
+from zimage.kernels import native
+from zimage.kernels.native import Kernel, Launch, normal
+
+import mlx.core as mx
+import pytest
+
+Run = Callable[[mx.array], list[mx.array]]
+REQUEST: trust.Request = {"dtype": "float32"}
+KEY = trust.key({**REQUEST, "kernel": "double"})
+
+
+def _prepare(_most: int, x: mx.array) -> Launch | None:
+    return Launch([x], [], (32, 1, 1), (32, 1, 1), [x.shape], [x.dtype]) if x.ndim == 2 else None
+
+
+def _examples(request: trust.Request) -> Iterator[tuple[mx.array]]:
+    for seed in (0, 1):
+        yield (normal(seed, 3, 4).astype(getattr(mx, request["dtype"])),)
+
+
+class Gpu:
+    """A GPU whose kernel does what a test says, and counts how often it is started; its trials all pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.run: Run = lambda x: [x * 2]
+        self.calls = 0
+        self.trials: list[trust.Request] = []
+        self.verdict = ""
+        monkeypatch.setattr(native, "platform", lambda: "cuda")
+        monkeypatch.setattr(mx.fast, "cuda_kernel", self.create)
+        monkeypatch.setattr(backend, "device_facts", lambda: FACTS)
+        monkeypatch.setattr(blas, "cache_folder", lambda: folder)
+        monkeypatch.setattr(trust, "tried", self._tried)
+
+    def create(self, **_about: Any) -> Callable[..., list[mx.array]]:
+        def started(inputs: list[mx.array], **_launch: Any) -> list[mx.array]:
+            self.calls += 1
+            return self.run(inputs[0])
+
+        return started
+
+    def _tried(self, requests: list[trust.Request], _timeout_s: float) -> dict[str, str]:
+        self.trials += requests
+        return {trust.key(request): self.verdict for request in requests}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
+    native.forget()
+    yield Gpu(monkeypatch, tmp_path)
+    native.forget()
+
+
+@pytest.fixture
+def double() -> Kernel:
+    return Kernel("double", lambda x: x + x, ("x",), ("y",), "", _prepare, _examples)
+
+
+def refused(double: Kernel, reason: str) -> None:
+    """Installing warns once with the reason, then the composed form answers in silence."""
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        assert not double.install(REQUEST)
+    assert len(caught) == 1
+    assert "the kernel double is not used, its plain form is" in str(caught[0].message)
+    answers_right(double)
+    assert not double.install(REQUEST)
+
+
+def answers_right(double: Kernel, dtype: mx.Dtype = mx.float32) -> None:
+    x = normal(5, 3, 4).astype(dtype)
+    assert mx.array_equal(double(x), x + x)
+
+
+def test_a_right_kernel_runs(gpu: Gpu, double: Kernel) -> None:
+    """After its trial and the check in place, calls start the kernel; its verdict is kept."""
+    assert double.install(REQUEST)
+    before = gpu.calls
+    assert before == 4  # two examples, each twice
+    answers_right(double)
+    assert gpu.calls == before + 1
+    assert [request["kernel"] for request in gpu.trials] == ["double"]
+    assert trust.kept(FACTS) == {KEY: ""}
+    assert double.install(REQUEST)
+    assert (gpu.calls, len(gpu.trials)) == (before + 1, 1)  # once a process
+
+
+def test_a_kept_verdict_needs_no_trial(gpu: Gpu, double: Kernel) -> None:
+    """The next process tries nothing again, but checks in place."""
+    trust.keep(FACTS, {KEY: ""})
+    assert double.install(REQUEST)
+    assert (gpu.calls, gpu.trials) == (4, [])
+
+
+def test_a_kernel_that_fails_its_trial_never_starts_here(gpu: Gpu, double: Kernel) -> None:
+    """A crash elsewhere is not repeated in this process."""
+    gpu.verdict = "its trial was ended by signal 11"
+    refused(double, "signal 11")
+    assert gpu.calls == 0
+
+
+def _raises(_x: mx.array) -> list[mx.array]:
+    raise RuntimeError("first line\nno such symbol")
+
+
+class _Changing:
+    """Right at first, another bit at each further call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        self.calls += 1
+        return [x * (2 + self.calls * 2e-7)]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda x: [x * 2.01], "it is wrong by 0.0"),
+        (lambda x: [x * mx.nan], "it is wrong by inf"),
+        (lambda x: [mx.where(x > 1, mx.inf, 2 * x)], "it is wrong by inf"),
+        (lambda x: [mx.zeros_like(x)], "it is wrong by"),
+        (lambda x: [x[:1] * 2], r"it gives .*float32 \(1, 4\) instead of .*float32 \(3, 4\)"),
+        (lambda x: [(x * 2).astype(mx.float16)], "it gives .*float16"),
+        (lambda x: [x * 2, x], "it gives 2 arrays instead of 1"),
+        (_raises, "no such symbol"),
+        (_Changing(), "it gives other bits when it runs again"),
+    ],
+)
+def test_a_wrong_kernel_is_refused_in_place(run: Run, reason: str, gpu: Gpu, double: Kernel) -> None:
+    """Wrong or changing values, NaN, other shapes and errors: one warning, the composed form, a lasting verdict."""
+    gpu.run = run
+    refused(double, reason)
+    assert trust.kept(FACTS)[KEY]
+    native.forget()  # in the next process
+    gpu.trials.clear()
+    refused(double, reason)
+    assert gpu.trials == []
+
+
+def test_a_backend_that_makes_no_kernel(gpu: Gpu, double: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error at its creation, as MLX raises without CUDA, is a verdict like another."""
+
+    def missing(**_about: Any) -> Any:
+        raise RuntimeError("[cuda_kernel] No CUDA back-end.")
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", missing)
+    refused(double, "No CUDA back-end")
+    assert gpu.calls == 0
+
+
+def test_a_kernel_that_fails_later_falls_back(gpu: Gpu, double: Kernel) -> None:
+    """An error at a call of a trusted kernel gives the composed answer and one warning, and ends the trust."""
+    assert double.install(REQUEST)
+    gpu.run = _raises
+    with pytest.warns(RuntimeWarning, match="no such symbol") as caught:
+        answers_right(double)
+    assert len(caught) == 1
+    before = gpu.calls
+    answers_right(double)
+    assert gpu.calls == before
+
+
+def test_what_was_not_checked_does_not_run(gpu: Gpu, double: Kernel) -> None:
+    """Another dtype than the one checked gets the composed form, with one warning; the checked one still runs."""
+    assert double.install(REQUEST)
+    before = gpu.calls
+    with pytest.warns(RuntimeWarning, match="not checked for .*bfloat16 at these sizes; apply its transform last"):
+        answers_right(double, mx.bfloat16)
+    answers_right(double, mx.bfloat16)
+    assert gpu.calls == before
+    answers_right(double)
+    assert gpu.calls == before + 1
+
+
+def test_arguments_that_only_the_composed_form_takes(gpu: Gpu, double: Kernel) -> None:
+    """They are no failure: no warning, and the kernel is trusted as before."""
+    assert double.install(REQUEST)
+    before = gpu.calls
+    assert mx.array_equal(double(mx.ones((2, 3, 4))), 2 * mx.ones((2, 3, 4)))
+    assert gpu.calls == before
+    answers_right(double)
+    assert gpu.calls == before + 1
+
+
+def test_an_example_that_suits_no_kernel_is_refused(gpu: Gpu, double: Kernel) -> None:
+    """A kernel is not installed for sizes it does not take."""
+    unsuited = replace(double, prepare=lambda _most, _x: None)
+    with pytest.warns(RuntimeWarning, match='it does not take these sizes, {"dtype": "float32"}'):
+        assert not unsuited.install(REQUEST)
+    assert unsuited.verify(REQUEST) == "its own example does not suit it"
+    assert gpu.calls == 0
+
+
+def test_a_cpu_runs_the_composed_form(double: Kernel) -> None:
+    """Nothing is checked, started or said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not double.install(REQUEST)
+        answers_right(double)
+
+
+@pytest.mark.parametrize("value", ["off", "OFF", "0"])
+def test_the_user_can_turn_all_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZIMAGE_KERNELS=off is as a device without kernels."""
+    monkeypatch.setattr(native.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.delenv(trust.VARIABLE, raising=False)
+    assert native.platform() == "metal"  # no CUDA here
+    monkeypatch.setenv(trust.VARIABLE, value)
+    assert native.platform() is None

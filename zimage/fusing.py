@@ -1,0 +1,89 @@
+"""Transforms that put kernels of our own in the place of several operations.
+
+Each kernel is checked on the user's device when its transform puts it in (`kernels.native`); where it fails, and on a
+CPU, its plain composed form runs, which is what the model does without the transform. They may come in any order with
+the other transforms, but after `transforms.cast` and `float16`: a kernel is checked for the dtype of the blocks.
+"""
+
+from collections.abc import Callable, Iterable
+
+from zimage.kernels import QuantizedLinear
+from zimage.kernels.gate import SWIGLU
+from zimage.kernels.heads import QK_NORM_ROPE
+from zimage.kernels.native import Kernel
+from zimage.kernels.packed import DEQUANTIZE
+from zimage.kernels.stream import RESIDUAL_NORM_MODULATE
+from zimage.transformer import Transformer, TransformerBlock
+from zimage.transforms import RoundedTransformerBlock, blocks, clone
+
+import mlx.nn as nn
+
+
+def fuse_norm_rope(model: Transformer) -> Transformer:
+    """QK norm and RoPE in one kernel, which reads queries and keys where the projections left them.
+
+    Covers the operations qk_norm and rope of each block. Nothing changes in a model without QK norm.
+    """
+    QK_NORM_ROPE.install({"dtype": _dtype(model), "head_dim": model.config.head_dim})
+    return _with(model, lambda block: [block.attention], norm_then_rotate=QK_NORM_ROPE)
+
+
+def fuse_residual_norm(model: Transformer) -> Transformer:
+    """The residual stream's norms, gates, sums and modulations, each time in one pass over it.
+
+    Covers attention_residual and ffn_norm1 of each block in one, attention_norm1 and ffn_residual alone: the first and
+    the last operation of a block stay in its own stage.
+    """
+    RESIDUAL_NORM_MODULATE.install({"dtype": _dtype(model), "width": model.config.dim})
+    return _with(model, lambda block: [block], residual_norm_modulate=RESIDUAL_NORM_MODULATE)
+
+
+def fuse_swiglu(model: Transformer) -> Transformer:
+    """silu(gate) * up in one kernel with wide loads, from one fused product or two arrays. Covers swiglu."""
+    SWIGLU.install({"dtype": _dtype(model)})
+    return _with(model, lambda block: [block.feed_forward], swiglu=SWIGLU)
+
+
+def wide_dequantize(model: Transformer) -> Transformer:
+    """Packed weights unpacked by a kernel near the memory's bandwidth, where they are unpacked before a product.
+
+    Covers a part of each linear operation. Only layers that are quantized already change, and of those affine ones of 4
+    and 8 bits.
+    """
+    layers = [layer for _, block in blocks(model) for layer in _packed(block)]
+    for bits, group in sorted({(layer.bits, layer.group_size) for layer in layers if layer.mode == "affine"}):
+        if bits in (4, 8):
+            DEQUANTIZE.install({"dtype": _dtype(model), "bits": bits, "group_size": group})
+    return _with(model, _packed, unpack=DEQUANTIZE)
+
+
+def without_kernels(model: Transformer) -> Transformer:
+    """The model with all plain operations again, its weights as they are."""
+    plain = clone(model)
+    for _, block in blocks(plain):
+        for module in block.modules():
+            for name in [n for n, value in module.__dict__.items() if isinstance(value, Kernel)]:
+                delattr(module, name)
+    return plain
+
+
+def _with(
+    model: Transformer, parts: Callable[[TransformerBlock], Iterable[nn.Module]], **kernel: Kernel
+) -> Transformer:
+    """The model whose blocks' `parts` call a kernel in the place of what they call by that name."""
+    new = clone(model)
+    for _, block in blocks(new):
+        for part in parts(block):
+            part.__dict__.update(kernel)
+    return new
+
+
+def _packed(block: TransformerBlock) -> list[QuantizedLinear]:
+    return [layer for layer in block.modules() if isinstance(layer, QuantizedLinear)]
+
+
+def _dtype(model: Transformer) -> str:
+    """What the products of the blocks are computed in: not the stream's dtype in a float16 model."""
+    block = model.layers[0]
+    dtype = block.gives if isinstance(block, RoundedTransformerBlock) else model.dtype
+    return str(dtype).removeprefix("mlx.core.")
