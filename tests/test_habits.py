@@ -22,7 +22,7 @@ ROWS = (
     {"adapters", "recipes", "recipe_files"},
     {"kernels", "rope", "patchify", "rounding"},
     {"transformer", "layers"},
-    {"transforms", "fusing"},
+    {"transforms", "fusing", "half"},
     {"saving", "weights"},
     {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
     {"analysis"},

@@ -25,6 +25,7 @@ _MODULES = (
     "config",
     "digits",
     "errors",
+    "half",
     "inputs",
     "kernels",
     "layers",

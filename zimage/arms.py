@@ -4,11 +4,11 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 `measure.Program("zimage.arms:step", {"source": ..., ...})`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, inputs
+from zimage import backend, fusing, half, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.recipes import Asked
@@ -21,6 +21,7 @@ import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
+# By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
 TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
@@ -69,6 +70,25 @@ def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
 def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
     """The work of every scope for a loaded model and its inputs: "qkv", "block" and "step"."""
     return {name: scope(model, example) for name, scope in SCOPES.items()}
+
+
+def velocity_errors(
+    reference: Transformer, models: Mapping[str, Transformer], example: Inputs, weights_kind: str
+) -> list[dict[str, Any]]:
+    """Rows of a `quality` table: relative L2 error of each model's velocity against the reference's on one example.
+
+    models: by the name of their arm; weights_kind: "trained" or "synthetic", as `sources.describe` says it.
+    """
+    wanted = reference(*example)
+    return [
+        {
+            "arm": arm,
+            "metric": "relative_l2_error",
+            "value": half.relative_l2(model(*example), wanted),
+            "weights_kind": weights_kind,
+        }
+        for arm, model in models.items()
+    ]
 
 
 def _step(model: Transformer, example: Inputs) -> Work:

@@ -2,7 +2,7 @@
 
 Each kernel is checked on the user's device when its transform puts it in (`kernels.native`); where it fails, and on a
 CPU, its plain composed form runs, which is what the model does without the transform. They may come in any order with
-the other transforms, but after `transforms.cast`: a kernel is checked for the model's dtype.
+the other transforms, but after `transforms.cast` and `float16`: a kernel is checked for the dtype of the blocks.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from zimage.kernels.packed import DEQUANTIZE
 from zimage.kernels.stream import RESIDUAL_NORM_MODULATE
 from zimage.layers import clone
 from zimage.transformer import Transformer, TransformerBlock
-from zimage.transforms import blocks
+from zimage.transforms import RoundedTransformerBlock, blocks
 
 import mlx.nn as nn
 
@@ -84,4 +84,7 @@ def _packed(block: TransformerBlock) -> list[QuantizedLinear]:
 
 
 def _dtype(model: Transformer) -> str:
-    return str(model.dtype).removeprefix("mlx.core.")
+    """What the products of the blocks are computed in: not the stream's dtype in a float16 model."""
+    block = model.layers[0]
+    dtype = block.gives if isinstance(block, RoundedTransformerBlock) else model.dtype
+    return str(dtype).removeprefix("mlx.core.")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from zimage.errors import InputError
 from zimage.kernels.heads import rotate
 from zimage.kernels.native import Kernel
-from zimage.kernels.stream import modulate, residual
+from zimage.kernels.stream import residual
 from zimage.layers import clone
 from zimage.measure import profile
 from zimage.measure.profile import Clock, Time
@@ -105,7 +105,7 @@ def _between(block: TransformerBlock) -> list[Operation]:
             ("x",),
             lambda b, x, y, g: residual(x, b.attention_norm2(y), g),
         ),
-        Operation("ffn_norm1", ("x", "scale_mlp"), ("normed",), lambda b, x, s: modulate(b.ffn_norm1(x), s)),
+        Operation("ffn_norm1", ("x", "scale_mlp"), ("normed",), lambda b, x, s: b.before_feed_forward(x, s)),
     ]
 
 

@@ -90,6 +90,7 @@ class Attention(nn.Module):
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
         """What every head found, side by side: [B, L, n_heads * head_dim]."""
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+        mask = _as(mask, q)  # the stream may be wider than what the attention computes in
         out = kernels.attention(q, k, v, self.head_dim**-0.5, mask).transpose(0, 2, 1, 3)
         return out.reshape(*out.shape[:2], -1)
 
@@ -147,6 +148,12 @@ class TransformerBlock(nn.Module):
     def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
         """The attention's input: the stream normed and modulated."""
         _, normed = self.residual_norm_modulate(x, None, None, None, _norm(self.attention_norm1), scale)
+        assert normed is not None
+        return normed
+
+    def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        """The feed-forward's input alone, as `after_attention` gives it with the stream."""
+        _, normed = self.residual_norm_modulate(x, None, None, None, _norm(self.ffn_norm1), scale)
         assert normed is not None
         return normed
 
@@ -411,7 +418,8 @@ def _found(value: Any) -> str:
 
 
 def _as(mask: mx.array | None, activations: mx.array) -> mx.array | None:
-    return None if mask is None else mask.astype(activations.dtype)
+    """A mask as attention takes it beside these activations: additive of their dtype, or boolean as it is."""
+    return mask if mask is None or mask.dtype == mx.bool_ else mask.astype(activations.dtype)
 
 
 def _stack(captions: Captions) -> mx.array:

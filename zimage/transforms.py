@@ -23,7 +23,7 @@ from zimage.layers import (
 )
 from zimage.quantization import Quantization, entry
 from zimage.recipes import Asked
-from zimage.transformer import Attention, FeedForward, Transformer, TransformerBlock
+from zimage.transformer import Attention, FeedForward, TimestepEmbedder, Transformer, TransformerBlock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,6 +98,42 @@ def _all_ones(length: int) -> mx.array:
     return mx.array(np.ones((1, 1, 1, length), dtype=np.bool_))
 
 
+class RoundedTransformerBlock(TransformerBlock):
+    """A block whose attention and feed-forward get their input rounded to `gives`, beside a wider residual stream.
+
+    The exponents say by which powers of two their values are divided, see `half`.
+    """
+
+    def __init__(self, block: TransformerBlock, attention: int, feed_forward: int, gives: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        adopt(self, block, without=())
+        self.attention_exponent, self.feed_forward_exponent, self.gives = attention, feed_forward, gives
+
+    def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        return super().before_attention(x, scale).astype(self.gives)
+
+    def before_feed_forward(self, x: mx.array, scale: mx.array | None) -> mx.array:
+        return super().before_feed_forward(x, scale).astype(self.gives)
+
+    def after_attention(
+        self, x: mx.array, change: mx.array, gate: mx.array | None, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        x, normed = super().after_attention(x, change, gate, scale)
+        return x, normed.astype(self.gives)
+
+
+class RoundedTimestepEmbedder(TimestepEmbedder):
+    """A timestep embedder whose result is rounded to `gives`, and with it all modulation."""
+
+    def __init__(self, embedder: TimestepEmbedder, gives: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        adopt(self, embedder, without=())
+        self.gives = gives
+
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
+        return super().__call__(t, dtype).astype(self.gives)
+
+
 def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Transformer:
     """The model with LoRA adapters, (file, scale) pairs whose effects add up.
 
@@ -105,6 +141,7 @@ def adapt(model: Transformer, files: Sequence[tuple[str | Path, float]]) -> Tran
     matrices of the model's dtype. Raises WeightsError for a file that is no LoRA of this model and InputError for a
     scale that is not finite.
     """
+    require_unscaled(model, "adapt")
     updates = adapters.read_all(files, model.config)
     new = clone(model)
     to_fuse = []
@@ -180,8 +217,10 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
 def with_all_ones_mask(model: Transformer) -> Transformer:
     """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
 
-    Its output is the same; the time differs by what a device's attention pays for a mask.
+    Its output is the same; the time differs by what a device's attention pays for a mask. Raises InputError for a
+    float16 model.
     """
+    require_unscaled(model, "mask")
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
         new[part] = [as_class(MaskedTransformerBlock, block) for block in new[part]]
@@ -294,9 +333,10 @@ def cast(model: Transformer, dtype: str) -> Transformer:
     """The model with every floating-point array in `dtype`, "bfloat16" or "float32". Raises InputError for another.
 
     The new arrays are computed when they are first used. float16 is refused: the published weights overflow in it, in
-    the feed-forward and in the attention's output.
+    the feed-forward and in the attention's output. `float16` keeps them in range.
     """
     target = parse_dtype(dtype)
+    require_unscaled(model, "cast")
 
     def converted(array: mx.array) -> mx.array:
         wanted = mx.issubdtype(array.dtype, mx.floating) and array.dtype != target
@@ -311,8 +351,36 @@ def parse_dtype(name: str) -> mx.Dtype:
     """The MLX dtype called `name`. Raises InputError unless it is "bfloat16" or "float32"."""
     if isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
-    reason = ": Z-Image's activations overflow in it" if isinstance(name, str) and name == "float16" else ""
-    raise InputError(f"dtype {name!r} is not supported{reason}; use bfloat16 or float32")
+    if isinstance(name, str) and name == "float16":
+        raise InputError(
+            "dtype 'float16' is not supported: Z-Image's activations overflow in it; use bfloat16 or float32, or "
+            "zimage.transforms.float16 on the loaded model, which keeps them in range"
+        )
+    raise InputError(f"dtype {name!r} is not supported; use bfloat16 or float32")
+
+
+def float16(model: Transformer, *examples: Sequence[Any], most_error: float = 0.01) -> Transformer:
+    """The model with blocks that compute in float16 and a residual stream in fp32, for GPUs without fast bfloat16.
+
+    examples: what it will be called with, each (latents [B, C, H, W], timestep [B], captions); real captions, and
+    timesteps all over [0, 1], as a batch or as several examples. The plain model is run on them in fp32, a block at a
+    time, and every block's attention and feed-forward are divided by the powers of two that keep eight times their
+    largest values in range. `half` says how that changes nothing but the rounding. It works on fused, adapted and
+    affine-packed weights, and what it gives can be fused and packed.
+
+    Raises InputError, with the block and the operation, where values would overflow all the same or vanish, and where
+    the velocity's relative L2 error on an example exceeds `most_error`. What later reaches more than eight times as far
+    as on the examples overflows, and the velocity is NaN. Weights are copied, but for packed ones.
+    """
+    from zimage import half  # which builds on this module
+
+    return half.float16(model, examples, most_error)
+
+
+def require_unscaled(model: Transformer, doing: str) -> None:
+    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be."""
+    if any(isinstance(block, RoundedTransformerBlock) for _, block in blocks(model)):
+        raise InputError(f"a float16 model's weights are scaled to compute in it; {doing} the model it was made from")
 
 
 def blocks(model: Transformer) -> Iterator[tuple[str, TransformerBlock]]:
@@ -343,8 +411,10 @@ def packing_of(model: Transformer) -> dict[str, Quantization]:
 def tensors(model: Transformer) -> dict[str, mx.array]:
     """The model's arrays by published name; quantized layers add `.scales` and `.biases`.
 
-    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold.
+    Raises InputError for a model with LoRA updates beside its quantized weights, which no checkpoint can hold, and for
+    a float16 model, whose weights are scaled for what it computes in.
     """
+    require_unscaled(model, "save")
     adapted = [path for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
     if adapted:
         raise InputError(
