@@ -40,6 +40,14 @@ class Power:
     meter: str = "unknown"
     note: str = ""
 
+    def row(self, arm: str, scope: str, regime: str) -> dict[str, Any]:
+        """A row of the table `power`: mean watts, clocks, temperature and throttling; of no single step."""
+        return {
+            "arm": arm, "scope": scope, "regime": regime, "power_w": self.mean_power_w, "clock_hz": self.clock_hz,
+            "memory_clock_hz": self.memory_clock_hz, "temperature_c": self.temperature_c,
+            "throttle": "unknown" if self.throttle is None else ", ".join(self.throttle) or "none",
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StepPower:
@@ -52,13 +60,8 @@ class StepPower:
 
     def row(self, arm: str, scope: str, regime: str = "sustained") -> dict[str, Any]:
         """A row of the table `power`: seconds and joules of one step, mean watts, clocks, temperature, throttling."""
-        p = self.power
-        return {
-            "arm": arm, "scope": scope, "regime": regime, "steps": self.steps, "time_s": self.time_s,
-            "energy_j": self.energy_j, "power_w": p.mean_power_w, "clock_hz": p.clock_hz,
-            "memory_clock_hz": p.memory_clock_hz, "temperature_c": p.temperature_c,
-            "throttle": "unknown" if p.throttle is None else ", ".join(p.throttle) or "none",
-        }  # fmt: skip
+        step = {"steps": self.steps, "time_s": self.time_s, "energy_j": self.energy_j}
+        return {**self.power.row(arm, scope, regime), **step}
 
 
 def find_meter() -> tuple[sensors.Meter | None, str]:
