@@ -280,3 +280,28 @@ def test_a_device_in_the_place_of_kept_peaks_is_not_read_to_its_end(
     (tmp_path / "zimage").mkdir()
     (tmp_path / "zimage" / "peaks-x.json").symlink_to("/dev/zero")
     assert peaks.kept("x") is None
+
+
+@pytest.mark.parametrize(
+    ("then", "again"),
+    [
+        ({"blas_threads": "1", "other_busy_cores": "0.0"}, True),
+        ({"blas_threads": "2", "other_busy_cores": "1.4"}, True),
+        ({"blas_threads": "2", "other_busy_cores": "0.1"}, False),
+        ({"blas_threads": "unknown", "other_busy_cores": "unknown"}, False),
+        (None, False),
+    ],
+)
+def test_peaks_that_were_held_back_are_measured_again(
+    then: Any, again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Peaks taken with fewer threads or beside other work are no roof: the next look counts where it is higher."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = {"device": "cpu-test", "mlx": "0.32.4", "driver": "580", "blas": "x", "blas_threads": "2"}
+    monkeypatch.setattr(backend, "device_facts", lambda: facts)
+    peaks.keep("cpu-test", _new(conditions=then))
+    quiet = {"blas_threads": "2", "other_busy_cores": "0.0"}
+    better = _new(conditions=quiet, matmul={"float32": {"burst": 4e11, "sustained": None, "size": 2048}})
+    monkeypatch.setattr(peaks, "measure", lambda: better)
+    assert peaks.here()["matmul"]["float32"]["burst"] == (4e11 if again else 2e11)
+    assert peaks.here()["copy"]["burst"] == 1e10

@@ -38,7 +38,8 @@ _LARGEST_FILE = 1 << 20
 _REST_S = 0.1  # before a burst: the device gets away from its power limit
 _PACKED_BITS = (4, 8)
 _GROUP = 64
-_CONDITIONS = ("power_source", "low_power_mode", "gpu_power_limit_w", "blas_threads")
+_CONDITIONS = ("power_source", "low_power_mode", "gpu_power_limit_w", "blas_threads", "other_busy_cores")
+_QUIET_CORES = 0.3  # that other work may keep busy while a peak is taken for the device's own
 _DECIDING = ("mlx", "driver", "blas")  # where one of these changes, what was kept before holds no longer
 
 Advance = Callable[[float], None]
@@ -153,11 +154,34 @@ def _start_of(file: Path) -> str:
 def here() -> Peaks:
     """The peaks kept for this device as it is now; where there are none they are measured, quickly, and kept.
 
+    So they are where those kept were taken beside other work or with fewer BLAS threads; the best of each rate counts.
     Raises as `measure` does.
     """
     facts = backend.device_facts()
     found = kept(facts["device"], facts)
-    return found if found is not None else keep(facts["device"], measure())
+    if found is None or _held_back(found, facts):
+        keep(facts["device"], measured := measure())
+        found = kept(facts["device"]) or measured  # without a cache folder nothing is kept
+    return found
+
+
+def _held_back(peaks: Peaks, facts: Mapping[str, str]) -> bool:
+    """Whether the device could not do its best when these were measured, as far as they say."""
+    then = peaks.get("conditions")
+    conditions = then if isinstance(then, dict) else {}
+    busy, threads, now = (
+        _number(value)
+        for value in (conditions.get("other_busy_cores"), conditions.get("blas_threads"), facts.get("blas_threads"))
+    )
+    fewer = threads is not None and now is not None and threads < now
+    return fewer or (busy is not None and busy > _QUIET_CORES)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _merged(before: Peaks, now: Peaks) -> Peaks:
@@ -185,9 +209,9 @@ def _higher(before: Peaks, now: Peaks) -> Peaks:
 
 
 def _power(peaks: Peaks) -> Any:
-    """What peaks were measured under, but for the threads, of which a busy machine has fewer."""
+    """What peaks were measured under, but for what only says how busy the machine was."""
     found = peaks.get("conditions")
-    return {**found, "blas_threads": None} if isinstance(found, dict) else found
+    return {**found, "blas_threads": None, "other_busy_cores": None} if isinstance(found, dict) else found
 
 
 def upgraded(peaks: Any) -> Peaks:
