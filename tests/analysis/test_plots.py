@@ -190,3 +190,12 @@ def test_findings_need_no_plotly() -> None:
     """The sentence for the terminal costs no import of plotly."""
     code = "import sys, zimage.analysis.findings; sys.exit('plotly' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_profiles_many_series_make_no_endless_figure() -> None:
+    """Of very many arms and scopes the first are drawn."""
+    one = fabricated.samples("a").iloc[:5]
+    frame = pd.concat([one.assign(scope=f"stage {i}") for i in range(plots.MAX_SERIES + 30)])
+    figure = plots.samples(stored("samples", frame))
+    assert [trace.name for trace in figure.data][::47] == ["a · stage 0", "a · stage 47"]
+    assert figure.layout.height < 4000

@@ -394,6 +394,14 @@ def test_work_that_cannot_be_evaluated_is_refused() -> None:
     _refused(lambda: profile.prefix(NAMES, lambda _k: object(), 1, 0), "which MLX cannot evaluate")
 
 
+def test_a_slope_keeps_what_was_timed() -> None:
+    """Every T(r) of every round is there, and the slope of a round is that of the line through them."""
+    found = profile.slope(lambda r: lambda: 0.002 * r, 6, 0, (1, 2, 4), clock=Machine(noise=0.01))
+    assert {r: len(times) for r, times in found.repeated_s.items()} == {1: 6, 2: 6, 4: 6}
+    first = np.polyfit([1, 2, 4], [found.repeated_s[r][0] for r in (1, 2, 4)], 1)
+    assert found.samples_s[0] == pytest.approx(first[0])
+
+
 def test_works_are_timed_in_turns() -> None:
     """Each of several works has its own time, with an interval that holds it, under drift that all of them share."""
     works = {name: (lambda seconds=seconds: seconds) for name, seconds in (("a", 0.01), ("b", 0.02), ("c", 0.04))}

@@ -33,6 +33,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 MAX_POINTS = 400  # points drawn of one arm's samples
+MAX_SERIES = 48  # arms and scopes whose samples are drawn
 
 
 def stages(frame: pd.DataFrame) -> go.Figure:
@@ -188,7 +189,8 @@ def ratios(frame: pd.DataFrame) -> go.Figure:
 def samples(frame: pd.DataFrame) -> go.Figure:
     """Every timed value of a `samples` table, one row an arm and scope: a box of quartiles and the points themselves.
 
-    Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS a row.
+    Only rows of kind `sample` that were not dropped. Long series are thinned evenly to MAX_POINTS a row, and the first
+    MAX_SERIES rows are drawn.
     """
     frame = tables.complete("samples", frame)
     rows = frame[(frame["kind"] == "sample") & frame["dropped"].isin([True]).eq(False)].dropna(subset=["time_s"])
@@ -198,7 +200,7 @@ def samples(frame: pd.DataFrame) -> go.Figure:
     for column in ("scope", "regime"):
         if rows[column].nunique() > 1:
             labels = labels + " · " + rows[column].fillna("")
-    arms = list(dict.fromkeys(labels))
+    arms = list(dict.fromkeys(labels))[:MAX_SERIES]
     for place, arm in enumerate(arms):
         values = rows.loc[labels == arm, "time_s"] / scale
         thin = values.iloc[:: -(-len(values) // MAX_POINTS)]

@@ -288,6 +288,9 @@ def samples(frame: pd.DataFrame, id: str) -> Section | None:
         return None
     counts = "; ".join(f"{arm} {number}" for arm, number in kept["arm"].fillna("").value_counts(sort=False).items())
     note = f"Every timed sample with its quartiles, warm-ups left out. Samples: {counts}."
+    series = len(kept.fillna({"arm": "", "scope": "", "regime": ""}).groupby(["arm", "scope", "regime"]))
+    if series > plots.MAX_SERIES:
+        note += f" The first {plots.MAX_SERIES} of {series} series are drawn; all are in the run's tables."
     return Section("Samples", note, [chart(plots.samples(frame), f"{id}-samples", f"Spread of samples: {counts}")])
 
 

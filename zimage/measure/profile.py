@@ -13,7 +13,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zimage.errors import MeasurementError
@@ -34,7 +34,7 @@ class Time:
     """Seconds of one thing: the estimate over the rounds, its interval, and the value of every round.
 
     Negative values are noise of a difference, and shown. Both ends are NaN where there are too few rounds for any
-    interval at the level.
+    interval at the level. repeated_s: of a slope, what was timed: T(r) of every round, by r.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Time:
     low_s: float
     high_s: float
     samples_s: list[float]
+    repeated_s: dict[int, list[float]] = field(default_factory=dict)
 
     def row(self, view: str) -> dict[str, Any]:
         """The time as columns of the `stages` table."""
@@ -204,7 +205,10 @@ def slopes(
         raise MeasurementError("slopes need at least one operation")
     runs = {name: _made(make, repeats) for name, make in makes.items()}
     lines = _lines(runs, repeats, rounds, seed, alpha, clock)
-    return {name: estimate(name, slopes, alpha / len(makes)) for name, (_, slopes, _) in lines.items()}
+    return {
+        name: replace(estimate(name, slopes, alpha / len(makes)), repeated_s={r: t.tolist() for r, t in times.items()})
+        for name, (times, slopes, _) in lines.items()
+    }
 
 
 def _made(make: Callable[[int], Work], repeats: Sequence[int]) -> Callable[[int], Any]:
