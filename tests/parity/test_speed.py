@@ -7,18 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.parity.beside_peers import SMALL
-from zimage import TransformerConfig
-
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_peers_have_our_small_config() -> None:
-    """The peers are timed at the sizes of TransformerConfig.small()."""
-    ours = TransformerConfig.small().to_dict()
-    assert {name: ours[name] for name in SMALL} == SMALL
 
 
 @pytest.mark.parity
