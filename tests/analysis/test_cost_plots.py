@@ -66,7 +66,8 @@ def test_empty_and_null_tables_give_figures(name: str, draw: Callable[[pd.DataFr
     """A table without rows, or with nothing in them, is drawn as an empty figure and not refused."""
     make = getattr(fabricated, name)
     for frame in (make().iloc[:0], make().assign(time_s=math.nan)):
-        json.loads(draw(stored(name, frame)).to_json())
+        content = json.loads(draw(stored(name, frame)).to_json())
+        assert not [x for trace in content["data"] for x in trace.get("x", [])] and content["layout"]["height"] > 0
 
 
 def test_a_size_without_a_side_has_a_name() -> None:
