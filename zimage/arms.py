@@ -14,7 +14,7 @@ from zimage.inputs import Inputs
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import fuse_gate_up, fuse_qkv, quantize_input
+from zimage.transforms import compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
 from zimage.weights import load_transformer
 
 import mlx.core as mx
@@ -29,6 +29,8 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
+    "compile_blocks": compile_blocks,
+    "submit_early": submit_early,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from zimage import kernels
+from zimage import kernels, launching
 from zimage.config import (
     FINAL_NORM_EPS,
     QK_NORM_EPS,
@@ -127,6 +127,7 @@ class TransformerBlock(nn.Module):
     """Attention and feed-forward between sandwich norms, with AdaLN modulation by the timestep or without."""
 
     residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
+    compiled = False  # `transforms.compile_blocks` sets it
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
         super().__init__()
@@ -175,6 +176,11 @@ class TransformerBlock(nn.Module):
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        return call(x, rotation, mask, temb)
+
+    def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
+        """The block's output, [B, L, D]."""
         scale_msa = gate_msa = scale_mlp = gate_mlp = None
         if "adaLN_modulation" in self:
             assert temb is not None
@@ -252,6 +258,8 @@ class Transformer(nn.Module):
     weights' dtype. `patch_size` may be left out where the config has one. Raises InputError for inputs of other shapes.
     """
 
+    submission: launching.Submission | None = None  # `transforms.submit_early` sets it
+
     def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
         self.config = config
@@ -303,8 +311,11 @@ class Transformer(nn.Module):
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
         state = State(latents, timestep, caption_features)
+        submit = None if self.submission is None else self.submission.start()
         for stage in self.stages(latents, timestep, caption_features, patch_size):
             state = stage(state)
+            if submit is not None:
+                submit(state.arrays())
         assert state.velocity is not None
         return state.velocity
 

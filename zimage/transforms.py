@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from zimage import adapters, recipes, rounding
+from zimage import adapters, launching, recipes, rounding
 from zimage.errors import InputError
 from zimage.layers import (
     LINEAR,
@@ -87,10 +87,8 @@ class FusedGateUpFeedForward(FeedForward):
 class MaskedTransformerBlock(TransformerBlock):
     """A block that gives its attention a boolean mask of ones where it would have given none."""
 
-    def __call__(
-        self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
-    ) -> mx.array:
-        return super().__call__(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
+    def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
+        return super().forward(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
 
 
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
@@ -233,6 +231,33 @@ def fuse_gate_up(model: Transformer) -> Transformer:
     Raises InputError where the two projections are quantized differently.
     """
     return _fuse(model, "feed_forward", FusedGateUpFeedForward)
+
+
+def compile_blocks(model: Transformer) -> Transformer:
+    """The model whose blocks are compiled by MLX: each is traced once, and what is left between its kernels is fused.
+
+    Traced again for other shapes, and after an array of it was replaced.
+    """
+    new = clone(model)
+    for _, block in blocks(new):
+        block.compiled = True
+    return new
+
+
+def submit_early(model: Transformer, every: int = 1, ahead: int = 2) -> Transformer:
+    """The model that hands its step to the device in parts while it builds the rest, and bounds what waits there.
+
+    every: stages in a part; ahead: parts on the device before the oldest is waited for. The device is busy from the
+    first block on, and holds the temporary arrays of `ahead` parts instead of those of the whole step. A call computes
+    at once what it would else leave to `mx.eval`, and so cannot be inside `mx.compile`. Raises InputError for numbers
+    below 1.
+    """
+    for name, value in (("every", every), ("ahead", ahead)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer from 1, found {value!r}")
+    new = clone(model)
+    new.submission = launching.Submission(every, ahead)
+    return new
 
 
 def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:

@@ -1,0 +1,72 @@
+"""When work reaches the device: calls compiled once, and a step handed over in parts while the rest is being built.
+
+Neither changes what is computed.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_calls: dict[int, tuple[list[Any], Callable[..., Any]]] = {}  # by the module's id: what it consisted of, its call
+
+
+def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
+    """`module.<method>` as MLX compiles it, traced at its first use for each set of shapes and dtypes.
+
+    Made once for a module, made again after one of its arrays or children was replaced, and dropped with it.
+    """
+    parts = list(_parts(module))
+    made = _calls.get(id(module))
+    if made is None:
+        weakref.finalize(module, _calls.pop, id(module), None)
+    elif len(made[0]) == len(parts) and all(a is b for a, b in zip(made[0], parts, strict=True)):
+        return made[1]
+    owner = weakref.ref(module)  # or the module would keep itself alive
+
+    def call(*arguments: Any) -> Any:
+        return getattr(owner(), method)(*arguments)
+
+    _calls[id(module)] = parts, mx.compile(call)
+    return _calls[id(module)][1]
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The arrays and modules below a module, in order."""
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, (mx.array, nn.Module)):
+            yield part
+        if isinstance(part, (dict, list)):
+            yield from _parts(part)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Hand a step to the device `every` so many stages, and stay at most `ahead` of those parts ahead of it.
+
+    What is waiting on the device keeps all its temporary arrays, so `ahead` bounds the memory a step takes.
+    """
+
+    every: int
+    ahead: int
+
+    def start(self) -> Callable[[Sequence[mx.array]], None]:
+        """A new step: what to call with each stage's arrays."""
+        waiting: deque[Sequence[mx.array]] = deque()
+        count = 0
+
+        def submit(arrays: Sequence[mx.array]) -> None:
+            nonlocal count
+            count += 1
+            if count % self.every:
+                return
+            mx.async_eval(arrays)
+            waiting.append(arrays)
+            if len(waiting) > self.ahead:
+                mx.eval(waiting.popleft())
+
+        return submit
