@@ -4,7 +4,9 @@ Kernels of our own for GPUs lie in modules of this package, each beside the oper
 when one of them runs.
 
 On a CPU in fp32, MLX evaluates `exp` one scalar at a time but `power` in vectors, so softmax and SiLU go through powers
-of two there; elsewhere MLX's own fused operations are used.
+of two there; elsewhere MLX's own fused operations are used. BLAS has fp32 products only, and MLX's own of half
+precision take twenty times as long there: linear layers and attention of half precision compute in fp32 on a CPU, and
+round what they give.
 """
 
 import math
@@ -23,6 +25,10 @@ def _on_cpu() -> bool:
 
 def _fp32_on_cpu(x: mx.array) -> bool:
     return x.dtype == mx.float32 and _on_cpu()
+
+
+def _half_on_cpu(x: mx.array) -> bool:
+    return x.dtype in (mx.bfloat16, mx.float16) and _on_cpu()
 
 
 def _on_cuda() -> bool:
@@ -47,8 +53,17 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     mask is additive, of q's dtype, or boolean, True where a query sees a key; it is the same for all heads, and
     broadcasts to [B, 1, L, L].
     """
-    if not _fp32_on_cpu(q):
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if _half_on_cpu(q):
+        mask = mask if mask is None or mask.dtype == mx.bool_ else mask.astype(mx.float32)
+        wide_q, wide_k, wide_v = (a.astype(mx.float32) for a in (q, k, v))
+        return _by_powers_of_two(wide_q, wide_k, wide_v, scale, mask).astype(q.dtype)
+    if _fp32_on_cpu(q):
+        return _by_powers_of_two(q, k, v, scale, mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def _by_powers_of_two(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """Attention in fp32."""
     B, N, L, D = q.shape
     groups = (B, k.shape[1], N // k.shape[1], L)
     queries = (q * (scale * _LOG2E)).reshape(*groups, D)
@@ -75,20 +90,28 @@ def dequantize(
     return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
 
 
-def _product(x: mx.array, weight: mx.array) -> mx.array:
-    """x weight^T of their one dtype."""
-    if not _on_cpu():
-        return x @ weight.T
-    return (x.astype(mx.float32) @ weight.T.astype(mx.float32)).astype(x.dtype)
+class Linear(nn.Linear):
+    """MLX's linear layer, which multiplies in fp32 on a CPU whatever its dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not _half_on_cpu(x):
+            y: mx.array = super().__call__(x)
+            return y
+        y = _wide_product(x, self.weight)
+        return (y + self.bias if "bias" in self else y).astype(x.dtype)
+
+
+def _wide_product(x: mx.array, weight: mx.array) -> mx.array:
+    """x weight^T in fp32."""
+    return x.astype(mx.float32) @ weight.T.astype(mx.float32)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
     """MLX's quantized layer, which unpacks its weights before each product where that is faster.
 
-    On a CPU, MLX's quantized product runs scalar code, 28 to 75 times slower than unpacking and an optimised BLAS, which
-    has only fp32: half-precision layers multiply in it and round the product, a twelfth of the time of MLX's own. On
-    CUDA with many rows it compiles for a minute at first use and then takes 3.7 times as long (4128 rows, 3840 to
-    11520, 4 bits, H100, MLX 0.32.4). On Metal it is used as it is.
+    On a CPU, MLX's quantized product runs scalar code, 28 to 75 times slower than unpacking and an optimised BLAS in
+    fp32, 170 times in bf16. On CUDA with many rows it compiles for a minute at first use and then takes 3.7 times as
+    long (4128 rows, 3840 to 11520, 4 bits, H100, MLX 0.32.4). On Metal it is used as it is.
     """
 
     unpack: Callable[..., mx.array] = staticmethod(dequantize)
@@ -99,5 +122,5 @@ class QuantizedLinear(nn.QuantizedLinear):
         weight = self.unpack(
             self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode, x.dtype
         )
-        y = _product(x, weight)
+        y = _wide_product(x, weight).astype(x.dtype) if _half_on_cpu(x) else x @ weight.T
         return y + self.bias if "bias" in self else y
