@@ -11,16 +11,40 @@ from typing import Any
 from zimage import backend, fusing, half, inputs
 from zimage.errors import InputError
 from zimage.inputs import Inputs
+from zimage.layers import clone
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
+from zimage.transforms import blocks, compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
 from zimage.weights import load_transformer
 
 import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
+FAST = (  # what makes the fast step, in this order
+    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "compile_blocks"),
+    "submit_early",
+)
+_STACKED = {"fuse_qkv": "attention", "fuse_gate_up": "feed_forward"}  # transforms that make new weights, in which part
+
+
+def fast(model: Transformer) -> Transformer:
+    """The model with the fastest step there is here, its output the same up to rounding: FAST and wide_dequantize.
+
+    Where a kernel is not to be had its plain operations run, and projections that are packed differently stay
+    separate. Stacked weights are new arrays, two thirds of a published model's bytes: drop the model it was made from
+    unless both are wanted.
+    """
+    for name in (*FAST, "wide_dequantize"):
+        try:
+            model = TRANSFORMS[name](model)
+        except InputError:
+            if name not in _STACKED:
+                raise
+    return model
+
+
 # By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
 TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "fuse_qkv": fuse_qkv,
@@ -31,6 +55,7 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "wide_dequantize": fusing.wide_dequantize,
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
+    "fast": fast,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
 
@@ -69,17 +94,37 @@ def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
     return model
 
 
+def variants(model: Transformer, wanted: Mapping[str, Sequence[str]]) -> dict[str, Transformer]:
+    """The model after each of several lists of transforms, by the names of the lists.
+
+    All share the model's arrays and one copy of the weights that fuse_qkv and fuse_gate_up stack, which therefore come
+    first in every list. Raises InputError as `transformed`.
+    """
+    for names in wanted.values():
+        _known(names)
+    used = {arm: {*names, *(FAST if "fast" in names else ())} for arm, names in wanted.items()}
+    stacked = transformed(model, [name for name in _STACKED if any(name in names for names in used.values())])
+    found = {}
+    for arm, names in wanted.items():
+        start = clone(stacked)
+        for (_, block), (_, plain) in zip(blocks(start), blocks(model), strict=True):
+            for part in [part for name, part in _STACKED.items() if name not in used[arm]]:
+                block[part] = clone(plain[part])
+        found[arm] = transformed(start, names)
+    return found
+
+
 def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
     """The work of every scope for a loaded model and its inputs: "qkv", "block" and "step"."""
     return {name: scope(model, example) for name, scope in SCOPES.items()}
 
 
 def velocity_errors(
-    reference: Transformer, models: Mapping[str, Transformer], example: Inputs, weights_kind: str
+    reference: Callable[..., mx.array], models: Mapping[str, Transformer], example: Inputs, weights_kind: str
 ) -> list[dict[str, Any]]:
     """Rows of a `quality` table: relative L2 error of each model's velocity against the reference's on one example.
 
-    models: by the name of their arm; weights_kind: "trained" or "synthetic", as `sources.describe` says it.
+    reference: a model, or what gives its velocity; models: by the name of their arm; weights_kind: "trained" or "synthetic", as `sources.describe` says it.
     """
     wanted = reference(*example)
     return [
