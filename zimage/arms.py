@@ -33,10 +33,13 @@ def fast(model: Transformer) -> Transformer:
     """The model with the fastest step there is here, its output the same up to rounding: FAST and wide_dequantize.
 
     Where a kernel is not to be had its plain operations run, and projections that are packed differently stay
-    separate. Stacked weights are new arrays, two thirds of a published model's bytes: drop the model it was made from
-    unless both are wanted.
+    separate. Blocks are not compiled on a CPU, where MLX's compiled loops are slower than its own (on two cores the
+    digits model took a third more time). Stacked weights are new arrays, two thirds of a published model's bytes: drop
+    the model it was made from unless both are wanted.
     """
     for name in (*FAST, "wide_dequantize"):
+        if name == "compile_blocks" and mx.default_device().type == mx.DeviceType.cpu:
+            continue
         try:
             model = TRANSFORMS[name](model)
         except InputError:
@@ -80,7 +83,7 @@ def step(
     """
     if scope not in SCOPES:
         raise InputError(f"scope {scope!r} is not known; known are {', '.join(SCOPES)}")
-    _known(transforms)
+    require_known(transforms)
     backend.use_device(device)
     model = transformed(load_transformer(source, dtype, quantization), transforms)
     return SCOPES[scope](model, inputs.example(model, source, height, width, batch, caption_tokens, seed))
@@ -88,7 +91,7 @@ def step(
 
 def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
     """The model after the transforms of these names, in order. Raises InputError for one that is not known."""
-    _known(names)
+    require_known(names)
     for name in names:
         model = TRANSFORMS[name](model)
     return model
@@ -101,7 +104,7 @@ def variants(model: Transformer, wanted: Mapping[str, Sequence[str]]) -> dict[st
     first in every list. Raises InputError as `transformed`.
     """
     for names in wanted.values():
-        _known(names)
+        require_known(names)
     used = {arm: {*names, *(FAST if "fast" in names else ())} for arm, names in wanted.items()}
     stacked = transformed(model, [name for name in _STACKED if any(name in names for names in used.values())])
     found = {}
@@ -124,7 +127,8 @@ def velocity_errors(
 ) -> list[dict[str, Any]]:
     """Rows of a `quality` table: relative L2 error of each model's velocity against the reference's on one example.
 
-    reference: a model, or what gives its velocity; models: by the name of their arm; weights_kind: "trained" or "synthetic", as `sources.describe` says it.
+    reference: a model, or what gives its velocity; models: by the name of their arm; weights_kind: "trained" or
+    "synthetic", as `sources.describe` says it.
     """
     wanted = reference(*example)
     return [
@@ -170,7 +174,8 @@ def _before_first_block(model: Transformer, example: Inputs) -> State:
     return state
 
 
-def _known(names: Sequence[str]) -> None:
+def require_known(names: Sequence[str]) -> None:
+    """Raise InputError unless all of these are names of TRANSFORMS."""
     if not isinstance(names, (list, tuple)):
         raise InputError(f"transforms must be a list of names, found {names!r}")
     for name in names:

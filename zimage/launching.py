@@ -69,7 +69,7 @@ class Submission:
             count += 1
             if count % self.every:
                 return
-            mx.async_eval(arrays)
+            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
             waiting.append(arrays)
             if len(waiting) > self.ahead:
                 mx.eval(waiting.popleft())
