@@ -52,11 +52,14 @@ def findings(tables: Tables) -> list[Finding]:
     `tables` maps the names of tables to frames; missing and empty ones are left
     out.
     """
+    by_family, by_arm = families(tables.get("ablation")), _arms(tables)
+    if by_family:  # which say in short what else each of many arms would
+        by_arm = [replace(one, short="") for one in by_arm]
     return [
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
-        *families(tables.get("ablation")),
-        *_arms(tables),
+        *by_family,
+        *by_arm,
         *_scaling(tables.get("scaling")),
         *_power(tables.get("power")),
         *_loading(tables.get("loading")),
@@ -146,17 +149,16 @@ def families(frame: pd.DataFrame | None) -> list[Finding]:
     if verdict_of(alone[best]) == "faster":
         text = f"of {len(alone)} transforms, {best} alone gains the most, {time_phrase(float(alone[best]['ratio']))}"
     product = math.prod(float(row["ratio"]) for row in alone.values())
-    beyond = f"their ratios alone multiply to {units.ratio(product)}"
-    whole = replace(time_finding(together), short="")
+    whole = time_finding({**together, "arm": f"a model with all {len(without)}"})
     worth = max(without, key=lambda name: float(without[name]["ratio"]))
     beside = "no transform is known to be worth anything beside the others"
     if verdict_of(without[worth]) == "slower":
         more = time_phrase(float(without[worth]["ratio"]))
-        beside = f"beside the others, {worth} is worth the most: without it a step takes {more}"
+        beside = f"beside the others {worth} is worth the most: without it a step takes {more}"
     return [
-        Finding(text, "", tuple(_by_verdict(alone))),
-        replace(whole, evidence=(*whole.evidence, beyond)),
-        Finding(beside, "", tuple(_by_verdict(without, "without "))),
+        Finding(text, "", tuple(_by_verdict(alone)), text),
+        replace(whole, evidence=(*whole.evidence, f"their ratios alone multiply to {units.ratio(product)}")),
+        Finding(beside, "", tuple(_by_verdict(without, "without ")), beside),
     ]
 
 
