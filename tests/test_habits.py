@@ -20,7 +20,7 @@ ROWS = (
     {"measure", "backend", "blas", "doctor", "machine", "sensors", "trust"},
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files"},
-    {"kernels", "rope", "patchify", "rounding"},
+    {"kernels", "rope", "patchify", "rounding", "launching"},
     {"transformer", "layers"},
     {"transforms", "fusing", "half"},
     {"saving", "weights"},
