@@ -192,7 +192,8 @@ class BlockTimes:
     The intervals of operations and block hold together. unattributed is block - sum of operations in each round,
     signed, at alpha. Repetitions don't depend on each other while a block's operations do: where one alone doesn't fill
     the device its repetitions overlap, and the rest is positive. It is negative where a block's operations overlap or
-    find their inputs in a cache, and by what a compiled block gains, whose operations are timed uncompiled. note: why there are no intervals, or "".
+    find their inputs in a cache, and by what a compiled block gains, whose operations are timed uncompiled. note: why
+    there are no intervals, or "".
     """
 
     stage: str
