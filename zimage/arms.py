@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs
+from zimage import backend, fusing, half, inputs, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.recipes import Asked
@@ -21,8 +21,8 @@ import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
-# By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+# By name; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
+TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
     "fuse_norm_rope": fusing.fuse_norm_rope,
@@ -31,8 +31,10 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "wide_dequantize": fusing.wide_dequantize,
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
+    "tuned": tuning.tuned,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
+NEED_EXAMPLES = ("tuned",)  # of what the model will be called with
 
 
 def step(
@@ -57,15 +59,19 @@ def step(
         raise InputError(f"scope {scope!r} is not known; known are {', '.join(SCOPES)}")
     _known(transforms)
     backend.use_device(device)
-    model = transformed(load_transformer(source, dtype, quantization), transforms)
-    return SCOPES[scope](model, inputs.example(model, source, height, width, batch, caption_tokens, seed))
+    model = load_transformer(source, dtype, quantization)
+    example = inputs.example(model, source, height, width, batch, caption_tokens, seed)
+    return SCOPES[scope](transformed(model, transforms, example), example)
 
 
-def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
-    """The model after the transforms of these names, in order. Raises InputError for one that is not known."""
+def transformed(model: Transformer, names: Sequence[str], *examples: Inputs) -> Transformer:
+    """The model after the transforms of these names, in order.
+
+    examples: what it will be called with, which "tuned" has to know. Raises InputError for a name that is not known.
+    """
     _known(names)
     for name in names:
-        model = TRANSFORMS[name](model)
+        model = TRANSFORMS[name](model, *examples) if name in NEED_EXAMPLES else TRANSFORMS[name](model)
     return model
 
 
