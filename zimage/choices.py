@@ -36,6 +36,11 @@ class Product:
     inputs: int
     outputs: int
 
+    @property
+    def flops(self) -> int:
+        """Of the product alone, without unpacking."""
+        return 2 * self.rows * self.inputs * self.outputs
+
     def __str__(self) -> str:
         kind = self.weights if self.weights == self.dtype else f"{self.weights}, {self.dtype}"
         return f"{kind}: {self.rows} x {self.inputs} to {self.outputs}"

@@ -7,6 +7,7 @@ model's step, compares the ways of each in quads, and keeps the choices (`choice
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from zimage import backend, kernels, rounding
@@ -268,14 +269,25 @@ class Measured:
     """How the ways of one product compare, and the choice that follows.
 
     looks_s: seconds of one product by each way, from its first calls; comparisons: of the ways that were not hopeless
-    with the baseline, in quads, empty where that would have taken too long.
+    with the baseline, in quads, empty where that would have taken too long. repeats: products in each of their calls.
     """
 
     product: Product
     baseline: str
     looks_s: dict[str, float]
+    repeats: int = 1
     floor: NoiseFloor | None = None
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    @property
+    def times_s(self) -> dict[str, float]:
+        """Seconds of one product by each way: the median of its samples, or its first calls where it has none."""
+        samples: dict[str, list[float]] = {}
+        for comparison in self.comparisons.values():
+            for sample in comparison.samples:
+                if sample.kind == "sample" and not sample.dropped:
+                    samples.setdefault(sample.arm, []).append(sample.time_s / self.repeats)
+        return {way: median(samples.get(way, [look_s])) for way, look_s in self.looks_s.items()}
 
     @property
     def choice(self) -> Choice:
@@ -328,7 +340,7 @@ def measure(
         rivals = [name for name in names[1:] if looks_s[name] < HOPELESS * base_s]
         expected_s = repeats * _FIRST_LOOK * _CALLS_A_QUAD * sum((base_s + looks_s[name]) / 2 for name in rivals)
         if not rivals or expected_s > budget_s:
-            return Measured(product, baseline, looks_s)
+            return Measured(product, baseline, looks_s, repeats)
         base = call(baseline, x, layers, repeats)
         pair = base, call(baseline, copy, layers[::-1], repeats)
         floor = noise_floor(*pair, seed=seed, quads=_FIRST_LOOK, canary=canary)
@@ -339,7 +351,7 @@ def measure(
     except RuntimeError as error:  # MLX's own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MeasurementError(f"the ways of {product} could not be compared: {reason}") from None
-    return Measured(product, baseline, looks_s, floor, found)
+    return Measured(product, baseline, looks_s, repeats, floor, found)
 
 
 def _looks(calls: Iterator[tuple[str, Timed]]) -> Iterator[tuple[str, float]]:
