@@ -37,6 +37,7 @@ _FEW_ROWS = 64  # CUDA compiles a packed product of more rows for a minute or mo
 _CALL_S = 0.005  # a timed call holds several products where one is shorter, so that submitting it hardly counts
 _MOST_IN_A_CALL = 8
 _FIRST_LOOK = 10  # quads
+_SHORT_LOOKS = 5
 _CALLS_A_QUAD = 7  # at most, with the untimed ones
 
 
@@ -268,7 +269,7 @@ def device_kind() -> str:
 class Measured:
     """How the ways of one product compare, and the choice that follows.
 
-    looks_s: seconds of one product by each way, from its first calls; comparisons: of the ways that were not hopeless
+    looks_s: seconds of one product by each way, from a few calls; comparisons: of the ways that were not hopeless
     with the baseline, in quads, empty where that would have taken too long. repeats: products in each of their calls.
     """
 
@@ -281,7 +282,7 @@ class Measured:
 
     @property
     def times_s(self) -> dict[str, float]:
-        """Seconds of one product by each way: the median of its samples, or its first calls where it has none."""
+        """Seconds of one product by each way: the median of its samples, or its few calls where it has none."""
         samples: dict[str, list[float]] = {}
         for comparison in self.comparisons.values():
             for sample in comparison.samples:
@@ -339,9 +340,11 @@ def measure(
         repeats = max(1, min(_MOST_IN_A_CALL, math.ceil(_CALL_S / base_s)))
         rivals = [name for name in names[1:] if looks_s[name] < HOPELESS * base_s]
         expected_s = repeats * _FIRST_LOOK * _CALLS_A_QUAD * sum((base_s + looks_s[name]) / 2 for name in rivals)
+        base = call(baseline, x, layers, repeats)
+        if not rivals and repeats > 1:  # its time is all there is to know
+            looks_s[baseline] = median(base() / repeats for _ in range(_SHORT_LOOKS))
         if not rivals or expected_s > budget_s:
             return Measured(product, baseline, looks_s, repeats)
-        base = call(baseline, x, layers, repeats)
         pair = base, call(baseline, copy, layers[::-1], repeats)
         floor = noise_floor(*pair, seed=seed, quads=_FIRST_LOOK, canary=canary)
         arms = {name: call(name, x, layers, repeats) for name in rivals}
