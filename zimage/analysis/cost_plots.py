@@ -155,7 +155,7 @@ def by_rows(frame: pd.DataFrame) -> go.Figure:
     `frame` has the columns `rows`, `arm` and `time_s`.
     """
     rows = frame[frame["time_s"] > 0].sort_values("rows")
-    scale, unit = units.time_unit(rows["time_s"].median() if len(rows) else float("nan"))
+    scale, unit = units.time_unit(rows["time_s"].max() if len(rows) else float("nan"))
     figure = go.Figure()
     for place, (arm, group) in enumerate(rows.groupby("arm", sort=False)):
         figure.add_scatter(
@@ -169,13 +169,14 @@ def by_rows(frame: pd.DataFrame) -> go.Figure:
             hovertemplate="<b>" + plain([arm])[0] + "</b><br>%{x} rows: %{customdata[0]}<extra></extra>",
         )
     finish(figure, height=380)
+    figure.update_layout(legend_xref="paper")  # over a plot with short ticks
     if len(rows):
         low, high = float(rows["rows"].min()), float(rows["rows"].max())
         figure.update_xaxes(**log_ticks(low / 1.2, high * 1.2))
         times = rows["time_s"] / scale
         figure.update_yaxes(**log_ticks(float(times.min()) / 1.5, float(times.max()) * 1.5), showgrid=True)
     figure.update_xaxes(title_text="rows")
-    figure.update_yaxes(title_text=f"time ({unit})")
+    figure.update_yaxes(title_text=f"time ({unit})", title_font={"size": 12})
     return figure
 
 
