@@ -352,6 +352,33 @@ def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run
     assert 0 < errors["quantized_matmul_8bit"] < 0.02 < errors["quantized_matmul_4bit"] < 0.2
 
 
+def test_matmuls_compares_the_ways_of_every_layer(ran: Callable[[Path], Run]) -> None:
+    """matmuls times each layer of a block in three precisions and over rows, compares ways with the plainest one."""
+    run = ran(ROOT / "notebooks" / "matmuls.ipynb")
+    full = backend.default_dtype()
+    operations = run.table("operations")
+    layers = ["to_q", "to_qkv", "to_out", "w1", "w13", "w2"]
+    for packing in (full, "8bit", "4bit"):
+        stages = operations[(operations["arm"] == packing) & operations["stage"].str.startswith(packing)]
+        assert list(dict.fromkeys(stages["operation"].str.split(":").str[0])) == layers
+        swept_rows = operations.loc[operations["stage"] == f"w1, {packing}, by rows", "operation"].str.split(" ").str[0]
+        counts = ["1", "8", "64", "256", "1056", "4128"]
+        assert list(dict.fromkeys(swept_rows)) == ([] if packing == "8bit" else counts)
+    assert (operations["time_s"] > 0).all() and (operations["attained_fraction"] > 0).any()
+    ablation = run.table("ablation")
+    products = ablation[~ablation["scope"].str.startswith("step")]
+    whole = products[products["scope"].str.contains(full)]
+    assert set(whole["scope"]) == {f"w1, {full}, 1056 rows", f"w1, {full}, 4128 rows"}
+    assert set(whole["arm"]) == {"rows split", "padded"} and set(whole["baseline"]) == {"whole"}
+    assert len(set(products.loc[products["scope"].str.contains("bit"), "baseline"])) == 1
+    samples = run.table("samples")
+    check_samples(ablation, samples, floors=ablation["scope"].nunique())
+    assert (ablation["noise_floor"] > 0).all()
+    if "quality" in run.tables():
+        assert (run.table("quality")["value"] < (1e-5 if full == "float32" else 0.05)).all()
+    assert set(run.meta["choices"])
+
+
 def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run]) -> None:
     """quantization records time, bytes, error and recognised digits of 8 and 4 bits, and a picture of every arm."""
     run = ran(ROOT / "notebooks" / "quantization.ipynb")
@@ -383,6 +410,7 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
         ("qkv_fusion", "synthetic:tiny", 32),
         ("quantization", "synthetic:small", 32),
         ("published_claims", "synthetic:small", 32),
+        ("matmuls", "synthetic:small", 32),
     ],
 )
 def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
@@ -392,6 +420,7 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     (run,) = Store(tmp_path).runs(name)
     assert run.meta["weights"]["kind"] == "synthetic"
     wanted = {"profile_layers": {"stages", "memory"}, "quantization": {"ablation", "memory", "quality"}}
+    wanted["matmuls"] = {"operations", "ablation"}
     assert set(run.tables()) >= wanted.get(name, {"ablation", "quality"}) | {"samples", "environment"}
     assert run.pictures() == []
     if "quality" in run.tables():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs
+from zimage import backend, fusing, half, inputs, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.layers import clone
@@ -48,8 +48,8 @@ def fast(model: Transformer) -> Transformer:
     return model
 
 
-# By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+# By name; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
+TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
     "fuse_norm_rope": fusing.fuse_norm_rope,
@@ -59,8 +59,10 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
     "fast": fast,
+    "tuned": tuning.tuned,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
+NEED_EXAMPLES = ("tuned",)  # of what the model will be called with
 
 
 def step(
@@ -85,19 +87,23 @@ def step(
         raise InputError(f"scope {scope!r} is not known; known are {', '.join(SCOPES)}")
     require_known(transforms)
     backend.use_device(device)
-    model = transformed(load_transformer(source, dtype, quantization), transforms)
-    return SCOPES[scope](model, inputs.example(model, source, height, width, batch, caption_tokens, seed))
+    model = load_transformer(source, dtype, quantization)
+    example = inputs.example(model, source, height, width, batch, caption_tokens, seed)
+    return SCOPES[scope](transformed(model, transforms, example), example)
 
 
-def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
-    """The model after the transforms of these names, in order. Raises InputError for one that is not known."""
+def transformed(model: Transformer, names: Sequence[str], *examples: Inputs) -> Transformer:
+    """The model after the transforms of these names, in order.
+
+    examples: what it will be called with, which "tuned" has to know. Raises InputError for a name that is not known.
+    """
     require_known(names)
     for name in names:
-        model = TRANSFORMS[name](model)
+        model = TRANSFORMS[name](model, *examples) if name in NEED_EXAMPLES else TRANSFORMS[name](model)
     return model
 
 
-def variants(model: Transformer, wanted: Mapping[str, Sequence[str]]) -> dict[str, Transformer]:
+def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples: Inputs) -> dict[str, Transformer]:
     """The model after each of several lists of transforms, by the names of the lists.
 
     All share the model's arrays and one copy of the weights that fuse_qkv and fuse_gate_up stack, which therefore come
@@ -113,7 +119,7 @@ def variants(model: Transformer, wanted: Mapping[str, Sequence[str]]) -> dict[st
         for (_, block), (_, plain) in zip(blocks(start), blocks(model), strict=True):
             for part in [part for name, part in _STACKED.items() if name not in used[arm]]:
                 block[part] = clone(plain[part])
-        found[arm] = transformed(start, names)
+        found[arm] = transformed(start, names, *examples)
     return found
 
 

@@ -211,6 +211,12 @@ def test_only_the_costliest_block_is_spoken_of() -> None:
     assert "of layers.0" in found.text
 
 
+def test_ways_of_one_product_are_no_parts_of_a_whole() -> None:
+    """Rows without an unattributed rest are alternatives, whose shares of their sum would say nothing."""
+    rows = fabricated.operations()
+    assert findings(stored(operations=rows[rows["operation"] != "unattributed"])) == []
+
+
 def test_a_block_by_depth_stands_beside_the_stages() -> None:
     """The depth view's block is evidence of the profile's finding, with its interval, and no stage of it."""
     block = {"arm": "baseline", "view": "depth", "time_s": 2.5e-3, "time_low_s": 2.4e-3, "time_high_s": 2.6e-3}

@@ -301,6 +301,8 @@ def _operations(frame: pd.DataFrame | None) -> list[Finding]:
     if frame is None:
         return []
     timed = frame.dropna(subset=["time_s", "stage"])
+    # Without a rest they are no parts of a whole: ways to compute one product, of which a step takes one.
+    timed = timed[timed["stage"].isin(timed.loc[timed["operation"] == UNATTRIBUTED, "stage"])]
     wholes = timed.groupby("stage", sort=False)["time_s"].sum()
     if wholes.empty or not wholes.max() > 0:
         return []
