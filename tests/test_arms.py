@@ -3,10 +3,12 @@
 import json
 from typing import Any
 
-from zimage import arms, inputs, transforms
+import zimage
+from zimage import arms, half, inputs, transforms
 from zimage.config import TransformerConfig
 from zimage.errors import BackendError, InputError, WeightsError
 from zimage.inputs import Inputs
+from zimage.kernels.native import Kernel
 from zimage.measure import Program, Resident
 from zimage.transformer import State, Transformer
 from zimage.weights import load_transformer
@@ -98,6 +100,89 @@ def test_transforms_do_what_they_are_called(model: Transformer) -> None:
     block = arms.transformed(model, ["fuse_gate_up"]).layers[0]
     assert "to_qkv" not in block.attention and "w13" in block.feed_forward
     assert "to_q" in model.layers[0].attention
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit-g32", "mxfp8"])
+@pytest.mark.parametrize("captions", ["even", "ragged"])
+def test_the_fast_model_computes_the_same(quantization: str | None, captions: str) -> None:
+    """In fp32 the fast model gives the plain one's velocity to 1e-5, packed or not, with padded captions or none."""
+    plain = Transformer(TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24)))
+    plain = transforms.quantize(plain, quantization) if quantization else plain
+    keys = mx.random.split(mx.random.key(1), 3)
+    latents = mx.random.normal((2, plain.config.in_channels, 6, 4), key=keys[0])
+    lengths = (32, 32) if captions == "even" else (5, 40)
+    features = [
+        mx.random.normal((n, plain.config.cap_feat_dim), key=key) for n, key in zip(lengths, keys[1:], strict=True)
+    ]
+    given = (latents, mx.array([0.2, 0.9]), features)
+    wanted = plain(*given)
+    fast = zimage.fast(plain)
+    assert half.relative_l2(fast(*given), wanted) < 1e-5
+    assert half.relative_l2(arms.transformed(plain, arms.FAST)(*given), wanted) < 1e-5
+    assert same(plain(*given), wanted)
+    block = fast.layers[0]
+    assert "to_qkv" in block.attention and "w13" in block.feed_forward and fast.submission is not None
+
+
+def test_blocks_of_the_fast_model_are_compiled_on_a_gpu_alone(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the fast model's blocks are not compiled, on a GPU they are."""
+    assert not any(block.compiled for _, block in transforms.blocks(arms.fast(model)))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))
+    monkeypatch.setattr(Kernel, "install", lambda _self, _request: None)
+    assert all(block.compiled for _, block in transforms.blocks(arms.fast(model)))
+
+
+def test_the_fast_model_leaves_apart_what_is_packed_apart(example: Inputs) -> None:
+    """Projections that are packed differently stay separate, and all else is fused."""
+    recipe = {"rules": [{"pattern": "*.to_q", "quantization": "8bit", "group_size": 32}]}
+    packed = transforms.quantize(load_transformer(SOURCE, "float32"), recipe)
+    fast = arms.fast(packed)
+    assert "to_q" in fast.layers[0].attention and "w13" in fast.layers[0].feed_forward
+    assert half.relative_l2(fast(*example), packed(*example)) < 1e-5
+    with pytest.raises(InputError, match="stored alike"):
+        arms.transformed(packed, arms.FAST)
+
+
+def test_the_fast_step_is_made_of_known_transforms() -> None:
+    """Every name of FAST is a transform, there once, and fusions come before what reads from them."""
+    assert set(arms.FAST) < set(arms.TRANSFORMS) and len(set(arms.FAST)) == len(arms.FAST)
+    assert arms.FAST.index("fuse_qkv") < arms.FAST.index("fuse_norm_rope")
+
+
+def test_variants_share_their_weights(model: Transformer, example: Inputs) -> None:
+    """Variants are what their transforms make alone, and hold one copy of stacked weights, and the plain ones."""
+    wanted = {
+        "plain": [],
+        "qkv": ["fuse_qkv"],
+        "gate_up": ["fuse_swiglu", "fuse_gate_up"],
+        "both": ["fuse_gate_up", "fuse_qkv", "submit_early"],
+        "fast": ["fast"],
+    }
+    mx.eval(model.parameters())
+    before = mx.get_active_memory()
+    found = arms.variants(model, wanted)
+    mx.eval([one.parameters() for one in found.values()])
+    stacked = found["both"].layers[0]
+    parts = [
+        layer
+        for _, block in transforms.blocks(found["both"])
+        for layer in (block.attention.to_qkv, block.feed_forward.w13)
+    ]
+    assert mx.get_active_memory() - before < 1.1 * sum(layer.weight.nbytes for layer in parts)
+    for name, one in found.items():
+        alone = arms.transformed(model, wanted[name])
+        assert [type(module) for module in one.modules()] == [type(module) for module in alone.modules()]
+        assert same(one(*example), alone(*example))
+        attention, feed_forward = one.layers[0].attention, one.layers[0].feed_forward
+        shared = (stacked if name in ("qkv", "both", "fast") else model.layers[0]).attention
+        assert all(attention[key].weight is shared[key].weight for key in ("to_qkv", "to_q") if key in shared)
+        shared = (stacked if name in ("gate_up", "both", "fast") else model.layers[0]).feed_forward
+        assert all(feed_forward[key].weight is shared[key].weight for key in ("w13", "w1") if key in shared)
+    assert "to_q" in model.layers[0].attention and "w1" in model.layers[0].feed_forward
+    with pytest.raises(InputError, match="'fuse_kv' is not known"):
+        arms.variants(model, {"a": ["fuse_qkv"], "b": ["fuse_kv"]})
 
 
 def test_a_quantized_arm() -> None:

@@ -179,6 +179,10 @@ def test_shipped_notebooks_declare_what_they_hold() -> None:
     packed = sum(Quantization.parse(name).stored_bytes(*shape, 2) or 0 for name in ("8bit", "4bit") for shape in blocks)
     # published_claims fuses its model and its copy, for the noise floor of what is fused.
     needed = {"qkv_fusion": 2 + fused, "published_claims": 2 + 2 * fused, "quantization": 2 + packed / whole}
+    # fusions stacks the weights of its model and, for a noise floor too, those of a copy that it then drops.
+    needed["fusions"] = 2 + fused + 34 * 2 * config.dim * config.hidden_dim * 2 / whole
+    # matmuls fuses four blocks, and loads its model once more for the noise floor of a step.
+    needed["matmuls"] = 2 + 4 * (3 * config.dim**2 + 2 * config.dim * config.hidden_dim) * 2 / whole
     for name, least in needed.items():
         declared = json.loads((root / f"{name}.ipynb").read_text())["metadata"]["zimage"]["models"]
         assert least <= declared <= least + 0.02, name

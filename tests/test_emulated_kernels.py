@@ -72,7 +72,7 @@ def test_streams_of_any_lengths_and_forms(
     batch: int, length: int, adds: bool, norms: bool, modulated: bool, seed: int
 ) -> None:
     """The stream's kernel in each of its forms, with strided inputs."""
-    W = 520
+    W = 2056
     x, change = normal(seed, batch, length, W), 2 * normal(seed + 1, batch, length, W)
     after, before = [(1 + 0.1 * normal(seed + n, W), eps) for n, eps in ((2, 1e-5), (3, 0.5))]
     scale, gate = [normal(seed + n, batch, 1, W) if modulated else None for n in (4, 5)]
@@ -102,14 +102,14 @@ def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
     ("name", "what", "instead"),
     [
         ("qk_norm_rope", "LANES / 2; mask > 0", "LANES / 4; mask > 0"),
-        ("qk_norm_rope", "a * sine[i] + b", "b * sine[i] + a"),
-        ("qk_norm_rope", "own * k_strides[2]", "head * k_strides[2]"),
+        ("qk_norm_rope", "a * sines.values[i] + b", "b * sines.values[i] + a"),
+        ("qk_norm_rope", "(head - queries) * k_strides[2]", "head * k_strides[2]"),
         ("residual_norm_modulate", "    BARRIER();\n", ""),
         ("residual_norm_modulate", "(1 + s[i])", "s[i]"),
         (
             "residual_norm_modulate",
-            "      if (column < W) {\n        float w[8];\n        float s",
-            "{ float w[8]; float s",
+            "      if (column < W) {\n        float v[8];\n        float w[8];\n        float s",
+            "{ float v[8]; float w[8]; float s",
         ),
         ("swiglu", "  if (column < width) {", "  {"),
         ("dequantize", "if (chunk < chunks)", ""),
@@ -120,7 +120,7 @@ def test_a_wrong_kernel_is_found(name: str, what: str, instead: str, gpu: Device
     """A change of one place in a body is found, as a wrong result or as memory touched that is not the kernel's."""
     kernel = KERNELS[name]
     assert what in kernel.body
-    sizes = {"head_dim": 32, "width": 520, "bits": 4, "group_size": 64}
+    sizes = {"head_dim": 32, "width": 2056, "bits": 4, "group_size": 64}
     wrong = replace(kernel, body=kernel.body.replace(what, instead))
     for example in kernel.examples({"dtype": "float32", **sizes}):
         try:

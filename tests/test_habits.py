@@ -17,12 +17,12 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
-    {"measure", "backend", "blas", "doctor", "machine", "sensors", "trust"},
+    {"measure", "backend", "blas", "choices", "doctor", "machine", "sensors", "trust"},
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files"},
-    {"kernels", "rope", "patchify", "rounding"},
+    {"kernels", "rope", "patchify", "rounding", "launching"},
     {"transformer", "layers"},
-    {"transforms", "fusing", "half"},
+    {"transforms", "fusing", "half", "tuning"},
     {"saving", "weights"},
     {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
     {"analysis"},

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweeping import EXPERIMENTS, ROOT, Sweep, environment
-from zimage import backend, cli, sources
-from zimage.analysis.findings import KNOWN_VERDICTS
+from zimage import arms, backend, cli, sources
+from zimage.analysis import cost
+from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
 from zimage.lab import notebook as notebooks
 from zimage.lab.store import Run, Store
@@ -249,6 +250,90 @@ def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> N
     assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
 
 
+def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run]) -> None:
+    """fusions compares each change and all of them with plain, and all but one with all; each has a first call,
+
+    memory and an error, and in fp32 computes the same to rounding.
+    """
+    run = ran(ROOT / "notebooks" / "fusions.ipynb")
+    ablation = run.table("ablation")
+    wanted = [(name, "plain") for name in (*arms.FAST, "together")]
+    wanted += [(f"without_{name}", "together") for name in arms.FAST]
+    assert [tuple(row) for row in ablation[["arm", "baseline"]].values] == wanted
+    assert set(ablation["scope"]) == {"step"} and (ablation["noise_floor"] > 0).all()
+    samples = run.table("samples")
+    first = samples["kind"] == "first call"
+    check_samples(ablation, samples[~first], floors=2)
+    every = {"plain", *(arm for arm, _ in wanted)}
+    assert set(samples.loc[first, "arm"]) == every | {"plain copy", "together copy"}
+    sizes = run.table("memory").pivot_table(index="arm", columns="metric", values="bytes")
+    assert set(sizes.index) == every and (sizes["peak_bytes"] > sizes["weight_bytes"]).all()
+    assert sizes["weight_bytes"].nunique() == 1
+    errors = run.table("quality").set_index("arm")["value"]
+    assert set(errors.index) == every
+    assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+    assert len(families(ablation)) == 3
+
+
+@pytest.mark.parametrize(
+    ("transforms", "words"),
+    [
+        ("['fuse_qkv']", "two different ones"),
+        ("['fuse_qkv', 'fuse_qkv']", "two different"),
+        ("['fast', 'f']", "'f' is"),
+    ],
+)
+def test_fusions_refuses_before_it_measures(transforms: str, words: str, tmp_path: Path) -> None:
+    """Fewer than two transforms, one twice, and one that is not known end the run before anything is loaded."""
+    assert zimage_run(ROOT / "notebooks" / "fusions.ipynb", tmp_path, transforms=transforms, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("fusions")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
+def test_fusions_takes_packed_models_and_a_hot_device(tmp_path: Path) -> None:
+    """A packed model, other sizes and transforms of one's own are compared too, and sustained where asked for."""
+    given = {"quantization": "8bit", "sustained_s": 0.05, "height": 8, "width": 16, "batch": 2}
+    given |= {"transforms": '["fuse_qkv", "wide_dequantize"]'}
+    assert zimage_run(ROOT / "notebooks" / "fusions.ipynb", tmp_path, **given, **LEAST) == 0
+    (run,) = Store(tmp_path).runs("fusions")
+    ablation = run.table("ablation")
+    assert list(ablation["arm"]) == [
+        *("fuse_qkv", "wide_dequantize", "together", "without_fuse_qkv", "without_wide_dequantize", "together")
+    ]
+    assert list(ablation["regime"]) == ["burst"] * 5 + ["sustained"]
+    assert len(families(ablation)) == 3
+
+
+def test_a_transformed_model_is_profiled(ran: Callable[[Path], Run], tmp_path: Path) -> None:
+    """With transforms a profile's operations are the fused ones, the arm says so, and the FLOPs are the plain ones."""
+    changes = [*arms.FAST, "wide_dequantize"]
+    path = ROOT / "notebooks" / "profile_layers.ipynb"
+    assert zimage_run(path, tmp_path, transforms=json.dumps(changes), power_s=0, **LEAST) == 0
+    (run,) = Store(tmp_path).runs(path.stem)
+    found = run.table("operations")
+    assert set(found["arm"]) == {" + ".join([backend.default_dtype(), *changes])}
+    own = {"to_qkv", "w13", "qk_norm_rope", "attention_residual_norm"}
+    assert own <= set(found["operation"]) and not {"to_q", "w1", "rope", "ffn_norm1"} & set(found["operation"])
+    timed = found[~found["operation"].isin(["unattributed", "join"])]  # the two sequences are joined by no block
+    assert timed["time_s"].notna().all() and (timed["flops"] > 0).all() and (timed["bytes"] > 0).all()
+    flops = [one.table("stages").set_index("stage").loc["whole step", "flops"] for one in (run, ran(path))]
+    assert flops[0] == flops[1]
+
+
+def test_a_transformed_model_scales(tmp_path: Path) -> None:
+    """scaling takes transforms too: the arm says which, and FLOPs are those of the plain model."""
+    sizes = [[8, 8, 1, 1], [16, 16, 1, 1], [16, 16, 2, 1]]
+    path = ROOT / "notebooks" / "scaling.ipynb"
+    changes = '["fuse_qkv", "fuse_norm_rope", "submit_early"]'
+    assert zimage_run(path, tmp_path, transforms=changes, sizes=str(sizes), **LEAST) == 0
+    (run,) = Store(tmp_path).runs(path.stem)
+    table = run.table("scaling")
+    assert set(table["arm"]) == {f"{backend.default_dtype()} + fuse_qkv + fuse_norm_rope + submit_early"}
+    config = sources.describe("digits").config
+    assert list(table["flops"]) == [cost.whole(cost.step(config, *size)).flops for size in sizes]
+
+
 def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run]) -> None:
     """published_claims compares the arms that qkv_fusion doesn't; only quantized products compute other values."""
     run = ran(ROOT / "notebooks" / "published_claims.ipynb")
@@ -265,6 +350,33 @@ def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run
     assert errors["all_ones_mask"] < (1e-6 if backend.default_dtype() == "float32" else 0.02)
     assert errors["fused_qkv_copied"] == 0
     assert 0 < errors["quantized_matmul_8bit"] < 0.02 < errors["quantized_matmul_4bit"] < 0.2
+
+
+def test_matmuls_compares_the_ways_of_every_layer(ran: Callable[[Path], Run]) -> None:
+    """matmuls times each layer of a block in three precisions and over rows, compares ways with the plainest one."""
+    run = ran(ROOT / "notebooks" / "matmuls.ipynb")
+    full = backend.default_dtype()
+    operations = run.table("operations")
+    layers = ["to_q", "to_qkv", "to_out", "w1", "w13", "w2"]
+    for packing in (full, "8bit", "4bit"):
+        stages = operations[(operations["arm"] == packing) & operations["stage"].str.startswith(packing)]
+        assert list(dict.fromkeys(stages["operation"].str.split(":").str[0])) == layers
+        swept_rows = operations.loc[operations["stage"] == f"w1, {packing}, by rows", "operation"].str.split(" ").str[0]
+        counts = ["1", "8", "64", "256", "1056", "4128"]
+        assert list(dict.fromkeys(swept_rows)) == ([] if packing == "8bit" else counts)
+    assert (operations["time_s"] > 0).all() and (operations["attained_fraction"] > 0).any()
+    ablation = run.table("ablation")
+    products = ablation[~ablation["scope"].str.startswith("step")]
+    whole = products[products["scope"].str.contains(full)]
+    assert set(whole["scope"]) == {f"w1, {full}, 1056 rows", f"w1, {full}, 4128 rows"}
+    assert set(whole["arm"]) == {"rows split", "padded"} and set(whole["baseline"]) == {"whole"}
+    assert len(set(products.loc[products["scope"].str.contains("bit"), "baseline"])) == 1
+    samples = run.table("samples")
+    check_samples(ablation, samples, floors=ablation["scope"].nunique())
+    assert (ablation["noise_floor"] > 0).all()
+    if "quality" in run.tables():
+        assert (run.table("quality")["value"] < (1e-5 if full == "float32" else 0.05)).all()
+    assert set(run.meta["choices"])
 
 
 def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run]) -> None:
@@ -298,6 +410,7 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
         ("qkv_fusion", "synthetic:tiny", 32),
         ("quantization", "synthetic:small", 32),
         ("published_claims", "synthetic:small", 32),
+        ("matmuls", "synthetic:small", 32),
     ],
 )
 def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
@@ -307,6 +420,7 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     (run,) = Store(tmp_path).runs(name)
     assert run.meta["weights"]["kind"] == "synthetic"
     wanted = {"profile_layers": {"stages", "memory"}, "quantization": {"ablation", "memory", "quality"}}
+    wanted["matmuls"] = {"operations", "ablation"}
     assert set(run.tables()) >= wanted.get(name, {"ablation", "quality"}) | {"samples", "environment"}
     assert run.pictures() == []
     if "quality" in run.tables():

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import zimage
-from zimage import inputs, operations, transforms
+from zimage import arms, inputs, launching, operations, transforms
+from zimage.analysis import cost, roofline
 from zimage.config import TransformerConfig
 from zimage.errors import InputError, MeasurementError
 from zimage.measure.samples import Timed
@@ -346,3 +348,100 @@ def test_what_is_no_block_is_refused(stages: list[object]) -> None:
     ):
         operations.require_blocks(model, stages)
     operations.require_blocks(model, ["layers.2", "context_refiner.0"])
+
+
+STEP_TRANSFORMS = (*arms.FAST, "wide_dequantize")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_operation_has_its_cost(config: str) -> None:
+    """Whatever transforms are combined, a block's operations are the rows of its stage in the cost model, in order."""
+    model = Transformer(CONFIGS[config])
+    combined = [[*chosen] for n in range(len(STEP_TRANSFORMS) + 1) for chosen in combinations(STEP_TRANSFORMS, n)]
+    found = arms.variants(model, {" ".join(names): names for names in combined})
+    assert len(found) == 2 ** len(STEP_TRANSFORMS)
+    for name, one in found.items():
+        fused = operations.fused(one)
+        assert set(fused) <= set(cost.FUSIONS)
+        rows = cost.step(one.config, 64, 64, dtype="float32", fused=fused)
+        for stage, block in blocks(one):
+            costs = [o for o in rows if o.stage == stage and o.operation != "join"]
+            assert [o.operation for o in costs] == [o.name for o in operations.operations(block)], (name, stage)
+            assert all(o.bytes > 0 and o.flops > 0 for o in costs)
+            assert len({o.operation for o in costs}) == len(costs)
+
+
+def test_what_is_fused_is_read_off_the_model() -> None:
+    """Each transform makes its own fusion, others none, and a model with one plain block among fused ones has none."""
+    model = Transformer(CONFIGS["tiny"])
+    found = {name: operations.fused(arms.transformed(model, [name])) for name in STEP_TRANSFORMS}
+    assert {name: fused for name, fused in found.items() if fused} == {
+        "fuse_qkv": ("qkv",),
+        "fuse_gate_up": ("gate_up",),
+        "fuse_norm_rope": ("norm_rope",),
+        "fuse_residual_norm": ("residual_norm",),
+    }
+    assert operations.fused(arms.fast(model)) == cost.FUSIONS
+    assert operations.fused(model) == ()
+    mixed = transforms.fuse_qkv(model)
+    mixed.layers[1] = model.layers[1]
+    assert operations.fused(mixed) == ()
+
+
+@pytest.mark.parametrize("source", ["quantized", "no qk_norm"])
+def test_measured_operations_meet_their_costs(source: str) -> None:
+    """The times of a fast model's operations find their rows, each with a time, beside a signed rest."""
+    wide = TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24), n_layers=2)
+    config = CONFIGS["without qk_norm"] if source == "no qk_norm" else wide
+    model, example = _tiny(config)
+    model = arms.transformed(transforms.quantize(model, "8bit-g32") if source == "quantized" else model, arms.FAST)
+    packing = "8bit-g32" if source == "quantized" else None
+    rows = cost.step(config, 48, 64, 2, (5, 40), "float32", packing, fused=operations.fused(model))
+    taken = operations.times(model, example, "layers.1", rounds=1, seed=0, rotate_bytes=1)
+    table = roofline.operation_rows(rows, taken.by_operation(), roofline.Peaks(), "float32")
+    assert [row["operation"] for row in table] == [*(time.name for time in taken.operations), "unattributed"]
+    assert all(np.isfinite(row["time_s"]) for row in table)
+    assert all(row["flops"] > 0 and row["bytes"] > 0 for row in table[:-1])
+    wanted = {"to_qkv", "w13", "attention_residual_norm", *({"qk_norm_rope"} if config.qk_norm else ())}
+    assert wanted <= {row["operation"] for row in table}
+
+
+def test_the_block_of_a_view_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block and step of a compiled model run compiled, in the operation view and by depth; an operation alone doesn't.
+
+    One after the other the operations still give the block's output, up to rounding.
+    """
+    model, example = _tiny(CONFIGS["tiny"])
+    model = transforms.compile_blocks(model)
+    ran: list[nn.Module] = []
+    compiled = launching.compiled
+
+    def spied(module: nn.Module, method: str) -> Callable[..., Any]:
+        ran.append(module)
+        return compiled(module, method)
+
+    monkeypatch.setattr(launching, "compiled", spied)
+    found, whole = operations._taken_apart(model, example, "layers.1", rotate_bytes=1)
+    work = whole.prepare()
+    ran.clear()
+    output = work(1)()[0]
+    assert ran == [model.layers[1]]
+    parts = [one.prepare() for one in found]
+    ran.clear()
+    mx.eval([part(1)() for part in parts])
+    assert ran == []
+    last = parts[-1](1)()[0]
+    assert np.allclose(np.array(last), np.array(output), rtol=1e-4, atol=1e-5)
+    operations.with_main_blocks(model, example)(2)
+    refiners = [*model.noise_refiner, *model.context_refiner]
+    assert ran == [*refiners, *model.layers[:2]]
+
+
+def test_a_block_without_modulation_is_compiled_beside_modulated_ones() -> None:
+    """Where modulated blocks' weights go round in one without modulation, they are compiled without it."""
+    model, example = _tiny(CONFIGS["tiny"])
+    plain = operations._taken_apart(model, example, "context_refiner.0", rotate_bytes=2**30)[1]
+    fast = operations._taken_apart(transforms.compile_blocks(model), example, "context_refiner.0", 2**30)[1]
+    assert fast.sets == plain.sets > 1
+    for found, wanted in zip(fast.repeat(fast.sets)(), plain.repeat(plain.sets)(), strict=True):
+        assert np.allclose(np.array(found), np.array(wanted), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ _HOMES = {
     "load_transformer": "zimage.weights",
     "save_transformer": "zimage.saving",
     "sample": "zimage.scheduler",
+    "fast": "zimage.arms",
     "fits": "zimage.analysis.fitting",
 }
 _MODULES = (
@@ -49,6 +50,7 @@ __all__ = ["__version__", "backend", *_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zimage.analysis.fitting import fits as fits
+    from zimage.arms import fast as fast
     from zimage.config import TransformerConfig as TransformerConfig
     from zimage.saving import save_transformer as save_transformer
     from zimage.scheduler import sample as sample

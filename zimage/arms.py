@@ -8,21 +8,48 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs
+from zimage import backend, fusing, half, inputs, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
+from zimage.layers import clone
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
+from zimage.transforms import blocks, compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
 from zimage.weights import load_transformer
 
 import mlx.core as mx
 
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
-# By name alone; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
-TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
+FAST = (  # what makes the fast step, in this order
+    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "compile_blocks"),
+    "submit_early",
+)
+_STACKED = {"fuse_qkv": "attention", "fuse_gate_up": "feed_forward"}  # transforms that make new weights, in which part
+
+
+def fast(model: Transformer) -> Transformer:
+    """The model with the fastest step there is here, its output the same up to rounding: FAST and wide_dequantize.
+
+    Where a kernel is not to be had its plain operations run, and projections that are packed differently stay
+    separate. Blocks are not compiled on a CPU, where MLX's compiled loops are slower than its own (on two cores the
+    digits model took a third more time). Stacked weights are new arrays, two thirds of a published model's bytes: drop
+    the model it was made from unless both are wanted.
+    """
+    for name in (*FAST, "wide_dequantize"):
+        if name == "compile_blocks" and mx.default_device().type == mx.DeviceType.cpu:
+            continue
+        try:
+            model = TRANSFORMS[name](model)
+        except InputError:
+            if name not in _STACKED:
+                raise
+    return model
+
+
+# By name; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
+TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
     "fuse_norm_rope": fusing.fuse_norm_rope,
@@ -31,8 +58,11 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
     "wide_dequantize": fusing.wide_dequantize,
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
+    "fast": fast,
+    "tuned": tuning.tuned,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},
 }
+NEED_EXAMPLES = ("tuned",)  # of what the model will be called with
 
 
 def step(
@@ -55,18 +85,42 @@ def step(
     """
     if scope not in SCOPES:
         raise InputError(f"scope {scope!r} is not known; known are {', '.join(SCOPES)}")
-    _known(transforms)
+    require_known(transforms)
     backend.use_device(device)
-    model = transformed(load_transformer(source, dtype, quantization), transforms)
-    return SCOPES[scope](model, inputs.example(model, source, height, width, batch, caption_tokens, seed))
+    model = load_transformer(source, dtype, quantization)
+    example = inputs.example(model, source, height, width, batch, caption_tokens, seed)
+    return SCOPES[scope](transformed(model, transforms, example), example)
 
 
-def transformed(model: Transformer, names: Sequence[str]) -> Transformer:
-    """The model after the transforms of these names, in order. Raises InputError for one that is not known."""
-    _known(names)
+def transformed(model: Transformer, names: Sequence[str], *examples: Inputs) -> Transformer:
+    """The model after the transforms of these names, in order.
+
+    examples: what it will be called with, which "tuned" has to know. Raises InputError for a name that is not known.
+    """
+    require_known(names)
     for name in names:
-        model = TRANSFORMS[name](model)
+        model = TRANSFORMS[name](model, *examples) if name in NEED_EXAMPLES else TRANSFORMS[name](model)
     return model
+
+
+def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples: Inputs) -> dict[str, Transformer]:
+    """The model after each of several lists of transforms, by the names of the lists.
+
+    All share the model's arrays and one copy of the weights that fuse_qkv and fuse_gate_up stack, which therefore come
+    first in every list. Raises InputError as `transformed`.
+    """
+    for names in wanted.values():
+        require_known(names)
+    used = {arm: {*names, *(FAST if "fast" in names else ())} for arm, names in wanted.items()}
+    stacked = transformed(model, [name for name in _STACKED if any(name in names for names in used.values())])
+    found = {}
+    for arm, names in wanted.items():
+        start = clone(stacked)
+        for (_, block), (_, plain) in zip(blocks(start), blocks(model), strict=True):
+            for part in [part for name, part in _STACKED.items() if name not in used[arm]]:
+                block[part] = clone(plain[part])
+        found[arm] = transformed(start, names, *examples)
+    return found
 
 
 def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
@@ -75,11 +129,12 @@ def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
 
 
 def velocity_errors(
-    reference: Transformer, models: Mapping[str, Transformer], example: Inputs, weights_kind: str
+    reference: Callable[..., mx.array], models: Mapping[str, Transformer], example: Inputs, weights_kind: str
 ) -> list[dict[str, Any]]:
     """Rows of a `quality` table: relative L2 error of each model's velocity against the reference's on one example.
 
-    models: by the name of their arm; weights_kind: "trained" or "synthetic", as `sources.describe` says it.
+    reference: a model, or what gives its velocity; models: by the name of their arm; weights_kind: "trained" or
+    "synthetic", as `sources.describe` says it.
     """
     wanted = reference(*example)
     return [
@@ -125,7 +180,8 @@ def _before_first_block(model: Transformer, example: Inputs) -> State:
     return state
 
 
-def _known(names: Sequence[str]) -> None:
+def require_known(names: Sequence[str]) -> None:
+    """Raise InputError unless all of these are names of TRANSFORMS."""
     if not isinstance(names, (list, tuple)):
         raise InputError(f"transforms must be a list of names, found {names!r}")
     for name in names:

@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zimage import blas, machine, sensors, trust
+from zimage import blas, choices, machine, sensors, trust
 from zimage.errors import BackendError
 from zimage.machine import UNKNOWN
 
@@ -230,7 +230,7 @@ def device_facts() -> dict[str, str]:
         "clock": time.get_clock_info("perf_counter").implementation,
         **machine.momentary_facts(gpu, is_nvidia, holds_gpu=True),
     }
-    facts["kernels"] = trust.in_force(facts)
+    facts |= {"kernels": trust.in_force(facts), "tuning": choices.in_force(facts)}
     variables = (name for name in sorted(os.environ) if name.startswith("MLX_"))
     return facts | {name: os.environ[name] for name in variables}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zimage import backend, machine, sensors, trust
+from zimage import backend, choices, machine, sensors, trust
 from zimage.errors import BackendError, MeasurementError
 from zimage.measure import peaks, power
 
@@ -43,7 +43,14 @@ def checks(
         facts = backend.device_facts()  # before anything is measured: what makes the device busy now is other work
         found += [_mlx(facts), _device(facts), _import_order(prepared), _blas(prepared, facts)]
         found += _speed(prepared, facts, full, advance)
-        found += [*_kernels(facts), _memory(facts), *_conditions(facts), _energy(), _variables(facts)]
+        found += [
+            *_kernels(facts),
+            *_linear_layers(facts),
+            _memory(facts),
+            *_conditions(facts),
+            _energy(),
+            _variables(facts),
+        ]
     except BackendError as error:
         what, _, advice = str(error).partition(": ")
         found.append(Check("MLX", "fail", what, advice))
@@ -136,6 +143,18 @@ def _kernels(facts: Mapping[str, str]) -> list[Check]:
         else:
             found.append(Check("Kernels", "ok", f"{value}right"))
     return found
+
+
+def _linear_layers(facts: Mapping[str, str]) -> list[Check]:
+    """A check for each product that the autotuner found another way for, and one for those that stay as they are."""
+    kept = choices.kept(facts)
+    if not kept:
+        how = "zimage run notebooks/matmuls.ipynb measures it, and so does the transform `tuned`"
+        return [Check("Linear layers", "ok", f"not tuned on this device and MLX yet; {how}")]
+    changed = {product: choice for product, choice in sorted(kept.items()) if choice.way != choice.baseline}
+    found = [Check("Linear layers", "ok", f"{product}: {choice}") for product, choice in changed.items()]
+    same = f"{len(kept) - len(changed)} of {len(kept)} products measured are fastest as they are without tuning"
+    return [*found, Check("Linear layers", "ok", same)]
 
 
 def _memory(facts: dict[str, str]) -> Check:

@@ -155,6 +155,7 @@ class _Watched(nn.Module):
 def _watched(block: TransformerBlock, seen: list[tuple[str, mx.array]]) -> TransformerBlock:
     """The block in fp32, with its layers watched."""
     wide = clone(block)
+    wide.compiled = False  # in a compiled one nothing is seen
     wide.update(tree_map(_wide, wide.parameters()))
 
     def note(name: str, values: mx.array) -> None:

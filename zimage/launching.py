@@ -6,6 +6,7 @@ Neither changes what is computed.
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ _calls: dict[int, tuple[list[Any], Callable[..., Any]]] = {}  # by the module's 
 def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
     """`module.<method>` as MLX compiles it, traced at its first use for each set of shapes and dtypes.
 
-    Made once for a module, made again after one of its arrays or children was replaced, and dropped with it.
+    Made once for a module, made again after one of its arrays or children was replaced, and dropped with it. What an
+    assignment to a part of an array changes is not seen. Where MLX finds no compiler, on a CPU, the call is a plain
+    one.
     """
     parts = list(_parts(module))
     made = _calls.get(id(module))
@@ -26,6 +29,8 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
         weakref.finalize(module, _calls.pop, id(module), None)
     elif len(made[0]) == len(parts) and all(a is b for a, b in zip(made[0], parts, strict=True)):
         return made[1]
+    with suppress(ValueError):  # inside another of MLX's transformations nothing can be computed
+        mx.eval([part for part in parts if isinstance(part, mx.array)])  # or every call would compute them again
     owner = weakref.ref(module)  # or the module would keep itself alive
 
     def call(*arguments: Any) -> Any:
@@ -64,7 +69,7 @@ class Submission:
             count += 1
             if count % self.every:
                 return
-            mx.async_eval(arrays)
+            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
             waiting.append(arrays)
             if len(waiting) > self.ahead:
                 mx.eval(waiting.popleft())

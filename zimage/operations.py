@@ -92,6 +92,15 @@ def operations(block: TransformerBlock) -> list[Operation]:
     ]
 
 
+_FUSIONS = {"to_qkv": "qkv", "w13": "gate_up", "qk_norm_rope": "norm_rope", "attention_residual_norm": "residual_norm"}
+
+
+def fused(model: Transformer) -> tuple[str, ...]:
+    """What the model's blocks do in one operation, in the names that `cost.step` takes as `fused`."""
+    found = [{operation.name for operation in operations(block)} for _, block in blocks(model)]
+    return tuple(fusion for name, fusion in _FUSIONS.items() if all(name in names for names in found))
+
+
 def _between(block: TransformerBlock) -> list[Operation]:
     """From the attention's output to the feed-forward's input."""
     if isinstance(block.residual_norm_modulate, Kernel):
@@ -183,7 +192,8 @@ class BlockTimes:
     The intervals of operations and block hold together. unattributed is block - sum of operations in each round,
     signed, at alpha. Repetitions don't depend on each other while a block's operations do: where one alone doesn't fill
     the device its repetitions overlap, and the rest is positive. It is negative where a block's operations overlap or
-    find their inputs in a cache. note: why there are no intervals, or "".
+    find their inputs in a cache, and by what a compiled block gains, whose operations are timed uncompiled. note: why
+    there are no intervals, or "".
     """
 
     stage: str
@@ -241,14 +251,14 @@ def require_blocks(model: Transformer, stages: Sequence[object]) -> None:
 
 
 def stage_prefix(model: Transformer, example: Example) -> tuple[list[str], Callable[[int], list[mx.array]]]:
-    """Names of the model's stages, and `run(k)` that builds the first k: what the prefix view and memory take."""
+    """Names of the model's stages, and `run(k)` that builds the first k: what the prefix view and memory take.
+
+    A model that submits early hands over the stages of a prefix as it does those of the whole step.
+    """
     stages = model.stages(*example)
 
     def run(k: int) -> list[mx.array]:
-        state = State(*example)
-        for stage in stages[:k]:
-            state = stage(state)
-        return state.arrays()
+        return model.through(stages[:k], State(*example)).arrays()
 
     return [stage.name for stage in stages], run
 
@@ -262,10 +272,7 @@ def with_main_blocks(model: Transformer, example: Example) -> Callable[[int], li
         if not 1 <= m <= last:
             raise InputError(f"a step has 1 to {last} main blocks here, found {m}")
         left_out = {f"layers.{i}" for i in range(m, last)}
-        state = State(*example)
-        for stage in stages:
-            state = state if stage.name in left_out else stage(state)
-        return state.arrays()
+        return model.through([stage for stage in stages if stage.name not in left_out], State(*example)).arrays()
 
     return run
 

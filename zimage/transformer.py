@@ -314,14 +314,19 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
-        state = State(latents, timestep, caption_features)
+        stages = self.stages(latents, timestep, caption_features, patch_size)
+        state = self.through(stages, State(latents, timestep, caption_features))
+        assert state.velocity is not None
+        return state.velocity
+
+    def through(self, stages: Sequence[Stage], state: State) -> State:
+        """The state after stages of this model, handed to the device in parts where the model does that."""
         submit = None if self.submission is None else self.submission.start()
-        for stage in self.stages(latents, timestep, caption_features, patch_size):
+        for stage in stages:
             state = stage(state)
             if submit is not None:
                 submit(state.arrays())
-        assert state.velocity is not None
-        return state.velocity
+        return state
 
     def _patch_size(self, patch_size: int | None) -> int:
         known = self.config.all_patch_size

@@ -236,7 +236,7 @@ def fuse_gate_up(model: Transformer) -> Transformer:
 def compile_blocks(model: Transformer) -> Transformer:
     """The model whose blocks are compiled by MLX: each is traced once, and what is left between its kernels is fused.
 
-    Traced again for other shapes, and after an array of it was replaced.
+    Traced again for other shapes, and after an array of it was replaced; not after an assignment to a part of one.
     """
     new = clone(model)
     for _, block in blocks(new):

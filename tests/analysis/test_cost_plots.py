@@ -82,3 +82,17 @@ def test_labels_are_plain_text() -> None:
     for draw in (cost_plots.operations, cost_plots.roofline):
         figure = draw(stored("operations", fabricated.operations().assign(operation=hostile)))
         assert "<b>x</b>" not in figure.to_json().replace("\\u003c", "<")
+
+
+def test_a_product_over_its_rows_has_a_line_a_way() -> None:
+    """Every way is a line in order of rows; what took no time is left out, and no rows at all are an empty figure."""
+    frame = pd.DataFrame(
+        {"rows": [64, 1, 64, 1], "arm": ["packed", "packed", "unpacked", "unpacked"], "time_s": [4e-3, 1e-4, 1e-3, 0]}
+    )
+    figure = cost_plots.by_rows(frame)
+    assert {trace.name: (trace.x, trace.y) for trace in figure.data} == {
+        "packed": ((1, 64), (0.1, 4.0)),
+        "unpacked": ((64,), (1.0,)),
+    }
+    assert figure.layout.yaxis.title.text == "time (ms)"
+    assert len(cost_plots.by_rows(frame[:0]).data) == 0

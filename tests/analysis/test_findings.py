@@ -1,7 +1,7 @@
 """Findings say what the tables say and no more."""
 
 from tests.lab import fabricated
-from zimage.analysis.findings import baseline_arm, findings, sentence, time_phrase
+from zimage.analysis.findings import baseline_arm, families, findings, sentence, time_phrase
 
 import pandas as pd
 import pytest
@@ -211,6 +211,12 @@ def test_only_the_costliest_block_is_spoken_of() -> None:
     assert "of layers.0" in found.text
 
 
+def test_ways_of_one_product_are_no_parts_of_a_whole() -> None:
+    """Rows without an unattributed rest are alternatives, whose shares of their sum would say nothing."""
+    rows = fabricated.operations()
+    assert findings(stored(operations=rows[rows["operation"] != "unattributed"])) == []
+
+
 def test_a_block_by_depth_stands_beside_the_stages() -> None:
     """The depth view's block is evidence of the profile's finding, with its interval, and no stage of it."""
     block = {"arm": "baseline", "view": "depth", "time_s": 2.5e-3, "time_low_s": 2.4e-3, "time_high_s": 2.6e-3}
@@ -259,3 +265,50 @@ def test_each_arm_is_held_against_its_own_baseline() -> None:
     assert not any("against 0.0162" in text for text in said)
     assert any("weights 50 % smaller (25 B against 50 B)" in text for text in said)
     assert any("fused_copied: relative L2 error 0.00300" in text for text in said)
+
+
+STEP_ROWS: list[tuple[object, ...]] = [
+    ("a", "plain", "step", 0.90, 0.89, 0.91, "faster"),
+    ("b", "plain", "step", 0.95, 0.94, 0.96, "faster"),
+    ("c", "plain", "step", 1.00, 0.998, 1.002, "equivalent"),
+    ("together", "plain", "step", 0.80, 0.79, 0.81, "faster"),
+    ("without_a", "together", "step", 1.03, 1.02, 1.04, "slower"),
+    ("without_b", "together", "step", 1.12, 1.11, 1.13, "slower"),
+    ("without_c", "together", "step", 0.98, 0.95, 1.01, "inconclusive"),
+]
+
+
+def test_a_finding_a_family() -> None:
+    """The best alone, all together and the worthiest beside the others are named, and what is undecided is said."""
+    table = stored(ablation=fabricated.ablation(*STEP_ROWS))  # type: ignore[arg-type]
+    alone, together, beside = families(table["ablation"])
+    assert alone.text == "of 3 transforms, a alone gains the most, 10.0 % less time"
+    assert alone.evidence == ("faster a, b", "equivalent c")
+    assert (together.text, together.verdict) == (
+        "a model with all 3 takes 20.0 % less time than plain per step",
+        "faster",
+    )
+    assert together.evidence[-1] == "their ratios alone multiply to 0.855"
+    assert beside.text == "beside the others b is worth the most: without it a step takes 12.0 % more time"
+    assert beside.evidence == ("slower without a, b", "inconclusive without c")
+    every = findings(table)
+    assert every[:3] == [alone, together, beside]
+    assert len(every) == 3 + len(STEP_ROWS)
+    assert [bool(one.short) for one in every] == [True] * 3 + [False] * len(STEP_ROWS)
+
+
+def test_undecided_families_claim_nothing() -> None:
+    """Where no interval excludes 1 nothing is called a gain, however far the ratios lie from it."""
+    rows = [(*row[:6], "inconclusive") for row in STEP_ROWS]
+    alone, together, beside = families(stored(ablation=fabricated.ablation(*rows))["ablation"])  # type: ignore[arg-type]
+    assert alone.text == "no transform alone is known to take less time"
+    assert together.text == "whether a model with all 3 is faster than plain per step is undecided"
+    assert beside.text == "no transform is known to be worth anything beside the others"
+
+
+def test_only_bursts_of_whole_families_are_one() -> None:
+    """Sustained rows, missing ratios and other ablations make no family."""
+    frame = stored(ablation=fabricated.ablation(*STEP_ROWS))["ablation"]  # type: ignore[arg-type]
+    assert families(frame.assign(regime="sustained")) == families(frame.assign(ratio=float("nan"))) == []
+    assert families(frame[frame["baseline"] == "plain"]) == families(frame[frame["arm"] != "together"]) == []
+    assert families(None) == families(frame[:0]) == []

@@ -1,6 +1,7 @@
 // The names of CUDA that the kernels use.
 #include "threads.h"
 #define __device__
+#define __noinline__
 #define __shared__ static
 #define threadIdx emulation::thread_
 #define blockIdx emulation::group
@@ -8,6 +9,13 @@
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   if (mask != 0xffffffffu) std::exit(4);
   return emulation::shuffle_xor(value, lanes);
+}
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 using __nv_bfloat16 = BFloat;

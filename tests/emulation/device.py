@@ -86,6 +86,9 @@ def write(here: str, kernel: Kernel, launch: Launch) -> str:
             if f"{name}_{what}" in source:
                 parameters.append(f"const {kind}* {name}_{what}")
                 arguments.append(f"inputs[{number}].{what}")
+        if f"{name}_ndim" in source:
+            parameters.append(f"int {name}_ndim")
+            arguments.append(str(array.ndim))
     for number, (name, dtype) in enumerate(zip(kernel.outputs, launch.dtypes, strict=True)):
         parameters.append(f"{types[dtype]}* {name}")
         arguments.append(f"({types[dtype]}*)outputs[{number}].data")

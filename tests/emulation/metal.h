@@ -13,6 +13,12 @@ constexpr int mem_threadgroup = 1;
 }
 inline void threadgroup_barrier(int) { emulation::barrier(); }
 inline float simd_shuffle_xor(float value, ushort lanes) { return emulation::shuffle_xor(value, lanes); }
+template <typename To>
+inline To as_type(int bits) {
+  To value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 namespace metal {
 namespace precise {
 inline float rsqrt(float value) { return 1 / std::sqrt(value); }

@@ -101,7 +101,7 @@ def test_what_the_key_depends_on(project: Path) -> None:
     assert len(base) == 16
     different = [
         key_of(project, batch=2),
-        *(key_of(project, {**FACTS, name: "x"}) for name in ("device", "mlx", "blas", "kernels")),
+        *(key_of(project, {**FACTS, name: "x"}) for name in ("device", "mlx", "blas", "kernels", "tuning")),
     ]
     different += [key_of(project, {**FACTS, "driver": "x"}), key_of(project, {**FACTS, "MLX_Y": "x"})]
     assert key_of(project, {**FACTS, "os": "another", "commit": "x"}) == base

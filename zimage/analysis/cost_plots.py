@@ -149,6 +149,37 @@ def throughput(frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
+def by_rows(frame: pd.DataFrame) -> go.Figure:
+    """Time of one product over its number of rows, a line an arm, both on logarithmic axes.
+
+    `frame` has the columns `rows`, `arm` and `time_s`.
+    """
+    rows = frame[frame["time_s"] > 0].sort_values("rows")
+    scale, unit = units.time_unit(rows["time_s"].max() if len(rows) else float("nan"))
+    figure = go.Figure()
+    for place, (arm, group) in enumerate(rows.groupby("arm", sort=False)):
+        figure.add_scatter(
+            x=group["rows"].tolist(),
+            y=(group["time_s"] / scale).tolist(),
+            mode="lines+markers",
+            name=plain([arm])[0],
+            line={"color": ARM_COLORS[place % len(ARM_COLORS)], "width": 2},
+            marker={"size": 8, "color": ARM_COLORS[place % len(ARM_COLORS)]},
+            customdata=[[units.seconds(value)] for value in group["time_s"]],
+            hovertemplate="<b>" + plain([arm])[0] + "</b><br>%{x} rows: %{customdata[0]}<extra></extra>",
+        )
+    finish(figure, height=380)
+    figure.update_layout(legend_xref="paper")  # over a plot with short ticks
+    if len(rows):
+        low, high = float(rows["rows"].min()), float(rows["rows"].max())
+        figure.update_xaxes(**log_ticks(low / 1.2, high * 1.2))
+        times = rows["time_s"] / scale
+        figure.update_yaxes(**log_ticks(float(times.min()) / 1.5, float(times.max()) * 1.5), showgrid=True)
+    figure.update_xaxes(title_text="rows")
+    figure.update_yaxes(title_text=f"time ({unit})", title_font={"size": 12})
+    return figure
+
+
 def size_name(row: dict[str, float]) -> str:
     """A row of a `scaling` table in words: `1024 x 768 px, batch 2, 32 tokens`."""
     sides = ("?" if units.missing(row[name]) else f"{int(row[name])}" for name in ("height", "width"))

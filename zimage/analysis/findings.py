@@ -4,6 +4,7 @@ Nothing is claimed that a table does not say: an inconclusive verdict is reporte
 only called so when its interval lies above every other, and a missing table is left out.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -51,10 +52,14 @@ def findings(tables: Tables) -> list[Finding]:
     `tables` maps the names of tables to frames; missing and empty ones are left
     out.
     """
+    by_family, by_arm = families(tables.get("ablation")), _arms(tables)
+    if by_family:  # which say in short what else each of many arms would
+        by_arm = [replace(one, short="") for one in by_arm]
     return [
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
-        *_arms(tables),
+        *by_family,
+        *by_arm,
         *_scaling(tables.get("scaling")),
         *_power(tables.get("power")),
         *_loading(tables.get("loading")),
@@ -123,6 +128,46 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     reason = _text(row.get("reason")) if verdict == "inconclusive" else ""
     evidence = (_numbers(row), *([reason] if reason else []))
     return Finding(text, verdict, evidence, f"{text} ({_range(row)})")
+
+
+def families(frame: pd.DataFrame | None) -> list[Finding]:
+    """What transforms gain alone, all together, and what each is worth beside the others: a finding a family.
+
+    `frame` is an ablation that has both `together`, and arms `without_` one against it, as the notebook fusions makes
+    them; of another there are none. What is undecided is said to be.
+    """
+    if frame is None or frame.empty:
+        return []
+    rows = [row for row in records(frame) if row.get("regime") == "burst" and not units.missing(row["ratio"])]
+    without = {str(r["arm"]).removeprefix("without_"): r for r in rows if r["baseline"] == "together"}
+    alone = {str(row["arm"]): row for row in rows if row["arm"] in without}
+    together = next((row for row in rows if row["arm"] == "together"), None)
+    if not without or not alone or together is None:
+        return []
+    best = min(alone, key=lambda name: float(alone[name]["ratio"]))
+    text = "no transform alone is known to take less time"
+    if verdict_of(alone[best]) == "faster":
+        text = f"of {len(alone)} transforms, {best} alone gains the most, {time_phrase(float(alone[best]['ratio']))}"
+    product = math.prod(float(row["ratio"]) for row in alone.values())
+    whole = time_finding({**together, "arm": f"a model with all {len(without)}"})
+    worth = max(without, key=lambda name: float(without[name]["ratio"]))
+    beside = "no transform is known to be worth anything beside the others"
+    if verdict_of(without[worth]) == "slower":
+        more = time_phrase(float(without[worth]["ratio"]))
+        beside = f"beside the others {worth} is worth the most: without it a step takes {more}"
+    return [
+        Finding(text, "", tuple(_by_verdict(alone)), text),
+        replace(whole, evidence=(*whole.evidence, f"their ratios alone multiply to {units.ratio(product)}")),
+        Finding(beside, "", tuple(_by_verdict(without, "without ")), beside),
+    ]
+
+
+def _by_verdict(rows: Mapping[str, Mapping[str, object]], before: str = "") -> list[str]:
+    """Which arms got which verdict, in the order of KNOWN_VERDICTS."""
+    names: dict[str, list[str]] = {verdict: [] for verdict in KNOWN_VERDICTS}
+    for name, row in rows.items():
+        names[verdict_of(row)].append(name)
+    return [f"{verdict} {before}{', '.join(found)}" for verdict, found in names.items() if found]
 
 
 def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
@@ -256,6 +301,8 @@ def _operations(frame: pd.DataFrame | None) -> list[Finding]:
     if frame is None:
         return []
     timed = frame.dropna(subset=["time_s", "stage"])
+    # Without a rest they are no parts of a whole: ways to compute one product, of which a step takes one.
+    timed = timed[timed["stage"].isin(timed.loc[timed["operation"] == UNATTRIBUTED, "stage"])]
     wholes = timed.groupby("stage", sort=False)["time_s"].sum()
     if wholes.empty or not wholes.max() > 0:
         return []

@@ -8,24 +8,39 @@ from zimage.kernels.native import Arguments, Kernel, Launch, normal, whole_group
 import mlx.core as mx
 
 _THREADS = 256
+_PACKS = 2
 
-# Groups of threads along each token's width, eight values a thread, read where they lie.
+# Groups of threads along each token's width, PACKS times eight values a thread, read where they lie.
 _BODY = r"""
   const int length = gate_shape[1];
   const int width = gate_shape[2];
   const int item = group_index / length;
   const int token = group_index % length;
-  const int column = (group_row * THREADS + thread_index) * 8;
-  if (column < width) {
-    float g[8];
-    float u[8];
-    zimage::load8(
-        gate + item * gate_strides[0] + token * gate_strides[1] + column * gate_strides[2], gate_strides[2], g);
-    zimage::load8(up + item * up_strides[0] + token * up_strides[1] + column * up_strides[2], up_strides[2], u);
-    for (int i = 0; i < 8; ++i) {
-      g[i] = g[i] / (1 + EXP(-g[i])) * u[i];
+  const auto gates = gate + item * gate_strides[0] + token * gate_strides[1];
+  const auto ups = up + item * up_strides[0] + token * up_strides[1];
+  zimage::Pack<T, 8> g[PACKS];
+  zimage::Pack<T, 8> u[PACKS];
+#pragma unroll
+  for (int j = 0; j < PACKS; ++j) {
+    const int column = ((group_row * PACKS + j) * THREADS + thread_index) * 8;
+    if (column < width) {
+      g[j] = zimage::load<8>(gates + column * gate_strides[2], gate_strides[2]);
+      u[j] = zimage::load<8>(ups + column * up_strides[2], up_strides[2]);
     }
-    zimage::store8(hidden + int64_t(group_index) * width + column, g);
+  }
+#pragma unroll
+  for (int j = 0; j < PACKS; ++j) {
+    const int column = ((group_row * PACKS + j) * THREADS + thread_index) * 8;
+    if (column < width) {
+      float a[8];
+      float b[8];
+      zimage::widen(g[j], a);
+      zimage::widen(u[j], b);
+      for (int i = 0; i < 8; ++i) {
+        a[i] = a[i] * SIGMOID(a[i]) * b[i];
+      }
+      zimage::store8(hidden + int64_t(group_index) * width + column, zimage::narrow<T>(a));
+    }
   }
 """
 
@@ -39,8 +54,8 @@ def _prepare(most: int, gate: mx.array, up: mx.array) -> Launch | None:
         return None
     return Launch(
         inputs=[gate, up],
-        template=[("THREADS", threads)],
-        threads=(B * L * threads, -(-H // 8 // threads), 1),
+        template=[("T", gate.dtype), ("PACKS", _PACKS), ("THREADS", threads)],
+        threads=(B * L * threads, -(-H // 8 // (_PACKS * threads)), 1),
         group=(threads, 1, 1),
         shapes=[gate.shape],
         dtypes=[gate.dtype],

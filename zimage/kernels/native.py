@@ -7,7 +7,7 @@ only where it has been installed and found right on this device; otherwise, and 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal
 
 from zimage import backend, blas, trust
@@ -28,7 +28,10 @@ AGAINST_COMPOSED = 4  # times the bound: the composed form rounds after every op
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is started with. threads: in the grid; group: of one thread group, which divides the grid."""
+    """What a kernel is started with. threads: in the grid; group: of one thread group, which divides the grid.
+
+    template: also the dtypes of the inputs, for MLX tells compiled kernels apart by this alone.
+    """
 
     inputs: list[mx.array]
     template: list[tuple[str, Any]]
@@ -193,10 +196,9 @@ def _has_cuda() -> bool:
     return bool(mx.cuda.is_available())
 
 
-@lru_cache(maxsize=256)
-def small(values: tuple[float, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
-    """A few numbers for a kernel, which takes no scalars. The array is made once."""
-    return mx.array(values, dtype=dtype)
+def float_bits(value: float) -> int:
+    """A number as the integer of the same bits: templates take no fractions, and what they hold costs no load."""
+    return int(np.float32(value).view(np.int32))
 
 
 def whole_groups(threads: int, most: int) -> int:

@@ -30,7 +30,7 @@ _BODY = r"""
       for (int i = 0; i < 8; ++i) {
         v[i] = scale * static_cast<float>((words[i * BITS / 32] >> (i * BITS % 32)) & MASK) + bias;
       }
-      zimage::store8(weight + chunk * 8, v);
+      zimage::store8(weight + chunk * 8, zimage::narrow<T>(v));
     }
   }
 """
@@ -53,7 +53,14 @@ def _prepare(
     groups = -(-shape[0] * shape[1] // (8 * _CHUNKS * threads))
     return Launch(
         inputs=[weight, scales, biases],
-        template=[("BITS", bits), ("GROUP", group_size), ("CHUNKS", _CHUNKS), ("THREADS", threads)],
+        template=[
+            ("T", dtype),
+            ("SCALE", scales.dtype),
+            ("BITS", bits),
+            ("GROUP", group_size),
+            ("CHUNKS", _CHUNKS),
+            ("THREADS", threads),
+        ],
         threads=(groups * threads, 1, 1),
         group=(threads, 1, 1),
         shapes=[shape],

@@ -1,7 +1,10 @@
 """How CUDA and Metal spell what the kernels' bodies need.
 
 Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), SHARED
-arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the mask's bits, RSQRT, EXP, load8, store8.
+arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the mask's bits, RSQRT, SIGMOID, FLOAT(bits),
+and packs of N values: `load` reads one from anywhere in an input, `store8` writes one of eight to an output, `widen`
+and `narrow` make floats of a pack and a pack of floats. A GPU waits for memory where a value is first used, so bodies
+load all packs before they use one.
 """
 
 # An int64 step, as strides are; outputs are contiguous and begin at an aligned address.
@@ -10,7 +13,8 @@ _CUDA = r"""
 #define BARRIER() __syncthreads()
 #define SHUFFLE(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define RSQRT(value) rsqrtf(value)
-#define EXP(value) expf(value)
+#define SIGMOID(value) __fdividef(1.0f, 1.0f + __expf(-(value)))
+#define FLOAT(bits) __int_as_float(bits)
 
 namespace zimage {
 
@@ -19,29 +23,44 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T values[N];
 };
 
-template <typename T>
-inline __device__ void load8(const T* from, int64_t step, float* to) {
-  if (step == 1 && reinterpret_cast<size_t>(from) % 16 == 0) {
-    const Pack<T, 8> pack = *reinterpret_cast<const Pack<T, 8>*>(from);
+template <int N, typename T>
+__noinline__ __device__ Pack<T, N> gather(const T* from, int64_t step) {  // apart, or it would take registers from load
+  Pack<T, N> pack;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = static_cast<float>(pack.values[i]);
-    }
-  } else {
+  for (int i = 0; i < N; ++i) {
+    pack.values[i] = from[i * step];
+  }
+  return pack;
+}
+
+template <int N, typename T>
+inline __device__ Pack<T, N> load(const T* from, int64_t step) {
+  if (step == 1 && reinterpret_cast<size_t>(from) % alignof(Pack<T, N>) == 0) {
+    return *reinterpret_cast<const Pack<T, N>*>(from);
+  }
+  return gather<N>(from, step);
+}
+
+template <typename T, int N>
+inline __device__ void widen(const Pack<T, N>& pack, float* to) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = static_cast<float>(from[i * step]);
-    }
+  for (int i = 0; i < N; ++i) {
+    to[i] = static_cast<float>(pack.values[i]);
   }
 }
 
 template <typename T>
-inline __device__ void store8(T* to, const float* from) {
+inline __device__ Pack<T, 8> narrow(const float* from) {
   Pack<T, 8> pack;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     pack.values[i] = static_cast<T>(from[i]);
   }
+  return pack;
+}
+
+template <typename T>
+inline __device__ void store8(T* to, const Pack<T, 8>& pack) {
   *reinterpret_cast<Pack<T, 8>*>(to) = pack;
 }
 
@@ -62,23 +81,49 @@ _METAL = r"""
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define SHUFFLE(value, mask) simd_shuffle_xor(value, ushort(mask))
 #define RSQRT(value) metal::precise::rsqrt(value)
-#define EXP(value) metal::precise::exp(value)
+#define SIGMOID(value) (1.0f / (1.0f + metal::precise::exp(-(value))))
+#define FLOAT(bits) as_type<float>(bits)
 
 namespace zimage {
 
-template <typename T>
-inline void load8(const device T* from, int64_t step, thread float* to) {
+template <typename T, int N>
+struct Pack {
+  T values[N];
+};
+
+template <int N, typename T>
+inline Pack<T, N> load(const device T* from, int64_t step) {
+  Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    to[i] = static_cast<float>(from[i * step]);
+  for (int i = 0; i < N; ++i) {
+    pack.values[i] = from[i * step];
+  }
+  return pack;
+}
+
+template <typename T, int N>
+inline void widen(const thread Pack<T, N>& pack, thread float* to) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to[i] = static_cast<float>(pack.values[i]);
   }
 }
 
 template <typename T>
-inline void store8(device T* to, const thread float* from) {
+inline Pack<T, 8> narrow(const thread float* from) {
+  Pack<T, 8> pack;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    to[i] = static_cast<T>(from[i]);
+    pack.values[i] = static_cast<T>(from[i]);
+  }
+  return pack;
+}
+
+template <typename T>
+inline void store8(device T* to, const thread Pack<T, 8>& pack) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    to[i] = pack.values[i];
   }
 }
 

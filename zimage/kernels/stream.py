@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from zimage import trust
-from zimage.kernels.native import Arguments, Kernel, Launch, normal, small, whole_groups
+from zimage.kernels.native import Arguments, Kernel, Launch, float_bits, normal, whole_groups
 
 import mlx.core as mx
 
 Norm = tuple[mx.array, float]  # a weight [D] and an eps
 _WIDEST = 16384
+_VECTORS = 4  # of eight values, that a thread has in registers
 
 
 def modulate(x: mx.array, scale: mx.array | None) -> mx.array:
@@ -43,7 +44,7 @@ def residual_norm_modulate(
     return stream, modulate(mx.fast.rms_norm(x if stream is None else stream, *before), scale)
 
 
-# A group of threads for each token, each thread with VECTORS times eight values in registers.
+# A group of threads for each token, each thread with VECTORS times eight values. What is left out has other dimensions.
 _BODY = r"""
   constexpr int VECTORS = (W / 8 + THREADS - 1) / THREADS;
   constexpr int WARPS = THREADS / 32;
@@ -52,41 +53,41 @@ _BODY = r"""
   const int item = group_index / length;
   const int token = group_index % length;
   const int64_t row = int64_t(group_index) * W;
-  const bool adds = forms[0] != 0;
-  const bool norms = forms[1] != 0;
-  const bool gated = forms[2] != 0;
-  const bool scaled = forms[3] != 0;
+  const bool adds = change_ndim == 3;
+  const bool norms = before_ndim == 1;
+  const bool gated = gate_ndim == 3;
+  const bool scaled = scale_ndim == 3;
+  using Eight = zimage::Pack<T, 8>;
 
-  float v[VECTORS][8];
+  Eight values[VECTORS];
+  const auto x_from = x + item * x_strides[0] + token * x_strides[1];
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
     const int column = (j * THREADS + thread_index) * 8;
-    for (int i = 0; i < 8; ++i) {
-      v[j][i] = 0;
-    }
     if (column < W) {
-      zimage::load8(
-          x + item * x_strides[0] + token * x_strides[1] + column * x_strides[2], x_strides[2], v[j]);
+      values[j] = zimage::load<8>(x_from + column * x_strides[2], x_strides[2]);
     }
   }
 
   if (adds) {
-    float c[VECTORS][8];
-    float sum = 0;
+    Eight changes[VECTORS];
+    const auto change_from = change + item * change_strides[0] + token * change_strides[1];
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int column = (j * THREADS + thread_index) * 8;
-      for (int i = 0; i < 8; ++i) {
-        c[j][i] = 0;
-      }
       if (column < W) {
-        zimage::load8(
-            change + item * change_strides[0] + token * change_strides[1] + column * change_strides[2],
-            change_strides[2],
-            c[j]);
+        changes[j] = zimage::load<8>(change_from + column * change_strides[2], change_strides[2]);
       }
-      for (int i = 0; i < 8; ++i) {
-        sum += c[j][i] * c[j][i];
+    }
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < VECTORS; ++j) {
+      if ((j * THREADS + thread_index) * 8 < W) {
+        float c[8];
+        zimage::widen(changes[j], c);
+        for (int i = 0; i < 8; ++i) {
+          sum += c[i] * c[i];
+        }
       }
     }
     for (int mask = 16; mask > 0; mask /= 2) {
@@ -100,22 +101,27 @@ _BODY = r"""
     for (int i = 0; i < WARPS; ++i) {
       total += partial[i];
     }
-    const float inverse = RSQRT(total / W + eps[0]);
+    const float inverse = RSQRT(total / W + FLOAT(AFTER_EPS));
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int column = (j * THREADS + thread_index) * 8;
       if (column < W) {
+        float v[8];
+        float c[8];
         float w[8];
         float g[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-        zimage::load8(after + column * after_strides[0], after_strides[0], w);
+        zimage::widen(values[j], v);
+        zimage::widen(changes[j], c);
+        zimage::widen(zimage::load<8>(after + column * after_strides[0], after_strides[0]), w);
         if (gated) {
-          zimage::load8(gate + item * gate_strides[0] + column * gate_strides[2], gate_strides[2], g);
+          zimage::widen(
+              zimage::load<8>(gate + item * gate_strides[0] + column * gate_strides[2], gate_strides[2]), g);
         }
         for (int i = 0; i < 8; ++i) {
-          // Rounded, so that what follows is the norm of the stream as it is stored.
-          v[j][i] = static_cast<float>(static_cast<T>(v[j][i] + g[i] * (c[j][i] * inverse * w[i])));
+          v[i] = v[i] + g[i] * (c[i] * inverse * w[i]);
         }
-        zimage::store8(stream + row + column, v[j]);
+        values[j] = zimage::narrow<T>(v);  // what follows is the norm of the stream as it is stored
+        zimage::store8(stream + row + column, values[j]);
       }
     }
   }
@@ -124,8 +130,12 @@ _BODY = r"""
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
-      for (int i = 0; i < 8; ++i) {
-        sum += v[j][i] * v[j][i];
+      if ((j * THREADS + thread_index) * 8 < W) {
+        float v[8];
+        zimage::widen(values[j], v);
+        for (int i = 0; i < 8; ++i) {
+          sum += v[i] * v[i];
+        }
       }
     }
     for (int mask = 16; mask > 0; mask /= 2) {
@@ -139,21 +149,24 @@ _BODY = r"""
     for (int i = 0; i < WARPS; ++i) {
       total += partial[WARPS + i];
     }
-    const float inverse = RSQRT(total / W + eps[1]);
+    const float inverse = RSQRT(total / W + FLOAT(BEFORE_EPS));
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int column = (j * THREADS + thread_index) * 8;
       if (column < W) {
+        float v[8];
         float w[8];
         float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        zimage::load8(before + column * before_strides[0], before_strides[0], w);
+        zimage::widen(values[j], v);
+        zimage::widen(zimage::load<8>(before + column * before_strides[0], before_strides[0]), w);
         if (scaled) {
-          zimage::load8(scale + item * scale_strides[0] + column * scale_strides[2], scale_strides[2], s);
+          zimage::widen(
+              zimage::load<8>(scale + item * scale_strides[0] + column * scale_strides[2], scale_strides[2]), s);
         }
         for (int i = 0; i < 8; ++i) {
-          v[j][i] = v[j][i] * inverse * w[i] * (1 + s[i]);
+          v[i] = v[i] * inverse * w[i] * (1 + s[i]);
         }
-        zimage::store8(normed + row + column, v[j]);
+        zimage::store8(normed + row + column, zimage::narrow<T>(v));
       }
     }
   }
@@ -170,32 +183,34 @@ def _prepare(
     scale: mx.array | None,
 ) -> Launch | None:
     B, L, W = x.shape
-    threads = whole_groups(-(-W // 8), most)
-    none = after if after is not None else before
-    if none is None or W % 8 or W > _WIDEST or B * L * threads >= 2**31:
+    threads = whole_groups(-(-W // (8 * _VECTORS)), most)
+    some = after if after is not None else before
+    if some is None or W % 8 or W > _WIDEST or B * L * threads >= 2**31:
         return None
-    weight = none[0]  # in the place of what is left out; the body does not read it
+    weight = some[0]  # in the place of what is left out: its number of dimensions says so
+    adds = change is not None and after is not None
     arrays = [
         x,
-        weight if change is None else change,
+        change if adds and change is not None else weight,
         weight if gate is None else gate,
         weight if after is None else after[0],
-        weight if before is None else before[0],
+        x if before is None else before[0],
         weight if scale is None else scale,
     ]
     if any(array.dtype != x.dtype for array in arrays) or any(a is not None and a.shape[1] != 1 for a in (gate, scale)):
         return None
-    adds, norms = change is not None and after is not None, before is not None
-    eps = (after[1] if after is not None else 0.0, before[1] if before is not None else 0.0)
-    forms = (adds, norms, gate is not None, scale is not None)
     return Launch(
-        inputs=[*arrays, small(eps), small(forms, mx.int32)],
-        template=[("T", x.dtype), ("W", W), ("THREADS", threads)],
+        inputs=arrays,
+        template=[
+            ("T", x.dtype), ("W", W), ("THREADS", threads),
+            ("AFTER_EPS", float_bits(some[1] if after is None else after[1])),
+            ("BEFORE_EPS", float_bits(some[1] if before is None else before[1])),
+        ],
         threads=(B * L * threads, 1, 1),
         group=(threads, 1, 1),
-        shapes=[x.shape if adds else (8,), x.shape if norms else (8,)],
+        shapes=[x.shape if adds else (8,), x.shape if before is not None else (8,)],
         dtypes=[x.dtype, x.dtype],
-    )
+    )  # fmt: skip
 
 
 def _examples(request: trust.Request) -> Iterator[Arguments]:
@@ -213,7 +228,7 @@ def _examples(request: trust.Request) -> Iterator[Arguments]:
 RESIDUAL_NORM_MODULATE = Kernel(
     name="residual_norm_modulate",
     composed=residual_norm_modulate,
-    inputs=("x", "change", "gate", "after", "before", "scale", "eps", "forms"),
+    inputs=("x", "change", "gate", "after", "before", "scale"),
     outputs=("stream", "normed"),
     body=_BODY,
     prepare=_prepare,

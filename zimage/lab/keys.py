@@ -60,7 +60,7 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     if recipe is not None:
         digests["recipe"] = recipe.digest
         parameters = {**parameters, "quantization": None}
-    named = ("device", "mlx", "driver", "blas", "kernels")
+    named = ("device", "mlx", "driver", "blas", "kernels", "tuning")
     chosen = {k: v for k, v in facts.items() if k in named or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
     key = _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH]

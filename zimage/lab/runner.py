@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import zimage
-from zimage import machine
+from zimage import choices, machine
 from zimage.lab import keys
 from zimage.lab.notebook import Notebook
 from zimage.lab.recording import append_rows
@@ -76,6 +76,7 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
             "device": job.facts["device"],
             "environment": facts,
             "peaks": peaks.kept(facts["device"], facts),
+            "choices": choices.copied(facts),
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
             **({} if job.identity.recipe is None else {"recipe": job.identity.recipe}),
