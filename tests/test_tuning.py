@@ -328,6 +328,17 @@ def test_a_tuned_model_goes_through_the_other_transforms(model: Transformer, mon
     assert set(transforms.tensors(tuned)) == set(transforms.tensors(model))
 
 
+def test_a_float16_model_is_tuned(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are those of half precision, and computed another way they stay within that precision."""
+    asked = choosing(monkeypatch, "padded")
+    example = inputs.example(model, SOURCE, 32, 32, 5, 5, 0)
+    half = transforms.float16(model, example)
+    tuned = tuning.tuned(half, example)
+    assert {(product.weights, product.dtype) for product in asked} == {("float16", "float16")}
+    wanted, found = (np.array(one(*example).astype(mx.float32)) for one in (half, tuned))
+    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
 def test_tuning_needs_to_know_a_step(model: Transformer) -> None:
     """Without an example there are no row counts: refused, with what to give."""
     with pytest.raises(InputError, match="give an example"):
