@@ -113,7 +113,7 @@ def test_equal_labels_keep_their_own_rows() -> None:
     row = ("a", "b", "step", 0.9, 0.8, 0.95, "faster")
     figure = plots.ablation(stored("ablation", fabricated.ablation(row, row)))
     assert list(figure.data[0].y) == ["a", "a (2)"]
-    assert figure.layout.xaxis.title.text == "time ratio to the baseline, step"
+    assert figure.layout.xaxis.title.text == "step time ratio"
 
 
 def test_quality_has_a_panel_a_metric() -> None:

@@ -66,13 +66,14 @@ def side_by_side(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
             customdata=[[t] for t in plain(texts)],
             hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
         )  # fmt: skip
+        ticks = 4 if max((abs(v) for v in values if not units.missing(v)), default=1) >= 1e-3 else 2  # as 2e-7 is wide
         # The value stands left of the axis with the label, where no whisker can cross it.
         figure.update_yaxes(
             categoryorder="array", categoryarray=plain(dict.fromkeys(labels))[::-1], showgrid=False, row=1, col=place,
             tickmode="array", tickvals=plain(labels),
             ticktext=[f"{n}{joint}<b>{t}</b>" for n, t in zip(plain(labels), plain(texts), strict=True)],
         )  # fmt: skip
-        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, exponentformat="e", row=1, col=place)
+        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=ticks, exponentformat="e", row=1, col=place)
     finish(figure, height=64 + 34 * longest)
     figure.update_layout(bargap=0.34, margin={"t": 34, "b": 22}, showlegend=False)
     figure.update_annotations(font={"size": 13})

@@ -115,8 +115,8 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
     ends = [*frame["ratio"].dropna(), 1 - delta, 1 + delta]
     ends += [row[name] for name in ("ratio_low", "ratio_high") for row in bounded]
     pad = 0.08 * (max(ends) - min(ends))
-    scopes = [str(scope) for scope in frame["scope"].dropna().unique()]  # one alone is not at each label
-    title = ", ".join(["time ratio to the baseline", *(scopes if len(scopes) == 1 else [])])
+    scopes = [str(scope) for scope in frame["scope"].dropna().unique()]
+    title = f"{scopes[0]} time ratio" if len(scopes) == 1 else "time ratio to the baseline"  # one is at no label
     figure.update_xaxes(title_text=plain([title])[0], zeroline=False, nticks=6)
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
     figure.update_yaxes(categoryorder="array", categoryarray=plain(labels)[::-1], showgrid=False)
