@@ -41,22 +41,18 @@ _SHORT_LOOKS = 5
 _CALLS_A_QUAD = 7  # at most, with the untimed ones
 
 
-def _whole(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.T
-
-
 def _rows_split(x: mx.array, weight: mx.array) -> mx.array:
     """The rows up to a multiple of _SPLIT and the rest as two products."""
     rows = x.reshape(-1, x.shape[-1])
     head = _head(rows.shape[0])
-    y = mx.concatenate([rows[:head] @ weight.T, rows[head:] @ weight.T], axis=0)
+    y = mx.concatenate([kernels.product(part, weight) for part in (rows[:head], rows[head:])], axis=0)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _padded(x: mx.array, weight: mx.array) -> mx.array:
     """Rows of zeros up to a multiple of _PAD, and their results cut off again."""
     rows = x.reshape(-1, x.shape[-1])
-    y = mx.pad(rows, [(0, -rows.shape[0] % _PAD), (0, 0)]) @ weight.T
+    y = kernels.product(mx.pad(rows, [(0, -rows.shape[0] % _PAD), (0, 0)]), weight)
     return y[: rows.shape[0]].reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -92,19 +88,19 @@ def _biased(layer: Any, y: mx.array) -> mx.array:
 
 
 WAYS: dict[str, Way] = {
-    "whole": _floating(_whole),
+    "whole": _floating(kernels.product),
     "rows split": _floating(_rows_split),
     "padded": _floating(_padded),
-    "unpacked": _unpacking(kernels.dequantize, _whole),
+    "unpacked": _unpacking(kernels.dequantize, kernels.product),
     "packed": _packed,
     "unpacked, rows split": _unpacking(kernels.dequantize, _rows_split),
-    "unpacked wide": _unpacking(DEQUANTIZE, _whole),
+    "unpacked wide": _unpacking(DEQUANTIZE, kernels.product),
     "unpacked wide, rows split": _unpacking(DEQUANTIZE, _rows_split),
 }
 
 
-class TunedLinear(nn.Linear):
-    """A floating-point layer that takes a chosen way for some numbers of rows, and is MLX's own for all others."""
+class TunedLinear(kernels.Linear):
+    """A floating-point layer that takes a chosen way for some numbers of rows, and is the plain one for all others."""
 
     ways: Mapping[int, Way]
 
@@ -139,7 +135,7 @@ def tuned(model: Transformer, *examples: Sequence[Any]) -> Transformer:
 
 def _with_ways(layer: nn.Module, ways: dict[int, Way]) -> nn.Module:
     if not isinstance(layer, kernels.QuantizedLinear):
-        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is nn.Linear's own
+        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is the plain layer's own
         if not ways:
             return layer
         layer = as_class(TunedLinear, layer)
@@ -163,14 +159,12 @@ def tune(
     *examples: Sequence[Any],
     everything: bool = False,
     again: bool = False,
-    advance: Callable[[Product, Choice], None] = lambda _product, _choice: None,
 ) -> dict[Product, Choice]:
     """The fastest way for every product of the model's blocks on these examples that has more than one.
 
     Choices that are kept are taken from there, others measured and kept. again: measure also those. everything: try
-    also what compiles for a minute or more, packed products of many rows on CUDA. advance is told of every product
-    measured. Raises InputError without examples, and as the model does for examples it does not take; MeasurementError
-    where a product fails, as for want of memory.
+    also what compiles for a minute or more, packed products of many rows on CUDA. Raises InputError without examples,
+    and as the model does for examples it does not take; MeasurementError where a product fails, as for want of memory.
     """
     if not examples:
         raise InputError("tuning needs to know the shapes of a step: give an example of what the model is called with")
@@ -184,7 +178,6 @@ def tune(
             canary = canary or default_canary()
             chosen[product] = measure(product, layers, everything=everything, canary=canary).choice
             keep(facts, {str(product): chosen[product]})  # now: what follows may be interrupted
-            advance(product, chosen[product])
     return chosen
 
 
@@ -328,13 +321,13 @@ def measure(
     MeasurementError where the device fails, as for want of memory.
     """
     names = ways_of(product, layers[0], everything)
-    x, copy = (_normal(product, key) for key in (0, 0))
     layers = list(layers)[:_MOST_IN_A_CALL]
 
     def call(way: str, x: mx.array, order: Sequence[Any], repeats: int) -> Timed:
         return clock(lambda: [WAYS[way](order[i % len(order)], x) for i in range(repeats)])
 
     try:
+        x, copy = _normal(product, seed), _normal(product, seed)  # the same values in arrays of their own
         looks_s = dict(_looks((name, call(name, x, layers, 1)) for name in names))
         baseline, base_s = names[0], looks_s[names[0]]
         repeats = max(1, min(_MOST_IN_A_CALL, math.ceil(_CALL_S / base_s)))

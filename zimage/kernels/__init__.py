@@ -128,8 +128,12 @@ class Linear(nn.Linear):
         return (y + self.bias if "bias" in self else y).astype(x.dtype)
 
 
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """x weight^T for x [..., in] and weight [out, in], computed in fp32 on a CPU and rounded to x's dtype."""
+    return _wide_product(x, weight).astype(x.dtype) if _half_on_cpu(x) else x @ weight.T
+
+
 def _wide_product(x: mx.array, weight: mx.array) -> mx.array:
-    """x weight^T in fp32."""
     return x.astype(mx.float32) @ weight.T.astype(mx.float32)
 
 
@@ -153,5 +157,5 @@ class QuantizedLinear(nn.QuantizedLinear):
         weight = self.unpack(
             self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode, x.dtype
         )
-        y = _wide_product(x, weight).astype(x.dtype) if _half_on_cpu(x) else x @ weight.T
+        y = product(x, weight)
         return y + self.bias if "bias" in self else y
