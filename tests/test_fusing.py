@@ -114,6 +114,11 @@ def test_an_operation_says_what_it_covers(plain: list[str]) -> None:
     assert {one.name for one in found} - set(plain) == {"qk_norm_rope", "attention_residual_norm"}
 
 
+def number(bits: int) -> float:
+    """The fp32 number that `native.float_bits` gave these bits of."""
+    return float(np.int32(bits).view(np.float32))
+
+
 class Gpu:
     """A GPU that computes each kernel from the inputs it is started with, and counts."""
 
@@ -130,17 +135,19 @@ class Gpu:
 
         return started
 
-    def qk_norm_rope(self, q: mx.array, k: mx.array, *others: mx.array, **_: Any) -> list[mx.array]:
-        q_weight, k_weight, rotation, eps = others
-        norms = [(weight, float(e)) for weight, e in zip((q_weight, k_weight), np.array(eps), strict=True)]
-        return list(heads.norm_then_rotate(q, k, *norms, rotation))
+    def qk_norm_rope(
+        self, q: mx.array, k: mx.array, *others: mx.array, Q_EPS: int, K_EPS: int, **_: Any
+    ) -> list[mx.array]:
+        q_weight, k_weight, rotation = others
+        return list(heads.norm_then_rotate(q, k, (q_weight, number(Q_EPS)), (k_weight, number(K_EPS)), rotation))
 
-    def residual_norm_modulate(self, x: mx.array, *others: mx.array, **_: Any) -> list[mx.array]:
-        change, gate, after, before, scale, eps, forms = others
-        adds, norms, gated, scaled = np.array(forms).tolist()
-        e = np.array(eps).tolist()
-        adding = (change, gate if gated else None, (after, e[0])) if adds else (None, None, None)
-        norming = ((before, e[1]), scale if scaled else None) if norms else (None, None)
+    def residual_norm_modulate(
+        self, x: mx.array, *others: mx.array, AFTER_EPS: int, BEFORE_EPS: int, **_: Any
+    ) -> list[mx.array]:
+        change, gate, after, before, scale = others
+        after_norm, before_norm = (after, number(AFTER_EPS)), (before, number(BEFORE_EPS))
+        adding = (change, gate if gate.ndim > 1 else None, after_norm) if change.ndim > 1 else (None, None, None)
+        norming = (before_norm, scale if scale.ndim > 1 else None) if before.ndim == 1 else (None, None)
         found = stream.residual_norm_modulate(x, *adding, *norming)
         junk = mx.full((8,), sum(self.started.values()), x.dtype)  # as memory that nobody wrote to
         return [junk if one is None else one for one in found]

@@ -265,9 +265,8 @@ def test_a_product_is_measured_once(model: Transformer, example: Inputs, monkeyp
     long = inputs.example(model, SOURCE, 32, 32, 5, 5, 0)
     first = tuning.tune(model, long)
     assert set(asked) == set(first) and {p.rows for p in asked} == {160, 320}
-    told: list[Product] = []
-    assert tuning.tune(model, long, advance=lambda product, _: told.append(product)) == first
-    assert len(asked) == len(first) and told == []
+    assert tuning.tune(model, long) == first
+    assert len(asked) == len(first)
     assert tuning.tune(model, example) == {}
     assert tuning.tune(model, long, again=True) == first and len(asked) == 2 * len(first)
     assert choices.in_force(backend.device_facts()) == "as first measured"
@@ -326,6 +325,17 @@ def test_a_tuned_model_goes_through_the_other_transforms(model: Transformer, mon
     packed = transforms.quantize(tuned, "8bit-g32")
     assert close(packed(*example), transforms.quantize(model, "8bit-g32")(*example))
     assert set(transforms.tensors(tuned)) == set(transforms.tensors(model))
+
+
+def test_a_float16_model_is_tuned(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are those of half precision, and computed another way they stay within that precision."""
+    asked = choosing(monkeypatch, "padded")
+    example = inputs.example(model, SOURCE, 32, 32, 5, 5, 0)
+    half = transforms.float16(model, example)
+    tuned = tuning.tuned(half, example)
+    assert {(product.weights, product.dtype) for product in asked} == {("float16", "float16")}
+    wanted, found = (np.array(one(*example).astype(mx.float32)) for one in (half, tuned))
+    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
 
 
 def test_tuning_needs_to_know_a_step(model: Transformer) -> None:

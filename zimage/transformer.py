@@ -145,10 +145,10 @@ class TransformerBlock(nn.Module):
             self.adaLN_modulation = [kernels.Linear(config.temb_dim, 4 * config.dim)]
 
     def modulation(self, temb: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D]."""
+        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D], gates before tanh."""
         modulation = self.adaLN_modulation[0](temb)[:, None, :]
         scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
-        return scale_msa, mx.tanh(gate_msa), scale_mlp, mx.tanh(gate_mlp)
+        return scale_msa, gate_msa, scale_mlp, gate_mlp
 
     def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
         """The attention's input: the stream normed and modulated."""
@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         submit = None if self.submission is None else self.submission.start()
         for stage in stages:
             state = stage(state)
-            if submit is not None:
+            if submit is not None and isinstance(stage.module, TransformerBlock):
                 submit(state.arrays())
         return state
 

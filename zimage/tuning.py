@@ -45,7 +45,7 @@ def _rows_split(x: mx.array, weight: mx.array) -> mx.array:
     """The rows up to a multiple of _SPLIT and the rest as two products."""
     rows = x.reshape(-1, x.shape[-1])
     head = _head(rows.shape[0])
-    y = mx.concatenate([kernels.product(rows[:head], weight), kernels.product(rows[head:], weight)], axis=0)
+    y = mx.concatenate([kernels.product(part, weight) for part in (rows[:head], rows[head:])], axis=0)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,7 +100,7 @@ WAYS: dict[str, Way] = {
 
 
 class TunedLinear(kernels.Linear):
-    """A floating-point layer that takes a chosen way for some numbers of rows, and the model's own for all others."""
+    """A floating-point layer that takes a chosen way for some numbers of rows, and is the plain one for all others."""
 
     ways: Mapping[int, Way]
 
@@ -135,7 +135,7 @@ def tuned(model: Transformer, *examples: Sequence[Any]) -> Transformer:
 
 def _with_ways(layer: nn.Module, ways: dict[int, Way]) -> nn.Module:
     if not isinstance(layer, kernels.QuantizedLinear):
-        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is nn.Linear's own
+        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is the plain layer's own
         if not ways:
             return layer
         layer = as_class(TunedLinear, layer)
@@ -159,14 +159,12 @@ def tune(
     *examples: Sequence[Any],
     everything: bool = False,
     again: bool = False,
-    advance: Callable[[Product, Choice], None] = lambda _product, _choice: None,
 ) -> dict[Product, Choice]:
     """The fastest way for every product of the model's blocks on these examples that has more than one.
 
     Choices that are kept are taken from there, others measured and kept. again: measure also those. everything: try
-    also what compiles for a minute or more, packed products of many rows on CUDA. advance is told of every product
-    measured. Raises InputError without examples, and as the model does for examples it does not take; MeasurementError
-    where a product fails, as for want of memory.
+    also what compiles for a minute or more, packed products of many rows on CUDA. Raises InputError without examples,
+    and as the model does for examples it does not take; MeasurementError where a product fails, as for want of memory.
     """
     if not examples:
         raise InputError("tuning needs to know the shapes of a step: give an example of what the model is called with")
@@ -180,7 +178,6 @@ def tune(
             canary = canary or default_canary()
             chosen[product] = measure(product, layers, everything=everything, canary=canary).choice
             keep(facts, {str(product): chosen[product]})  # now: what follows may be interrupted
-            advance(product, chosen[product])
     return chosen
 
 
@@ -324,13 +321,13 @@ def measure(
     MeasurementError where the device fails, as for want of memory.
     """
     names = ways_of(product, layers[0], everything)
-    x, copy = (_normal(product, key) for key in (0, 0))
     layers = list(layers)[:_MOST_IN_A_CALL]
 
     def call(way: str, x: mx.array, order: Sequence[Any], repeats: int) -> Timed:
         return clock(lambda: [WAYS[way](order[i % len(order)], x) for i in range(repeats)])
 
     try:
+        x, copy = _normal(product, seed), _normal(product, seed)  # the same values in arrays of their own
         looks_s = dict(_looks((name, call(name, x, layers, 1)) for name in names))
         baseline, base_s = names[0], looks_s[names[0]]
         repeats = max(1, min(_MOST_IN_A_CALL, math.ceil(_CALL_S / base_s)))

@@ -289,12 +289,48 @@ def test_a_finding_a_family() -> None:
         "faster",
     )
     assert together.evidence[-1] == "their ratios alone multiply to 0.855"
-    assert beside.text == "beside the others b is worth the most: without it a step takes 12.0 % more time"
+    assert beside.text == "beside the others b is worth the most: without b a step takes 12.0 % more time"
     assert beside.evidence == ("slower without a, b", "inconclusive without c")
     every = findings(table)
     assert every[:3] == [alone, together, beside]
     assert len(every) == 3 + len(STEP_ROWS)
     assert [bool(one.short) for one in every] == [True] * 3 + [False] * len(STEP_ROWS)
+
+
+def test_the_best_of_a_family_is_known_to_be_it() -> None:
+    """One whose verdict is open isn't the best, however far its ratio; those with overlapping intervals share it."""
+    rows = [
+        ("a", "plain", "step", 0.70, 0.4, 1.3, "inconclusive"),
+        ("b", "plain", "step", 0.90, 0.89, 0.92, "faster"),
+        ("c", "plain", "step", 0.91, 0.90, 0.93, "faster"),
+        ("together", "plain", "step", 0.80, 0.79, 0.81, "faster"),
+        ("without_a", "together", "step", 1.3, 0.7, 1.9, "inconclusive"),
+        ("without_b", "together", "step", 1.03, 1.02, 1.04, "slower"),
+    ]
+    alone, _, beside = families(stored(ablation=fabricated.ablation(*rows))["ablation"])
+    assert alone.text == "of 2 transforms, b alone gains the most, 10.0 % less time"
+    assert beside.text == "beside the others b is worth the most: without b a step takes 3.0 % more time"
+    rows.append(("without_c", "together", "step", 1.0, 0.999, 1.001, "equivalent"))
+    alone, *_ = families(stored(ablation=fabricated.ablation(*rows))["ablation"])
+    assert alone.text == "of 3 transforms, b or c alone gains the most, 10.0 % less time"
+
+
+def test_ways_are_one_finding() -> None:
+    """How many products have a faster way than the plainest, and the largest gain; no way has a sentence of its own."""
+    rows = [
+        ("rows split", "whole", "w1, 1056 rows", 0.9, 0.89, 0.91, "faster"),
+        ("padded", "whole", "w1, 1056 rows", 1.1, 1.09, 1.11, "slower"),
+        ("packed", "unpacked", "w1, 4bit, 1 rows", 0.2, 0.19, 0.21, "faster"),
+        ("rows split", "whole", "w2, 1056 rows", 1.2, 1.19, 1.21, "slower"),
+        ("tuned", "plain", "step", 0.9, 0.89, 0.91, "faster"),
+    ]
+    first, *others = findings(stored(ablation=fabricated.ablation(*rows)))
+    assert first.text == "of 3 products whose ways were compared 2 have one faster than the plainest"
+    assert first.evidence == ("up to 80.0 % less time: packed instead of unpacked (w1, 4bit, 1 rows)",)
+    assert len(others) == len(rows)
+    assert [one.short.split(" ")[0] for one in others if one.short] == ["tuned"]
+    (none, *_) = findings(stored(ablation=fabricated.ablation(rows[1])))
+    assert none.text == "of 1 product whose ways were compared none has one known to be faster than the plainest"
 
 
 def test_undecided_families_claim_nothing() -> None:

@@ -101,11 +101,19 @@ def test_ablation_of_unknown_verdict_is_inconclusive() -> None:
     assert [trace.name for trace in plots.ablation(stored("ablation", frame)).data] == ["inconclusive"]
 
 
+def test_an_interval_without_an_end_has_no_whisker() -> None:
+    """Of too few quads every ratio is in the interval: no whisker, no cap, and the axis keeps to the estimates."""
+    figure = plots.ablation(stored("ablation", fabricated.ablation(("a", "b", "step", 0.9, 0.0, math.inf, "?"))))
+    assert figure.data[0].error_x.visible is False
+    assert figure.layout.xaxis.range[0] > 0.85
+
+
 def test_equal_labels_keep_their_own_rows() -> None:
     """Two rows of one arm and scope are two places on the axis."""
     row = ("a", "b", "step", 0.9, 0.8, 0.95, "faster")
     figure = plots.ablation(stored("ablation", fabricated.ablation(row, row)))
-    assert list(figure.data[0].y) == ["a · step", "a · step (2)"]
+    assert list(figure.data[0].y) == ["a", "a (2)"]
+    assert figure.layout.xaxis.title.text == "step time ratio"
 
 
 def test_quality_has_a_panel_a_metric() -> None:

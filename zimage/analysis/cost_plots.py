@@ -20,6 +20,7 @@ BOUNDS = {  # what holds an operation back, and how it is drawn
     "": ("#8f97a3", "circle-open"),
 }
 _BOUND_NAMES = {"compute": "bound by arithmetic", "memory": "bound by memory", "": "not placed"}
+_LONGEST_NAMES = 48  # characters beside a point
 _USES = {"calibration": (BASELINE_COLOR, "circle-open"), "held out": ("#3f7fc1", "circle")}
 
 
@@ -83,7 +84,7 @@ def roofline(frame: pd.DataFrame) -> go.Figure:
         figure.add_scatter(
             x=[p.x for p in group], y=[p.rate for p in group], mode="markers+text", name=_BOUND_NAMES[bound],
             marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 1.5, "color": color}},
-            text=plain(p.names for p in group), textposition=[p.side for p in group],
+            text=plain(_named(p) for p in group), textposition=[p.side for p in group],
             textfont={"size": 11, "color": INK}, customdata=[[p.facts] for p in group],
             hovertemplate="%{customdata[0]}<extra></extra>", cliponaxis=False,
         )  # fmt: skip
@@ -220,7 +221,7 @@ class _Point:
     x: float
     rate: float
     bound: str
-    names: str
+    names: list[str]
     facts: str
     side: str
 
@@ -238,16 +239,23 @@ def _clusters(rows: pd.DataFrame) -> list[_Point]:
             None,
         )
         if near is None:
-            points.append(_Point(row["x"], row["rate"], row["bound"], name, fact, ""))
+            points.append(_Point(row["x"], row["rate"], row["bound"], [name], fact, ""))
         else:  # in the middle of those that it stands for
-            count = near.names.count(",") + 1
+            count = len(near.names)
             near.x = near.x ** (count / (count + 1)) * row["x"] ** (1 / (count + 1))
             near.rate = near.rate ** (count / (count + 1)) * row["rate"] ** (1 / (count + 1))
-            near.names, near.facts = f"{near.names}, {name}", f"{near.facts}<br>{fact}"
+            near.names.append(name)
+            near.facts = f"{near.facts}<br>{fact}"
     middle = math.sqrt(points[0].x * points[-1].x) if points else 0.0
     for point in points:  # a name has its room towards the middle
         point.side = "middle right" if point.x < middle else "middle left"
     return points
+
+
+def _named(point: _Point) -> str:
+    """The names at a point, those that there is room for."""
+    shown = point.names if len(", ".join(point.names)) <= _LONGEST_NAMES else point.names[:1]
+    return ", ".join(shown) + (f" and {len(point.names) - len(shown)} more" if len(shown) < len(point.names) else "")
 
 
 def _apart(a: float, b: float) -> float:

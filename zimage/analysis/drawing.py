@@ -8,6 +8,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from zimage.analysis import units
 
@@ -43,8 +44,11 @@ def side_by_side(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
     """Small multiples beside each other: one panel a quantity, one bar a label, its value written at the bar."""
     titles = [f"<b>{plain([panel[0]])[0]}</b>" for panel in panels]
     several = len(panels) > 1
-    # A panel's labels stand in the gap before it: 0.009 of a page's width is one of their characters.
-    widest = max((len(n) + len(t) for p in panels[1:] for n, t in zip(p[1], p[5], strict=True)), default=0)
+    # A panel's labels stand in the gap before it: 0.009 of a page's width is one of their characters. A page may set
+    # panels three in its width, where a long name leaves no room for its value beside it.
+    sizes = [[(len(n), len(t)) for n, t in zip(p[1], p[5], strict=True)] for p in panels]
+    joint = "<br>" if max((sum(size) for panel in sizes for size in panel), default=0) > 26 else "  "
+    widest = max((max(size) if joint == "<br>" else sum(size) for panel in sizes[1:] for size in panel), default=0)
     figure = make_subplots(
         rows=1, cols=max(len(panels), 1), subplot_titles=titles if several else None,
         horizontal_spacing=min(max(0.1, 0.03 + 0.009 * widest), 0.5 / max(len(panels) - 1, 1)),
@@ -62,13 +66,14 @@ def side_by_side(panels: Sequence[Panel], baseline: str | None) -> go.Figure:
             customdata=[[t] for t in plain(texts)],
             hovertemplate="<b>%{y}</b><br>%{customdata[0]}<extra></extra>",
         )  # fmt: skip
+        ticks = 4 if max((abs(v) for v in values if not units.missing(v)), default=1) >= 1e-3 else 2  # as 2e-7 is wide
         # The value stands left of the axis with the label, where no whisker can cross it.
         figure.update_yaxes(
             categoryorder="array", categoryarray=plain(dict.fromkeys(labels))[::-1], showgrid=False, row=1, col=place,
             tickmode="array", tickvals=plain(labels),
-            ticktext=[f"{n}  <b>{t}</b>" for n, t in zip(plain(labels), plain(texts), strict=True)],
+            ticktext=[f"{n}{joint}<b>{t}</b>" for n, t in zip(plain(labels), plain(texts), strict=True)],
         )  # fmt: skip
-        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=4, row=1, col=place)
+        figure.update_xaxes(zeroline=True, rangemode="tozero", nticks=ticks, exponentformat="e", row=1, col=place)
     finish(figure, height=64 + 34 * longest)
     figure.update_layout(bargap=0.34, margin={"t": 34, "b": 22}, showlegend=False)
     figure.update_annotations(font={"size": 13})
@@ -123,12 +128,16 @@ def finish(figure: go.Figure, height: int) -> None:
 
 
 def whiskers(below: Iterable[float], above: Iterable[float], color: str = INK) -> dict[str, object]:
-    """Asymmetric error bars; what is missing has none."""
+    """Asymmetric error bars; an interval with an end that is missing or infinite has none, and no caps either."""
+    ends = [(float(a), float(b)) if not (units.missing(a) or units.missing(b)) else (0.0, 0.0)
+            for a, b in zip(above, below, strict=True)]  # fmt: skip
+    array, arrayminus = ([max(end[side], 0.0) for end in ends] for side in (0, 1))
     return {
         "type": "data",
         "symmetric": False,
-        "array": [0.0 if units.missing(v) else max(float(v), 0.0) for v in above],
-        "arrayminus": [0.0 if units.missing(v) else max(float(v), 0.0) for v in below],
+        "array": array,
+        "arrayminus": arrayminus,
+        "visible": any(array) or any(arrayminus),
         "color": color,
         "thickness": 1.5,
         "width": 3,
@@ -136,9 +145,9 @@ def whiskers(below: Iterable[float], above: Iterable[float], color: str = INK) -
 
 
 def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
-    """upper - lower, element by element; nothing where either side is missing."""
-    pairs = zip(upper, lower, strict=False)
-    return [0.0 if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
+    """upper - lower, element by element; missing where either side is, or has no elements."""
+    pairs = zip_longest(upper, lower)
+    return [math.nan if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
 
 
 def plain(texts: Iterable[object]) -> list[str]:

@@ -22,11 +22,13 @@ from zimage.analysis.reading import (
     profile,
     records,
 )
+from zimage.choices import FLOATING, PACKED
 from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
 
 Tables = Mapping[str, pd.DataFrame]
+WAYS = (*FLOATING, *PACKED)  # to compute one product
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
 _SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
@@ -55,6 +57,7 @@ def findings(tables: Tables) -> list[Finding]:
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
     if by_family:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
+    by_family += ways(tables.get("ablation"))
     return [
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
@@ -144,22 +147,55 @@ def families(frame: pd.DataFrame | None) -> list[Finding]:
     together = next((row for row in rows if row["arm"] == "together"), None)
     if not without or not alone or together is None:
         return []
-    best = min(alone, key=lambda name: float(alone[name]["ratio"]))
     text = "no transform alone is known to take less time"
-    if verdict_of(alone[best]) == "faster":
-        text = f"of {len(alone)} transforms, {best} alone gains the most, {time_phrase(float(alone[best]['ratio']))}"
+    if gains := [name for name, row in alone.items() if verdict_of(row) == "faster"]:
+        best = min(gains, key=lambda name: float(alone[name]["ratio"]))
+        less, first = time_phrase(float(alone[best]["ratio"])), _or_those_near(best, gains, alone)
+        text = f"of {len(alone)} transforms, {first} alone gains the most, {less}"
     product = math.prod(float(row["ratio"]) for row in alone.values())
     whole = time_finding({**together, "arm": f"a model with all {len(without)}"})
-    worth = max(without, key=lambda name: float(without[name]["ratio"]))
     beside = "no transform is known to be worth anything beside the others"
-    if verdict_of(without[worth]) == "slower":
-        more = time_phrase(float(without[worth]["ratio"]))
-        beside = f"beside the others {worth} is worth the most: without it a step takes {more}"
+    if worths := [name for name, row in without.items() if verdict_of(row) == "slower"]:
+        best = max(worths, key=lambda name: float(without[name]["ratio"]))
+        more, first = time_phrase(float(without[best]["ratio"])), _or_those_near(best, worths, without)
+        beside = f"beside the others {first} is worth the most: without {best} a step takes {more}"
     return [
         Finding(text, "", tuple(_by_verdict(alone)), text),
         replace(whole, evidence=(*whole.evidence, f"their ratios alone multiply to {units.ratio(product)}")),
         Finding(beside, "", tuple(_by_verdict(without, "without ")), beside),
     ]
+
+
+def ways(frame: pd.DataFrame | None) -> list[Finding]:
+    """Which products have a way that is known to be faster than the plainest one, as the notebook matmuls compares."""
+    rows = [row for row in records(frame) if _is_way(row)] if frame is not None else []
+    if not rows:
+        return []
+    gains = [row for row in rows if verdict_of(row) == "faster"]
+    count, faster = (len({row["scope"] for row in some}) for some in (rows, gains))
+    of_all = f"of {count} product{'s' * (count > 1)} whose ways were compared"
+    if not gains:
+        text = f"{of_all} none has one known to be faster than the plainest"
+        return [Finding(text, "", (), text)]
+    text = f"{of_all} {faster} {'has' if faster == 1 else 'have'} one faster than the plainest"
+    best = min(gains, key=lambda row: float(row["ratio"]))
+    most = f"up to {time_phrase(float(best['ratio']))}: {best['arm']} instead of {best['baseline']} ({best['scope']})"
+    return [Finding(text, "", (most,), f"{text}, {most}")]
+
+
+def _is_way(row: Mapping[str, object]) -> bool:
+    return row["arm"] in WAYS and row["baseline"] in WAYS and not units.missing(row.get("ratio"))
+
+
+def _or_those_near(best: str, names: list[str], rows: Mapping[str, Mapping[str, object]]) -> str:
+    """`best`, or those of `names` whose intervals overlap with its own: it is not known which of them it is."""
+    low, high = (float(rows[best][end]) for end in ("ratio_low", "ratio_high"))  # type: ignore[arg-type]
+    near = [
+        name
+        for name in names
+        if name != best and float(rows[name]["ratio_low"]) <= high and low <= float(rows[name]["ratio_high"])  # type: ignore[arg-type]
+    ]
+    return " or ".join([best, *near])
 
 
 def _by_verdict(rows: Mapping[str, Mapping[str, object]], before: str = "") -> list[str]:
@@ -235,6 +271,8 @@ def _arms(tables: Tables) -> list[Finding]:
             baseline = every[0]
         narrow = [time_finding(row) for row in rows if row["scope"] != widest]
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
+        if any(map(_is_way, rows)):  # `ways` says it in short
+            narrow, wide = narrow + wide, []
         found += [replace(one, short="") for one in narrow]
         held, drawn = _memory(tables.get("memory"), arm, baseline), _quality(tables.get("quality"), arm, baseline)
         more = [*held, *drawn]

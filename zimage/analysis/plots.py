@@ -111,9 +111,13 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
     finish(figure, height=104 + 38 * max(len(labels), 1))
     figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
     figure.add_vline(x=1, line={"color": INK, "width": 1.5})
-    ends = [float(v) for c in ("ratio", "ratio_low", "ratio_high") for v in frame[c].dropna()] + [1 - delta, 1 + delta]
+    bounded = [row for row in records(frame) if _interval(row)]
+    ends = [*frame["ratio"].dropna(), 1 - delta, 1 + delta]
+    ends += [row[name] for name in ("ratio_low", "ratio_high") for row in bounded]
     pad = 0.08 * (max(ends) - min(ends))
-    figure.update_xaxes(title_text="time ratio to the baseline", zeroline=False, nticks=6)
+    scopes = [str(scope) for scope in frame["scope"].dropna().unique()]
+    title = f"{scopes[0]} time ratio" if len(scopes) == 1 else "time ratio to the baseline"  # one is at no label
+    figure.update_xaxes(title_text=plain([title])[0], zeroline=False, nticks=6)
     figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad])
     figure.update_yaxes(categoryorder="array", categoryarray=plain(labels)[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, max(len(labels), 1) - 0.4])

@@ -102,8 +102,8 @@ def final_step(quality: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_labels(frame: pd.DataFrame) -> list[str]:
-    """One label a row: the arm, its scope, and what else is needed to tell the rows apart."""
-    parts = ["arm", "scope"] + [c for c in ("regime", "case") if c in frame and frame[c].nunique() > 1]
+    """One label a row: the arm, and what else is needed to tell the rows apart: scope, regime, case."""
+    parts = ["arm"] + [c for c in ("scope", "regime", "case") if c in frame and frame[c].nunique() > 1]
     rows = records(frame[parts].fillna("").astype(str))
     return _distinct([" · ".join(value for value in row.values() if value) for row in rows])
 

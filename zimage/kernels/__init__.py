@@ -91,13 +91,6 @@ def dequantize(
     return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
 
 
-def product(x: mx.array, weight: mx.array) -> mx.array:
-    """x [..., in] times weight [out, in] transposed, of their one dtype."""
-    if not _half_on_cpu(x):
-        return x @ weight.T
-    return (x.astype(mx.float32) @ weight.T.astype(mx.float32)).astype(x.dtype)
-
-
 class Linear(nn.Linear):
     """MLX's linear layer, which multiplies in fp32 on a CPU whatever its dtype."""
 
@@ -105,8 +98,17 @@ class Linear(nn.Linear):
         if not _half_on_cpu(x):
             y: mx.array = super().__call__(x)
             return y
-        y = product(x, self.weight)
-        return y + self.bias if "bias" in self else y
+        y = _wide_product(x, self.weight)
+        return (y + self.bias if "bias" in self else y).astype(x.dtype)
+
+
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """x weight^T for x [..., in] and weight [out, in], computed in fp32 on a CPU and rounded to x's dtype."""
+    return _wide_product(x, weight).astype(x.dtype) if _half_on_cpu(x) else x @ weight.T
+
+
+def _wide_product(x: mx.array, weight: mx.array) -> mx.array:
+    return x.astype(mx.float32) @ weight.T.astype(mx.float32)
 
 
 class QuantizedLinear(nn.QuantizedLinear):

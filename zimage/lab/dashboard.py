@@ -406,7 +406,8 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    return text[0].upper() + text[1:] if text.startswith(("the ", "whether ", "no ", "and ", "calibrated ")) else text
+    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ")
+    return text[0].upper() + text[1:] if text.startswith(words) else text
 
 
 @cache
