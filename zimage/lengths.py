@@ -1,6 +1,7 @@
 """How many tokens a batch has, and how they are padded: arithmetic on its shapes that needs no MLX."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage.errors import InputError
@@ -34,20 +35,20 @@ class Lengths:
         """Each item's own caption length, padded."""
         return tuple(padded(n) for n in self.captions)
 
-    @property
+    @cached_property
     def caption(self) -> int:
         """Tokens of every caption of the batch: the longest, padded."""
-        return max(self.items)
+        return padded(max(self.captions))
 
     @property
     def joint(self) -> int:
         """Tokens of image and caption together."""
         return self.image + self.caption
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         """Whether padded captions differ: then the shorter are masked, and each item has positions of its own."""
-        return len(set(self.items)) > 1
+        return padded(min(self.captions)) < self.caption
 
 
 def lengths(config: TransformerConfig, size: tuple[int, int], patch: int, captions: tuple[int, ...]) -> Lengths:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import zimage
-from zimage import fusing, operations, transforms
+from zimage import fusing, lengths, operations, transforms
 from zimage.analysis import cost
 from zimage.config import TransformerConfig
 from zimage.errors import ConfigError, InputError
@@ -205,6 +205,16 @@ def test_a_ragged_batch_computes_its_longest_with_tables_and_masks() -> None:
     assert image == _of(even, "noise_refiner.0")["sdpa"].bytes
 
 
+def test_a_huge_batch_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predicting a step does not go through the items of a batch for each operation."""
+    rounded = []
+    real = lengths.padded
+    monkeypatch.setattr(lengths, "padded", lambda n: rounded.append(n) or real(n))
+    one, many = (cost.whole(cost.step(TURBO, 512, 512, batch)).flops for batch in (1, 10_000))
+    assert many == 10_000 * one
+    assert len(rounded) < 1000
+
+
 def test_module_tree_adds_up() -> None:
     """Every module's totals are those of its stages and operations, parents before children, the whole first."""
     operations = cost.step(CONFIGS["tiny"], 64, 64)
@@ -229,7 +239,8 @@ def test_module_tree_adds_up() -> None:
     ("values", "error", "message"),
     [
         ({"height": 60}, ConfigError, "height 60 is not a positive multiple of 8"),
-        ({"batch": 0}, InputError, "batch must be an integer of at least 1, found 0"),
+        ({"batch": 0}, InputError, "batch must be an integer from 1 to 16777216, found 0"),
+        ({"batch": 10**12}, InputError, "batch must be an integer from 1 to 16777216, found 1000000000000"),
         ({"caption_tokens": 0}, InputError, "caption_tokens must be a positive integer"),
         ({"caption_tokens": [3, 4]}, InputError, "one for each of the 1 items"),
         ({"caption_tokens": True}, InputError, "caption_tokens must be"),

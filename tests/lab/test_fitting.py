@@ -99,6 +99,29 @@ def test_notebooks_of_other_parameters_are_not_judged(tmp_path: Path, missing: s
     assert fitting.of_job(job_of(tmp_path, parameters=listed)) is None
 
 
+LISTED = """source: str = "digits"
+dtype: str | None = None
+quantization: str | None = None
+sizes: list = [[8, 8, 1, 1], [64, 64, 2, 1], [16, 16, 1, 1]]
+"""
+
+
+def test_a_run_of_several_sizes_is_judged_by_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook whose `sizes` lists height, width, batch and caption tokens needs what the largest of them needs."""
+    found = fitting.of_job(job_of(tmp_path, parameters=LISTED))
+    alone = fitting.of_job(job_of(tmp_path, height=64, width=64, batch=2))
+    assert found is not None and found == alone
+    monkeypatch.delenv("ZIMAGE_FORCE", raising=False)
+    with pytest.raises(InputError, match=r"a\.ipynb: digits at 64 x 64 px, batch 2 cannot fit"):
+        fitting.check([job_of(tmp_path, CPU | {"memory_bytes": str(MB)}, LISTED)], force=False)
+
+
+@pytest.mark.parametrize("sizes", [[], [[8, 8, 1]], [8, 8, 1, 1], [["8", 8, 1, 1]], [[8, 8, 1, 0]], [[True] * 4]])
+def test_what_is_no_size_is_left_to_the_run(tmp_path: Path, sizes: list[Any]) -> None:
+    """Sizes of another form, or that the model refuses, get no verdict."""
+    assert fitting.of_job(job_of(tmp_path, parameters=LISTED, sizes=sizes)) is None
+
+
 def test_sizes_far_beyond_the_device_are_judged_at_once(tmp_path: Path) -> None:
     """An image of billions of pixels gets its verdict by arithmetic, however large."""
     found = fitting.of_job(job_of(tmp_path, height=8 * 10**9))

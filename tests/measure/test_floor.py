@@ -1,6 +1,7 @@
 """The noise floor: what a second copy of the baseline says, and how large a block of quads may make it look."""
 
 import math
+import tracemalloc
 from typing import Any
 
 from tests.measure.clock import Clock
@@ -103,3 +104,16 @@ def test_a_floor_needs_a_number_of_quads(quads: Any) -> None:
     """The floor of no quads, or of a part of one, is a MeasurementError."""
     with pytest.raises(MeasurementError, match="quads must be an integer of at least 1"):
         measured(Clock()).at(quads)
+
+
+def test_a_floor_at_any_number_of_quads_takes_bounded_memory() -> None:
+    """However many quads are asked for, the floor is found in less than 300 MB, and is no higher than at 100."""
+    floor = measured(Clock())
+    tracemalloc.start()
+    try:
+        found = floor.at(10**9)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < found < floor.at(100)
+    assert peak_bytes < 300e6

@@ -154,6 +154,8 @@ def test_verdicts_of_processes(
         ({"timeout_s": math.nan}, "timeout_s must be positive"),
         ({"timeout_s": math.inf}, "timeout_s must be positive"),
         ({"alpha": 0}, "alpha must lie between 0 and 1"),
+        ({"alpha": 0.005}, r"8 pairs cannot show anything at alpha 0.005: their p is at least 0.0078; take 9 pairs"),
+        ({"alpha": 0.001, "pairs": 10}, "at least 0.002; take 11 pairs"),
         ({"noise_floor": -1}, "noise_floor"),
         ({"names": ("a", "a")}, "both called 'a'"),
         ({"seed": 0.5}, "seed must be an integer"),

@@ -29,6 +29,7 @@ from zimage.recipes import Asked, Packing
 Kind = Literal["matmul", "attention", "elementwise"]
 BYTES = {"bfloat16": 2, "float32": 4}
 FUSIONS = ("qkv", "gate_up", "norm_rope", "residual_norm")
+_LARGEST_BATCH = 2**24  # far above what any device takes, and still counted in a moment
 UNATTRIBUTED = "unattributed"  # the operation that stands for what a stage takes beyond its operations
 
 # FLOPs an element
@@ -72,10 +73,10 @@ class Total:
 def token_counts(batch: int, caption_tokens: int | Sequence[int]) -> tuple[int, ...]:
     """The caption tokens of every item of a batch, from one number for all or one for each.
 
-    Raises InputError for anything but a batch of at least one and as many positive integers.
+    Raises InputError for anything but a batch of 1 to 2^24 and as many positive integers.
     """
-    if not _whole(batch) or batch < 1:
-        raise InputError(f"batch must be an integer of at least 1, found {batch!r}")
+    if not _whole(batch) or not 1 <= batch <= _LARGEST_BATCH:
+        raise InputError(f"batch must be an integer from 1 to {_LARGEST_BATCH}, found {batch!r}")
     given: Any = caption_tokens
     counts = tuple(given) if isinstance(given, (list, tuple)) else (given,) * batch
     if len(counts) != batch or not all(_whole(n) and n >= 1 for n in counts):

@@ -1,7 +1,7 @@
 """Whether runs fit their device, judged before the first of them starts."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 SHOWN_PIXELS = (512, 1024)  # sizes that `zimage show` speaks of, for models of latents with 8 pixels each
 _SIZES = ("height", "width", "batch", "caption_tokens")
 _OPTIONS = ("dtype", "quantization")
+_Size = tuple[int, int, int, int]
 
 
 def of_job(job: Job) -> Fit | None:
-    """Whether a run fits the device that it is for.
+    """Whether a run fits the device that it is for, at the largest size it takes.
 
     None where that cannot be known: the notebook lacks the parameters that say what it computes, the device does not
     tell its memory, or the model does not take such parameters, of which the run itself will speak.
     """
+    found = _largest(job)
+    return None if found is None else found[1]
+
+
+def _largest(job: Job) -> tuple[_Size, Fit] | None:
+    """The size of a run that needs the most memory, and its Fit."""
     values, device = job.parameters, Device.of(job.facts)
     if device is None or (device.total_bytes is None and device.recommended_bytes is None):
         return None
-    sizes, options = [values.get(name) for name in _SIZES], [values.get(name) for name in _OPTIONS]
-    if not isinstance(values.get("source"), str) or not all(type(value) is int for value in sizes):
+    sizes, options = _sizes(values), [values.get(name) for name in _OPTIONS]
+    if not isinstance(values.get("source"), str):
         return None
     if not all(value is None or isinstance(value, str) for value in options):
         return None
@@ -38,14 +45,28 @@ def of_job(job: Job) -> Fit | None:
         options[1] = keys.recipe_in(values, job.root) or options[1]
     except InputError:
         return None
-    return _fit(values["source"], job.root, tuple(sizes), tuple(options), job.notebook.models, device)
+    fits = {size: _fit(values["source"], job.root, size, tuple(options), job.notebook.models, device) for size in sizes}
+    known = {size: fit for size, fit in fits.items() if fit is not None}
+    return max(known.items(), key=lambda item: item[1].need_bytes) if known else None
+
+
+def _sizes(values: Mapping[str, Any]) -> list[_Size]:
+    """What a run takes as (height, width, batch, caption tokens): its own `sizes`, or the one that its parameters name.
+
+    Those left out that are no such size.
+    """
+    listed = values.get("sizes")
+    given = listed if isinstance(listed, list) else [[values.get(name) for name in _SIZES]]
+    return [
+        (size[0], size[1], size[2], size[3])
+        for size in given
+        if isinstance(size, list) and len(size) == len(_SIZES) and all(type(value) is int for value in size)
+    ]
 
 
 @functools.cache  # the runs of a sweep are often of one size
-def _fit(
-    source: str, root: Path, sizes: tuple[Any, ...], options: tuple[Any, ...], models: float, device: Device
-) -> Fit | None:
-    (height, width, batch, tokens), (dtype, quantization) = sizes, options
+def _fit(source: str, root: Path, size: _Size, options: tuple[Any, ...], models: float, device: Device) -> Fit | None:
+    (height, width, batch, tokens), (dtype, quantization) = size, options
     try:
         info = keys.described(source, root)
         return fitting.fits(info, height, width, batch, tokens, dtype, quantization, models, device=device)
@@ -58,14 +79,14 @@ def check(jobs: Sequence[Job], force: bool) -> None:
 
     One line names the first such run and how many there are.
     """
-    found = [(job, fit) for job in jobs if (fit := of_job(job)) is not None]
+    found = [(job, *largest) for job in jobs if (largest := _largest(job)) is not None]
     for verdict in ("cannot fit", "tight"):
-        such = [(job, fit) for job, fit in found if fit.verdict == verdict]
+        such = [one for one in found if one[-1].verdict == verdict]
         if not such:
             continue
-        job, fit = such[0]
+        job, size, fit = such[0]
         count = f" (and {len(such) - 1} more of {len(jobs)} runs)" if len(such) > 1 else ""
-        judge(f"{_run(job)}{count}", fit, _ways_out(job, fit), force)
+        judge(f"{_run(job, size)}{count}", fit, _ways_out(job, fit), force)
 
 
 def judge(what: str, fit: Fit, ways_out: Sequence[str], force: bool) -> None:
@@ -130,7 +151,6 @@ def _ways_out(job: Job, fit: Fit) -> list[str]:
     return ways
 
 
-def _run(job: Job) -> str:
-    values = job.parameters
-    size = f"{values['source']} at {values['height']} x {values['width']} px"
-    return f"{job.notebook.name}: {size}, batch {values['batch']}"
+def _run(job: Job, size: _Size) -> str:
+    height, width, batch, _ = size
+    return f"{job.notebook.name}: {job.parameters['source']} at {height} x {width} px, batch {batch}"

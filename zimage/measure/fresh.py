@@ -4,6 +4,7 @@ It tells what the start of a program, with its addresses and its warm-up, does t
 compared that don't fit in memory together: they alternate as processes.
 """
 
+import math
 import random
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from zimage.measure.comparison import Comparison
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
 from zimage.measure.processes import Arm, Resident
 from zimage.measure.quads import Sample
-from zimage.measure.statistics import analyse, verdict
+from zimage.measure.statistics import analyse, critical, verdict
 
 import numpy as np
 
@@ -40,14 +41,20 @@ def in_fresh_processes(
 
     A process makes its first call, `warm_up` more, then `samples`; a pair is one process of each arm, in an order drawn
     from `seed`, and gives one difference of mean log times. They are judged once, by the signed-rank test over pairs.
-    advance: called after each of the 2 `pairs` processes. Raises MeasurementError for fewer than 8 pairs and other
-    arguments out of range, and as `Resident` does.
+    advance: called after each of the 2 `pairs` processes. Raises MeasurementError for fewer than 8 pairs, an
+    alpha that so many cannot reach, other arguments out of range, and as `Resident` does.
     """
     require_pair(names)
     require_integer("seed", seed)
     require_integer("pairs", pairs, FEWEST_PAIRS)
     require_integer("samples", samples, 1)
     require_fractions(alpha=alpha, delta=delta)
+    if critical(pairs, alpha) < 0:
+        needed = math.ceil(math.log2(2 / alpha))
+        raise MeasurementError(
+            f"{pairs} pairs cannot show anything at alpha {alpha:g}: their p is at least {2.0 ** (1 - pairs):.2g}; "
+            f"take {needed} pairs"
+        )
     require_floor(noise_floor)
     rng = random.Random(seed)
     taken: list[Sample] = []

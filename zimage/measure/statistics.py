@@ -59,6 +59,11 @@ def walsh_averages(differences: Floats) -> Floats:
     return np.sort((differences[..., i] + differences[..., j]) / 2, axis=-1)
 
 
+def centre(walsh: Floats) -> Floats:
+    """The Hodges-Lehmann estimates: medians of sorted Walsh averages [..., n(n+1)/2]."""
+    return (walsh[..., (walsh.shape[-1] - 1) // 2] + walsh[..., walsh.shape[-1] // 2]) / 2
+
+
 def analyse_many(differences: Floats, level: float) -> Estimates:
     """Estimates from R comparisons' log differences [R, n], one of each quad; the intervals reject at `level`.
 
@@ -77,12 +82,11 @@ def analyse_many(differences: Floats, level: float) -> Estimates:
     walsh = walsh_averages(differences)
     fewest = np.minimum((walsh <= 0).sum(axis=-1), (walsh >= 0).sum(axis=-1))
     p = np.minimum(1.0, 2 * _cumulative(n)[fewest])
-    middle = (walsh[:, (walsh.shape[-1] - 1) // 2] + walsh[:, walsh.shape[-1] // 2]) / 2
     # A shift below walsh[rank], counted from 0, has at most `rank` averages on its lower side.
     rank = critical(n, level)
     infinite = np.full(len(walsh), math.inf)
     low, high = (walsh[:, rank], walsh[:, -rank - 1]) if rank >= 0 else (-infinite, infinite)
-    return Estimates(_exp(middle), _exp(low), _exp(high), p)
+    return Estimates(_exp(centre(walsh)), _exp(low), _exp(high), p)
 
 
 def analyse(differences: Floats, level: float) -> Estimate:
