@@ -1,5 +1,6 @@
 """Claims files are checked strictly, and the claims judged on a store, whatever lies in it."""
 
+import html
 import re
 import shlex
 import shutil
@@ -281,7 +282,7 @@ def test_the_index_shows_the_projects_claims(tmp_path: Path) -> None:
     store(tmp_path / "results")
     assert "Published claims" not in index(tmp_path / "results")  # no claims file here or above
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    page = index(tmp_path / "results").replace("\N{NO-BREAK SPACE}", " ")
+    page = html.unescape(index(tmp_path / "results")).replace("\N{NO-BREAK SPACE}", " ")
     judged, _ = claims.judgements(claims.read(tmp_path / "experiments" / "claims.yaml"), Store(tmp_path / "results"))
     decided = [one for one in judged if one.verdict != "not measured here"]
     assert {one.device for one in decided} == {H100}
