@@ -103,7 +103,7 @@ def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
     [
         ("qk_norm_rope", "LANES / 2; mask > 0", "LANES / 4; mask > 0"),
         ("qk_norm_rope", "a * sines.values[i] + b", "b * sines.values[i] + a"),
-        ("qk_norm_rope", "(head - queries) * k_strides[2]", "head * k_strides[2]"),
+        ("qk_norm_rope", "own * k_strides[2]", "head * k_strides[2]"),
         ("residual_norm_modulate", "    BARRIER();\n", ""),
         ("residual_norm_modulate", "(1 + s[i])", "s[i]"),
         (

@@ -69,7 +69,7 @@ def test_queries_and_keys(
 def test_the_stream(
     batch: int, length: int, width: int, adds: bool, norms: bool, modulated: bool, dtype: str, seed: int
 ) -> None:
-    """x + gate norm(change), and its norm times one plus the scale; what is not asked for is None."""
+    """x + tanh(gate) norm(change), and its norm times one plus the scale; what is not asked for is None."""
     draw = Draw(seed, dtype)
     (x, stream), (change, y) = draw(batch, length, width), draw(batch, length, width, scale=3)
     (after, w2), (before, w) = draw(width, mean=1, scale=0.1), draw(width, mean=1, scale=0.1)
@@ -79,7 +79,7 @@ def test_the_stream(
     new, normed = residual_norm_modulate(x, *adding, *norming)
     assert (new is None, normed is None) == (not adds, not norms)
     if adds:
-        stream = stream + rms_norm(y, w2, 1e-5) * (g if modulated else 1)
+        stream = stream + rms_norm(y, w2, 1e-5) * (np.tanh(g) if modulated else 1)
         assert close(new, stream, dtype)
     if norms:
         assert close(normed, rms_norm(stream, w, 0.25) * (1 + s if modulated else 1), dtype)

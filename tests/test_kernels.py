@@ -201,3 +201,38 @@ def test_dtypes_are_kept(dtype: mx.Dtype) -> None:
     q, k, v = (mx.array(a).astype(dtype) for a in inputs(3, 1, 1, 2, 5, 32))
     assert kernels.attention(q, k, v, 0.2, mx.zeros((1, 1, 1, 5), dtype)).dtype == dtype
     assert kernels.silu(q).dtype == dtype
+
+
+@few
+@given(st.lists(st.floats(-126, 126, width=32), min_size=1, max_size=64))
+def test_powers_of_two(exponents: list[float]) -> None:
+    """2^x is within 3e-7 of its size for every x from -126 to 126, at whole numbers and half way between them too."""
+    x = np.array([*exponents, *np.arange(-126, 126.5, 0.5)], np.float32)
+    wanted = 2.0 ** x.astype(np.float64)
+    assert np.abs(np.array(kernels.power_of_two(mx.array(x)), np.float64) / wanted - 1).max() <= 3e-7
+
+
+def test_powers_of_two_at_the_ends() -> None:
+    """From -127 down they are exactly 0, between that and the smallest normal float smaller than it; NaN stays NaN."""
+    low = mx.array([-127.0, -127.5, -1e30, -np.inf])
+    assert kernels.power_of_two(low).tolist() == [0, 0, 0, 0]
+    assert bool((mx.abs(kernels.power_of_two(mx.linspace(-127, -126, 1000))) < 2.0**-125).all())
+    assert bool(mx.isnan(kernels.power_of_two(mx.array([np.nan]))).all())
+
+
+@pytest.mark.skipif(not kernels._on_cpu(), reason="what half precision does on a CPU")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_half_precision_computes_in_fp32_on_a_cpu(dtype: mx.Dtype) -> None:
+    """Linear layers and attention give what fp32 gives for the same values, rounded once."""
+    x = mx.array(normal(0, 1, 40, 64)).astype(dtype)
+    layer = kernels.Linear(64, 96)
+    layer.set_dtype(dtype)
+    wide = x.astype(mx.float32) @ layer.weight.astype(mx.float32).T + layer.bias.astype(mx.float32)
+    assert layer(x).dtype == dtype
+    assert bool(mx.array_equal(layer(x), wide.astype(dtype)))
+    q, k, v = (mx.array(a).astype(dtype) for a in inputs(1, 1, 2, 1, 40, 32))
+    mask = mx.array(padding(5, 1, 40))
+    for given_mask in (None, mask, mask == 0):
+        narrow_mask = given_mask if given_mask is None or given_mask.dtype == mx.bool_ else given_mask.astype(dtype)
+        wide = kernels.attention(*(a.astype(mx.float32) for a in (q, k, v)), 0.2, given_mask)
+        assert bool(mx.array_equal(kernels.attention(q, k, v, 0.2, narrow_mask), wide.astype(dtype)))

@@ -5,6 +5,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.test_transforms import CONFIGS, error, every_config, run
 from zimage import arms, inputs, launching, operations, transforms
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
-from zimage.launching import Submission
+from zimage.launching import ALIVE, Submission
 from zimage.layers import clone
 from zimage.measure.memory import peak_bytes
 from zimage.transformer import Transformer, TransformerBlock
@@ -193,20 +194,20 @@ def test_gradients_go_through_compiled_blocks() -> None:
     assert error(gradients[1], gradients[0]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["every", "ahead"])
+@pytest.mark.parametrize("name", ["part_bytes", "waiting_bytes"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", None])
 def test_submit_early_refuses_bad_numbers(name: str, value: Any) -> None:
-    """every and ahead are integers from 1; anything else is refused in one line that names it."""
+    """Both are integers from 1; anything else is refused in one line that names it."""
     with pytest.raises(InputError, match=f"^{name} must be an integer from 1, found {re.escape(repr(value))}$"):
         transforms.submit_early(Transformer(TransformerConfig.tiny()), **{name: value})
 
 
 @every_config
-@pytest.mark.parametrize(("every", "ahead"), [(1, 1), (1, 2), (3, 1), (2, 100), (100, 1)])
-def test_a_step_in_parts_has_the_plain_bits(config: TransformerConfig, every: int, ahead: int) -> None:
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**9), (30_000, 1), (10**9, 10**9), None])
+def test_a_step_in_parts_has_the_plain_bits(config: TransformerConfig, sizes: tuple[int, int] | None) -> None:
     """However a step is cut into parts, a ragged batch comes out bit for bit, and the argument is left as it was."""
     model = Transformer(config)
-    early = transforms.submit_early(model, every, ahead)
+    early = transforms.submit_early(model, *(sizes or ()))
     assert mx.array_equal(run(early), run(model))
     assert model.submission is None
 
@@ -228,33 +229,58 @@ class Device:
         assert self.waiting.pop(0) is arrays  # the oldest
 
 
-@pytest.mark.parametrize(("every", "ahead"), [(1, 1), (1, 2), (2, 3), (4, 1)])
-def test_no_more_parts_wait_than_was_said(every: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every so many stages are one part; the oldest is waited for as soon as more than `ahead` are on the device."""
+@dataclass(frozen=True)
+class Sized:
+    """An array of which only the size matters."""
+
+    nbytes: int
+
+
+@pytest.mark.parametrize(
+    ("part", "room", "parts", "most"),
+    [(1, 1, 17, 1), (1, 3, 17, 3), (1, 100, 17, 17), (3, 6, 6, 2), (3, 1, 6, 1), (100, 100, 1, 1)],
+)
+def test_no_more_waits_than_was_said(part: int, room: int, parts: int, most: int, monkeypatch: Any) -> None:
+    """The first block is a part alone, the others go by size, and the oldest is waited for where too much waits."""
     device = Device()
     monkeypatch.setattr(mx, "async_eval", device.async_eval)
     monkeypatch.setattr(mx, "eval", device.eval)
-    submit = Submission(every, ahead).start()
-    stages = [[f"stage {i}"] for i in range(17)]
-    for i, stage in enumerate(stages, start=1):
+    submit = Submission(part * ALIVE * 10, room * ALIVE * 10).start()
+    kept = Sized(0)
+    stages = [[Sized(4), kept, Sized(6)] for _ in range(17)]
+    left = []
+    for stage in stages:
         submit(stage)  # type: ignore[arg-type]
-        assert len(device.waiting) <= ahead
-        assert len(device.parts) == i // every
-    assert device.parts == stages[every - 1 :: every]
-    assert device.most == min(ahead + 1, len(device.parts))  # one is handed over before the oldest is waited for
+        left.append(len(device.waiting))
+    assert len(device.parts) == parts and device.parts[0] is stages[0]
+    assert all(given is stage for given, stage in zip(device.parts[1:], stages[part::part], strict=False))
+    assert max(left) == most
+    assert device.most <= most + 1  # one is handed over before the oldest is waited for
+
+
+def test_what_a_block_leaves_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks beside a large array that they don't touch are one part until their own results are enough."""
+    device = Device()
+    monkeypatch.setattr(mx, "async_eval", device.async_eval)
+    monkeypatch.setattr(mx, "eval", device.eval)
+    submit = Submission(4 * ALIVE, 10**9).start()
+    large = Sized(1000)
+    for _ in range(9):
+        submit([large, Sized(1)])  # type: ignore[list-item]
+    assert len(device.parts) == 3
 
 
 def test_a_new_step_waits_for_nothing_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits belongs to one step: the next starts with an empty queue and counts from its first stage."""
+    """What waits belongs to one step: the next starts with an empty queue and its first block is a part."""
     device = Device()
     monkeypatch.setattr(mx, "async_eval", device.async_eval)
     monkeypatch.setattr(mx, "eval", device.eval)
-    submission = Submission(every=2, ahead=1)
+    submission = Submission(1, 1)
     for _ in range(3):
         device.waiting.clear()
         submit = submission.start()
         for i in range(3):
-            submit([i])  # type: ignore[list-item]
+            submit([Sized(1 + i)])  # type: ignore[list-item]
         assert len(device.waiting) == 1
 
 
@@ -267,14 +293,14 @@ def _handed_over(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) ->
 
 
 def test_profiles_hand_over_as_the_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefix, and a step of fewer blocks, are handed over stage by stage as the model's own call is; others never."""
+    """A prefix, and a step of fewer blocks, are handed over block by block as the model's own call is; others never."""
     model, example = _tiny(PLAIN)
-    early = transforms.submit_early(model)
+    early = transforms.submit_early(model, 1)
     names, prefix = operations.stage_prefix(early, example)
     depth = operations.with_main_blocks(early, example)
-    assert _handed_over(monkeypatch, lambda: early(*example)) == len(names)
-    assert [_handed_over(monkeypatch, lambda k=k: prefix(k)) for k in (1, 4, len(names))] == [1, 4, len(names)]  # type: ignore[misc]
-    assert _handed_over(monkeypatch, lambda: depth(1)) == len(names) - len(model.layers) + 1
+    assert _handed_over(monkeypatch, lambda: early(*example)) == len(names) - 4
+    assert [_handed_over(monkeypatch, lambda k=k: prefix(k)) for k in (3, 4, 6)] == [0, 1, 3]  # type: ignore[misc]
+    assert _handed_over(monkeypatch, lambda: depth(1)) == len(names) - 4 - len(model.layers) + 1
     assert _handed_over(monkeypatch, lambda: operations.stage_prefix(model, example)[1](4)) == 0
 
 
@@ -313,4 +339,4 @@ def test_a_step_in_parts_takes_no_more_memory() -> None:
     ]
     joint = _states(model, example)["layers.0"].joint
     assert joint is not None and early.submission is not None
-    assert peaks[1] <= peaks[0] + early.submission.ahead * joint.nbytes
+    assert peaks[1] <= peaks[0] + len(model.layers) * joint.nbytes

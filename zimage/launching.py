@@ -49,29 +49,38 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
+ALIVE = 20  # times the bytes of a block's output that all its temporary arrays take together, about
+
+
 @dataclass(frozen=True)
 class Submission:
-    """Hand a step to the device `every` so many stages, and stay at most `ahead` of those parts ahead of it.
+    """Hand a step's blocks to the device in parts, and wait for the oldest where too much is on the device already.
 
-    What is waiting on the device keeps all its temporary arrays, so `ahead` bounds the memory a step takes.
+    part_bytes: of temporary arrays in a part, at least; the first block is a part by itself, so that the device has
+    work at once, and where blocks are small they go together, for handing over costs the host time. waiting_bytes: of
+    temporary arrays on the device, at most, but one part always waits there while the next is being built.
     """
 
-    every: int
-    ahead: int
+    part_bytes: int
+    waiting_bytes: int
 
     def start(self) -> Callable[[Sequence[mx.array]], None]:
-        """A new step: what to call with each stage's arrays."""
-        waiting: deque[Sequence[mx.array]] = deque()
-        count = 0
+        """A new step: what to call with the arrays that each block computes."""
+        waiting: deque[tuple[Sequence[mx.array], int]] = deque()
+        last: Sequence[mx.array] | None = None
+        built = 0
 
         def submit(arrays: Sequence[mx.array]) -> None:
-            nonlocal count
-            count += 1
-            if count % self.every:
+            nonlocal last, built
+            new = [array for array in arrays if not any(array is old for old in last or ())]
+            built += ALIVE * sum(array.nbytes for array in new)
+            first, last = last is None, arrays
+            if built < self.part_bytes and not first:
                 return
             mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-            waiting.append(arrays)
-            if len(waiting) > self.ahead:
-                mx.eval(waiting.popleft())
+            waiting.append((arrays, built))
+            built = 0
+            while len(waiting) > 1 and sum(size for _, size in waiting) > self.waiting_bytes:
+                mx.eval(waiting.popleft()[0])
 
         return submit

@@ -42,7 +42,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.mlp = [nn.Linear(TIMESTEP_WIDTH, TIMESTEP_HIDDEN), nn.SiLU(), nn.Linear(TIMESTEP_HIDDEN, config.temb_dim)]
+        self.mlp = [
+            kernels.Linear(TIMESTEP_WIDTH, TIMESTEP_HIDDEN),
+            nn.SiLU(),
+            kernels.Linear(TIMESTEP_HIDDEN, config.temb_dim),
+        ]
         self._frequencies = _timestep_frequencies()
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -61,10 +65,10 @@ class Attention(nn.Module):
         super().__init__()
         D, head_dim = config.dim, config.head_dim
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, head_dim
-        self.to_q = nn.Linear(D, self.n_heads * head_dim, bias=False)
-        self.to_k = nn.Linear(D, self.n_kv_heads * head_dim, bias=False)
-        self.to_v = nn.Linear(D, self.n_kv_heads * head_dim, bias=False)
-        self.to_out = [nn.Linear(D, D, bias=False)]
+        self.to_q = kernels.Linear(D, self.n_heads * head_dim, bias=False)
+        self.to_k = kernels.Linear(D, self.n_kv_heads * head_dim, bias=False)
+        self.to_v = kernels.Linear(D, self.n_kv_heads * head_dim, bias=False)
+        self.to_out = [kernels.Linear(D, D, bias=False)]
         if config.qk_norm:
             self.norm_q = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
             self.norm_k = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
@@ -111,9 +115,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = kernels.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = kernels.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = kernels.Linear(config.dim, config.hidden_dim, bias=False)
 
     def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The two halves of SwiGLU's input, each [B, L, hidden_dim]."""
@@ -138,13 +142,13 @@ class TransformerBlock(nn.Module):
         self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
         if modulation:
-            self.adaLN_modulation = [nn.Linear(config.temb_dim, 4 * config.dim)]
+            self.adaLN_modulation = [kernels.Linear(config.temb_dim, 4 * config.dim)]
 
     def modulation(self, temb: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D]."""
+        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D], gates before tanh."""
         modulation = self.adaLN_modulation[0](temb)[:, None, :]
         scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
-        return scale_msa, mx.tanh(gate_msa), scale_mlp, mx.tanh(gate_mlp)
+        return scale_msa, gate_msa, scale_mlp, gate_mlp
 
     def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
         """The attention's input: the stream normed and modulated."""
@@ -195,8 +199,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, patch: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.dim, patch * patch * config.in_channels)
-        self.adaLN_modulation = [nn.SiLU(), nn.Linear(config.temb_dim, config.dim)]
+        self.linear = kernels.Linear(config.dim, patch * patch * config.in_channels)
+        self.adaLN_modulation = [nn.SiLU(), kernels.Linear(config.temb_dim, config.dim)]
 
     def __call__(self, x: mx.array, temb: mx.array) -> mx.array:
         activation, linear = self.adaLN_modulation
@@ -265,11 +269,11 @@ class Transformer(nn.Module):
         self.config = config
         self.t_embedder = TimestepEmbedder(config)
         self.all_x_embedder = {
-            f"{p}-1": nn.Linear(p * p * config.in_channels, config.dim) for p in config.all_patch_size
+            f"{p}-1": kernels.Linear(p * p * config.in_channels, config.dim) for p in config.all_patch_size
         }
         self.cap_embedder = [
             nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
-            nn.Linear(config.cap_feat_dim, config.dim),
+            kernels.Linear(config.cap_feat_dim, config.dim),
         ]
         self.x_pad_token = mx.zeros((1, config.dim))
         self.cap_pad_token = mx.zeros((1, config.dim))
@@ -320,7 +324,7 @@ class Transformer(nn.Module):
         submit = None if self.submission is None else self.submission.start()
         for stage in stages:
             state = stage(state)
-            if submit is not None:
+            if submit is not None and isinstance(stage.module, TransformerBlock):
                 submit(state.arrays())
         return state
 

@@ -244,19 +244,18 @@ def compile_blocks(model: Transformer) -> Transformer:
     return new
 
 
-def submit_early(model: Transformer, every: int = 1, ahead: int = 2) -> Transformer:
-    """The model that hands its step to the device in parts while it builds the rest, and bounds what waits there.
+def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int = 2**30) -> Transformer:
+    """The model that hands its blocks to the device in parts while it builds the rest, and bounds what waits there.
 
-    every: stages in a part; ahead: parts on the device before the oldest is waited for. The device is busy from the
-    first block on, and holds the temporary arrays of `ahead` parts instead of those of the whole step. A call computes
-    at once what it would else leave to `mx.eval`, and so cannot be inside `mx.compile`. Raises InputError for numbers
-    below 1.
+    The device is busy from the first block on, and holds the temporary arrays of the parts that wait instead of those
+    of the whole step: see `launching.Submission`. A call computes at once what it would else leave to `mx.eval`, and so
+    cannot be inside `mx.compile`. Raises InputError for numbers below 1.
     """
-    for name, value in (("every", every), ("ahead", ahead)):
+    for name, value in (("part_bytes", part_bytes), ("waiting_bytes", waiting_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be an integer from 1, found {value!r}")
     new = clone(model)
-    new.submission = launching.Submission(every, ahead)
+    new.submission = launching.Submission(part_bytes, waiting_bytes)
     return new
 
 

@@ -41,22 +41,18 @@ _SHORT_LOOKS = 5
 _CALLS_A_QUAD = 7  # at most, with the untimed ones
 
 
-def _whole(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.T
-
-
 def _rows_split(x: mx.array, weight: mx.array) -> mx.array:
     """The rows up to a multiple of _SPLIT and the rest as two products."""
     rows = x.reshape(-1, x.shape[-1])
     head = _head(rows.shape[0])
-    y = mx.concatenate([rows[:head] @ weight.T, rows[head:] @ weight.T], axis=0)
+    y = mx.concatenate([kernels.product(part, weight) for part in (rows[:head], rows[head:])], axis=0)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _padded(x: mx.array, weight: mx.array) -> mx.array:
     """Rows of zeros up to a multiple of _PAD, and their results cut off again."""
     rows = x.reshape(-1, x.shape[-1])
-    y = mx.pad(rows, [(0, -rows.shape[0] % _PAD), (0, 0)]) @ weight.T
+    y = kernels.product(mx.pad(rows, [(0, -rows.shape[0] % _PAD), (0, 0)]), weight)
     return y[: rows.shape[0]].reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -92,19 +88,19 @@ def _biased(layer: Any, y: mx.array) -> mx.array:
 
 
 WAYS: dict[str, Way] = {
-    "whole": _floating(_whole),
+    "whole": _floating(kernels.product),
     "rows split": _floating(_rows_split),
     "padded": _floating(_padded),
-    "unpacked": _unpacking(kernels.dequantize, _whole),
+    "unpacked": _unpacking(kernels.dequantize, kernels.product),
     "packed": _packed,
     "unpacked, rows split": _unpacking(kernels.dequantize, _rows_split),
-    "unpacked wide": _unpacking(DEQUANTIZE, _whole),
+    "unpacked wide": _unpacking(DEQUANTIZE, kernels.product),
     "unpacked wide, rows split": _unpacking(DEQUANTIZE, _rows_split),
 }
 
 
-class TunedLinear(nn.Linear):
-    """A floating-point layer that takes a chosen way for some numbers of rows, and is MLX's own for all others."""
+class TunedLinear(kernels.Linear):
+    """A floating-point layer that takes a chosen way for some numbers of rows, and is the plain one for all others."""
 
     ways: Mapping[int, Way]
 
@@ -139,7 +135,7 @@ def tuned(model: Transformer, *examples: Sequence[Any]) -> Transformer:
 
 def _with_ways(layer: nn.Module, ways: dict[int, Way]) -> nn.Module:
     if not isinstance(layer, kernels.QuantizedLinear):
-        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is nn.Linear's own
+        ways = {rows: way for rows, way in ways.items() if way is not WAYS["whole"]}  # that is the plain layer's own
         if not ways:
             return layer
         layer = as_class(TunedLinear, layer)

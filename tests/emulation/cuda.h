@@ -1,7 +1,6 @@
 // The names of CUDA that the kernels use.
 #include "threads.h"
 #define __device__
-#define __noinline__
 #define __shared__ static
 #define threadIdx emulation::thread_
 #define blockIdx emulation::group

@@ -23,6 +23,7 @@ namespace metal {
 namespace precise {
 inline float rsqrt(float value) { return 1 / std::sqrt(value); }
 inline float exp(float value) { return std::exp(value); }
+inline float tanh(float value) { return std::tanh(value); }
 }  // namespace precise
 }  // namespace metal
 using bfloat16_t = BFloat;

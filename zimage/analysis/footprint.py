@@ -7,8 +7,9 @@ when the batch of operations they belong to has run, and the host is several bat
   and `MLX_MAX_MB_PER_BUFFER`, whose "MB" counts elements, as MLX 0.32 sets them) and lets ten run while it fills the
   next. All that those eleven batches allocate is taken to be alive at once: a host that is slower than the device holds
   less, so that small steps are overestimated.
-- On a CPU, that is what was measured around attention: 23 arrays of the residual stream's size (35 in bf16, where RoPE
-  casts to fp32) and two of attention scores; with packed weights at most those of two blocks, unpacked.
+- On a CPU, that is what was measured around attention: 23 arrays of the residual stream's size and two of attention
+  scores. Half precision computes in fp32 there and has 26, and beside those 23 at times a block's weights in fp32. With
+  packed weights there are at most those of two blocks, unpacked.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _BATCHES_ALIVE = 11
 _KERNELS = 50
 _READ = 49
 _LINEARS = 8  # in a block, each of which is unpacked by one kernel more where weights are packed
-_CPU_ARRAYS, _CPU_SCORES, _CPU_BLOCKS_UNPACKED = 23, 2, 2
+_CPU_ARRAYS, _CPU_ARRAYS_OF_HALF, _CPU_SCORES, _CPU_BLOCKS_UNPACKED = 23, 26, 2, 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def step_bytes(
         stages = cost.by_stage([operation for operation in operations if operation.module in packing])
         unpacked = max((stage.parameters for stage in stages), default=0)
     if device == "cpu":
-        alive = _alive_on_cpu(config, found, item, unpacked)
+        alive = _alive_on_cpu(config, found, item, unpacked, operations)
     elif device in _BATCH:
         alive = _alive_on_gpu(config, found, item, unpacked, operations, device)
     else:
@@ -97,12 +98,23 @@ def _rope_bytes(values: int, item: int) -> int:
     return casts + 4 * 4 * values // 2 + 4 * values
 
 
-def _alive_on_cpu(config: TransformerConfig, found: Lengths, item: int, unpacked: int) -> int:
+def _alive_on_cpu(
+    config: TransformerConfig, found: Lengths, item: int, unpacked: int, operations: Sequence[cost.Operation]
+) -> int:
     batch = len(found.captions)
-    stream = batch * found.joint * config.dim
-    scores = batch * config.n_heads * found.joint**2
-    wider = 2 * (_rope_bytes(stream, item) - _rope_bytes(stream, 4) * item // 4)
-    return _CPU_ARRAYS * stream * item + wider + _CPU_SCORES * scores * item + _CPU_BLOCKS_UNPACKED * unpacked * item
+    stream = 4 * batch * found.joint * config.dim
+    scores = 4 * _CPU_SCORES * batch * config.n_heads * found.joint**2
+    if item == 4:
+        alive = _CPU_ARRAYS * stream + scores
+    else:
+        alive = max(
+            _CPU_ARRAYS_OF_HALF * stream + scores, _CPU_ARRAYS * stream + 4 * _last_block_weights(config, operations)
+        )
+    return alive + _CPU_BLOCKS_UNPACKED * unpacked * item
+
+
+def _last_block_weights(config: TransformerConfig, operations: Sequence[cost.Operation]) -> int:
+    return sum(o.parameters for o in operations if o.stage == f"layers.{config.n_layers - 1}")
 
 
 def _alive_on_gpu(
@@ -122,9 +134,8 @@ def _alive_on_gpu(
     allocated += _rope_bytes(queries, item) + _rope_bytes(keys, item)
     if device == "cuda" and item == 4:  # cuDNN's attention takes 16-bit floats only; else there are scores
         allocated += 2 * batch * config.n_heads * found.joint**2 * item
-    weights = sum(o.parameters for o in operations if o.stage == f"layers.{config.n_layers - 1}")
     kernels = _KERNELS + (_LINEARS if unpacked else 0)
-    read = _READ * stream + weights
+    read = _READ * stream + _last_block_weights(config, operations)
     most_kernels, most_elements = _BATCH[device]
     # A batch is closed by the operation that goes beyond the limit, and holds it.
     in_a_batch = min(most_kernels / kernels, (most_elements + read / kernels) / read)

@@ -1,10 +1,9 @@
 """How CUDA and Metal spell what the kernels' bodies need.
 
 Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), SHARED
-arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the mask's bits, RSQRT, SIGMOID, FLOAT(bits),
-and packs of N values: `load` reads one from anywhere in an input, `store8` writes one of eight to an output, `widen`
-and `narrow` make floats of a pack and a pack of floats. A GPU waits for memory where a value is first used, so bodies
-load all packs before they use one.
+arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the mask's bits, RSQRT, SIGMOID, TANH,
+FLOAT(bits), and packs of N values: `load` reads one from anywhere in an input, `store8` writes one of eight to an
+output, `widen` and `narrow` make floats of a pack and a pack of floats.
 """
 
 # An int64 step, as strides are; outputs are contiguous and begin at an aligned address.
@@ -14,6 +13,7 @@ _CUDA = r"""
 #define SHUFFLE(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define RSQRT(value) rsqrtf(value)
 #define SIGMOID(value) __fdividef(1.0f, 1.0f + __expf(-(value)))
+#define TANH(value) tanhf(value)
 #define FLOAT(bits) __int_as_float(bits)
 
 namespace zimage {
@@ -24,21 +24,17 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 };
 
 template <int N, typename T>
-__noinline__ __device__ Pack<T, N> gather(const T* from, int64_t step) {  // apart, or it would take registers from load
+inline __device__ Pack<T, N> load(const T* from, int64_t step) {
   Pack<T, N> pack;
+  if (step == 1 && reinterpret_cast<size_t>(from) % alignof(Pack<T, N>) == 0) {
+    pack = *reinterpret_cast<const Pack<T, N>*>(from);
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    pack.values[i] = from[i * step];
+    for (int i = 0; i < N; ++i) {
+      pack.values[i] = from[i * step];
+    }
   }
   return pack;
-}
-
-template <int N, typename T>
-inline __device__ Pack<T, N> load(const T* from, int64_t step) {
-  if (step == 1 && reinterpret_cast<size_t>(from) % alignof(Pack<T, N>) == 0) {
-    return *reinterpret_cast<const Pack<T, N>*>(from);
-  }
-  return gather<N>(from, step);
 }
 
 template <typename T, int N>
@@ -82,6 +78,7 @@ _METAL = r"""
 #define SHUFFLE(value, mask) simd_shuffle_xor(value, ushort(mask))
 #define RSQRT(value) metal::precise::rsqrt(value)
 #define SIGMOID(value) (1.0f / (1.0f + metal::precise::exp(-(value))))
+#define TANH(value) metal::precise::tanh(value)
 #define FLOAT(bits) as_type<float>(bits)
 
 namespace zimage {

@@ -9,7 +9,6 @@ import mlx.core as mx
 
 Norm = tuple[mx.array, float]  # a weight [D] and an eps
 _WIDEST = 16384
-_VECTORS = 4  # of eight values, that a thread has in registers
 
 
 def modulate(x: mx.array, scale: mx.array | None) -> mx.array:
@@ -18,8 +17,8 @@ def modulate(x: mx.array, scale: mx.array | None) -> mx.array:
 
 
 def residual(x: mx.array, change: mx.array, gate: mx.array | None) -> mx.array:
-    """x + gate * change, or x + change in a block without modulation."""
-    return x + (change if gate is None else gate * change)
+    """x + tanh(gate) * change, or x + change in a block without modulation."""
+    return x + (change if gate is None else mx.tanh(gate) * change)
 
 
 def residual_norm_modulate(
@@ -116,6 +115,9 @@ _BODY = r"""
         if (gated) {
           zimage::widen(
               zimage::load<8>(gate + item * gate_strides[0] + column * gate_strides[2], gate_strides[2]), g);
+          for (int i = 0; i < 8; ++i) {
+            g[i] = TANH(g[i]);
+          }
         }
         for (int i = 0; i < 8; ++i) {
           v[i] = v[i] + g[i] * (c[i] * inverse * w[i]);
@@ -183,7 +185,7 @@ def _prepare(
     scale: mx.array | None,
 ) -> Launch | None:
     B, L, W = x.shape
-    threads = whole_groups(-(-W // (8 * _VECTORS)), most)
+    threads = whole_groups(-(-W // 8), most)
     some = after if after is not None else before
     if some is None or W % 8 or W > _WIDEST or B * L * threads >= 2**31:
         return None
