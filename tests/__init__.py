@@ -9,9 +9,11 @@ import tempfile
 # beside them; and on GPUs fp32 products would run in TF32, far coarser than the bounds of the parity tests.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
-# What tests measure, with one thread, is no peak of the machine: it stays out of the user's cache.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="zimage-tests-")
+# What tests measure, with one thread, is no peak of the machine: it stays out of the user's cache. Processes that tests
+# start have the same folder: many of them are killed, and would leave their own behind.
+_PREFIX = "zimage-tests-"
+if not os.path.basename(os.environ.get("XDG_CACHE_HOME", "")).startswith(_PREFIX):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix=_PREFIX)
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-import zimage as zimage
-
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+import zimage as zimage  # noqa: E402  after the variables

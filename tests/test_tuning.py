@@ -327,10 +327,10 @@ def test_a_tuned_model_goes_through_the_other_transforms(model: Transformer, mon
     assert set(transforms.tensors(tuned)) == set(transforms.tensors(model))
 
 
-def test_a_float16_model_is_tuned(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_float16_model_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products are those of half precision, and computed another way they stay within that precision."""
-    asked = choosing(monkeypatch, "padded")
-    example = inputs.example(model, SOURCE, 32, 32, 5, 5, 0)
+    asked, model = choosing(monkeypatch, "padded"), load_transformer("synthetic:tiny", "float32")
+    example = inputs.example(model, "synthetic:tiny", 32, 32, 5, 5, 0)
     half = transforms.float16(model, example)
     tuned = tuning.tuned(half, example)
     assert {(product.weights, product.dtype) for product in asked} == {("float16", "float16")}
