@@ -71,6 +71,18 @@ def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(noted) == 1  # nothing was left to do
 
 
+@pytest.mark.usefixtures("project")
+def test_a_run_tells_what_it_found_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run` prints the finding of its own run, not those of earlier runs with other parameters, which the page has."""
+    fake_kernels(monkeypatch)
+    first, second = (
+        json.loads(zimage(capsys, "run", "notebooks/a.ipynb", "-p", "batch", n, "--json")[1]) for n in "12"
+    )
+    assert first["runs"] != second["runs"]
+    assert first["finding"] == second["finding"] != ""
+    assert "batch=" not in second["finding"]
+
+
 def test_sweep_options(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """--quick, --set, --fresh and --results do what they say, and what is done already is not counted again."""
     ran = fake_kernels(monkeypatch)

@@ -1,14 +1,16 @@
 """Claims files are checked strictly, and the claims judged on a store, whatever lies in it."""
 
+import html
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 from tests.lab.fabricated import ablation, add_experiment, add_run, qkv
 from zimage import arms, cli
 from zimage.errors import ExperimentError
-from zimage.lab import claims, experiment
+from zimage.lab import claims, dashboard, experiment
 from zimage.lab.store import Store
 
 import pytest
@@ -268,3 +270,35 @@ def test_the_nearest_file(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ExperimentError, match=r"no experiments/claims.yaml here or above; .* --claims"):
         claims.nearest(deep)
+
+
+def index(root: Path) -> str:
+    dashboard.build(Store(root))
+    return (root / "index.html").read_text()
+
+
+def test_the_index_shows_the_projects_claims(tmp_path: Path) -> None:
+    """The index of a store in a project says of each device's measured claims what `zimage claims` says."""
+    store(tmp_path / "results")
+    assert "Published claims" not in index(tmp_path / "results")  # no claims file here or above
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    page = html.unescape(index(tmp_path / "results")).replace("\N{NO-BREAK SPACE}", " ")
+    judged, _ = claims.judgements(claims.read(tmp_path / "experiments" / "claims.yaml"), Store(tmp_path / "results"))
+    decided = [one for one in judged if one.verdict != "not measured here"]
+    assert {one.device for one in decided} == {H100}
+    for one in decided:
+        assert f'<span class="tag {one.verdict}">{one.verdict}</span></span><div><p>{one.claim.statement}' in page
+    assert {one.verdict for one in decided} == {"supported", "refuted"}
+    assert f"On {H100}" in page and "On cpu-amd-epyc-2c" not in page
+    assert "measured 6.1-7.9 % less time" in page
+    assert "4 more claims are not measured on it." in page
+
+
+def test_an_unreadable_claims_file_costs_the_index_a_line(tmp_path: Path) -> None:
+    """The pages are built all the same, and the index says what is wrong with the file, escaped."""
+    store(tmp_path / "results")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "claims.yaml").write_text("kind: claims\nclaims:\n  - id: <b>\n")
+    page = index(tmp_path / "results")
+    assert "claims.yaml:" in page and "<b>" not in page
+    assert "q?" in page

@@ -231,7 +231,7 @@ def test_of_two_runs_alike_the_newest_counts(tmp_path: Path) -> None:
 
 
 def test_runs_of_differently_made_models_are_told_apart(tmp_path: Path) -> None:
-    """A newer run of the transformed model does not take the plain one's place: both are views, named by what differs."""
+    """A newer run of the transformed model does not take the plain one's place: both are views, by what differs."""
     for key, given in (("a1", {"rounds": 3}), ("b2", {"rounds": 5, "transforms": ["fuse_qkv", "submit_early"]})):
         fabricated.add_run(tmp_path, "e", key, {"stages": fabricated.stages()}, parameters=given)
     page = page_of(tmp_path, "e")

@@ -19,6 +19,7 @@ Nothing here needs MLX.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,44 @@ def judgements(claims: Sequence[Claim], store: Store) -> tuple[list[Judgement], 
     rows, devices, problems = measured(store)
     judged = [judge(claim, device, rows) for device in devices for claim in claims]
     return judged or [judge(claim, None, rows) for claim in claims], problems
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a page says of the claims on one device: (verdict, statement and id, its source, the evidence) of each."""
+
+    device: str
+    claims: list[tuple[str, str, str, list[str]]]
+    unmeasured: int  # claims that no run of this device decides
+
+
+def on_page(store: Store) -> tuple[list[Shown], list[str]]:
+    """The claims of the project that the store lies in, for each device that at least one is measured on.
+
+    And a line where the claims file cannot be read. Nothing where there is none.
+    """
+    try:
+        file = nearest(store.root.resolve())
+    except ExperimentError:
+        return [], []
+    try:
+        judged, _ = judgements(read(file), store)
+    except ExperimentError as error:
+        return [], [str(error)]
+    found: dict[str, list[Judgement]] = {}
+    for one in judged:
+        if one.device is not None:
+            found.setdefault(one.device, []).append(one)
+    shown = []
+    for device, several in found.items():
+        measured_here = [one for one in several if one.verdict != NOT_MEASURED]
+        lines_of = [
+            (one.verdict, f"{one.claim.statement} ({one.claim.id})", one.claim.source, _evidence(one))
+            for one in measured_here
+        ]
+        if lines_of:
+            shown.append(Shown(device, lines_of, len(several) - len(lines_of)))
+    return shown, []
 
 
 def content(judged: Sequence[Judgement]) -> list[dict[str, Any]]:

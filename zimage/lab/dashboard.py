@@ -6,7 +6,7 @@ Everything that a run supplied reaches the page escaped: text through the templa
 """
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +19,7 @@ from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
+from zimage.lab import claims
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
@@ -111,13 +112,17 @@ def build(store: Store, experiments: Iterable[str] | None = None, single_file: b
         _write(pages[-1], _experiment_page(read[name], single_file))
     pages.append(store.root / "index.html")
     cards = [_card(read[name]) for name in known]
-    _write(pages[-1], _render("index.html", title="Experiments · zimage", cards=cards))
+    judged, problems = claims.on_page(store)
+    _write(
+        pages[-1],
+        _render("index.html", title="Experiments · zimage", cards=cards, claims=judged, problems=problems),
+    )
     return pages
 
 
-def findings(store: Store, experiment: str) -> str:
-    """What the experiment found, in one plain sentence for a terminal."""
-    page = _read(store, experiment)
+def findings(store: Store, experiment: str, keys: Collection[str] | None = None) -> str:
+    """What the experiment found, or those of its runs that have these keys, in one plain sentence for a terminal."""
+    page = _read(store, experiment, keys)
     clauses = _shorts(page, IN_A_SENTENCE, "{} more on its page")
     if page.failed:
         clauses.append(f"{len(page.failed)} of {_runs(len(page.runs), 'failed')}")
@@ -131,13 +136,14 @@ def weights_kind(run: Run) -> str:
     return kind if kind in ("trained", "synthetic") else ""
 
 
-def _read(store: Store, name: str) -> Experiment:
+def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Experiment:
     runs, problems = store.scan(name)
     try:
         asked = store.experiment(name)
         runs, swept = store.current(name), store.swept(name)
     except StoreError:  # scan has reported it already
         asked, swept = {}, []
+    runs = [run for run in runs if keys is None or run.key in keys]
     for parameter in OF_THE_MODEL:
         if parameter not in swept and len({_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
             swept = [*swept, parameter]

@@ -37,7 +37,7 @@ def execute(
         with _farewells(), machine.awake(), teller:
             outcome = sweep.sweep(jobs, store, teller, fresh)
         pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
-        finding = dashboard.findings(store, name)
+        finding = dashboard.findings(store, name, {job.key for job in jobs})
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
         complain(
