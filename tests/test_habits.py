@@ -20,7 +20,7 @@ ROWS = (
     {"measure", "backend", "blas", "choices", "doctor", "machine", "sensors", "trust"},
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files"},
-    {"kernels", "rope", "patchify", "rounding", "launching"},
+    {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
     {"transformer", "layers"},
     {"transforms", "fusing", "half", "tuning"},
     {"saving", "weights"},

@@ -407,9 +407,10 @@ def test_measured_operations_meet_their_costs(source: str) -> None:
 
 
 def test_the_block_of_a_view_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block and step of a compiled model run compiled, in the operation view and by depth; an operation alone doesn't.
+    """Block and step of a compiled model run compiled, in the operation view and by depth.
 
-    One after the other the operations still give the block's output, up to rounding.
+    Its operations are compiled each by itself, traced once for each set, and one after the other they still give the
+    block's output, up to rounding. A plain model's are not.
     """
     model, example = _tiny(CONFIGS["tiny"])
     model = transforms.compile_blocks(model)
@@ -426,10 +427,23 @@ def test_the_block_of_a_view_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch
     ran.clear()
     output = work(1)()[0]
     assert ran == [model.layers[1]]
+    traced: list[Any] = []
+
+    def compile_too(function: Any) -> Any:
+        traced.append(function)
+        return mx_compile(function)
+
+    mx_compile = mx.compile
+    monkeypatch.setattr(mx, "compile", compile_too)
     parts = [one.prepare() for one in found]
+    assert len(traced) == sum(one.sets for one in found)
     ran.clear()
-    mx.eval([part(1)() for part in parts])
+    mx.eval([part(3)() for part in parts])
     assert ran == []
+    traced.clear()
+    for one in operations.of_block(_tiny(CONFIGS["tiny"])[0], example, "layers.1", rotate_bytes=1):
+        one.prepare()
+    assert traced == []
     last = parts[-1](1)()[0]
     assert np.allclose(np.array(last), np.array(output), rtol=1e-4, atol=1e-5)
     operations.with_main_blocks(model, example)(2)

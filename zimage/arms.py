@@ -15,7 +15,15 @@ from zimage.layers import clone
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
-from zimage.transforms import blocks, compile_blocks, fuse_gate_up, fuse_qkv, quantize_input, submit_early
+from zimage.transforms import (
+    blocks,
+    compile_blocks,
+    fuse_gate_up,
+    fuse_qkv,
+    keep_captions,
+    quantize_input,
+    submit_early,
+)
 from zimage.weights import load_transformer
 
 import mlx.core as mx
@@ -58,6 +66,7 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "wide_dequantize": fusing.wide_dequantize,
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
+    "keep_captions": keep_captions,
     "fast": fast,
     "tuned": tuning.tuned,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},

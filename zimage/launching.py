@@ -10,10 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from zimage.contents import Contents
+
 import mlx.core as mx
 import mlx.nn as nn
 
-_calls: dict[int, tuple["_Contents", Callable[..., Any]]] = {}  # by the module's id
+_calls: dict[int, tuple[Contents, Callable[..., Any]]] = {}  # by the module's id
 
 
 def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
@@ -28,7 +30,7 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
         weakref.finalize(module, _calls.pop, id(module), None)
     elif made[0].same():
         return made[1]
-    contents = _Contents(module)
+    contents = Contents(module)
     with suppress(ValueError):  # inside another of MLX's transformations nothing can be computed
         mx.eval(contents.arrays())  # or every call would compute them again
     owner = weakref.ref(module)  # or the module would keep itself alive
@@ -38,48 +40,6 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
 
     _calls[id(module)] = contents, mx.compile(call)
     return _calls[id(module)][1]
-
-
-class _Contents:
-    """What a module consists of: the items of its own container and of all below it. They are compared in every call.
-
-    The module itself is not kept alive, only what is below it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._own = weakref.ref(module)
-        self._items: list[tuple[Any, Any]] = list(module.items())
-        self._sizes: list[tuple[Any, int]] = []
-        self._below: list[tuple[Any, Any, Any]] = []
-        for _, value in self._items:
-            self._add(value)
-
-    def _add(self, container: Any) -> None:
-        if not isinstance(container, (dict, list)):
-            return
-        self._sizes.append((container, len(container)))
-        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            self._below.append((container, key, value))
-            self._add(value)
-
-    def arrays(self) -> list[mx.array]:
-        """All arrays."""
-        values = [value for _, value in self._items] + [value for _, _, value in self._below]
-        return [value for value in values if isinstance(value, mx.array)]
-
-    def same(self) -> bool:
-        """Whether every place still holds what it held."""
-        own = self._own()
-        try:
-            return (
-                own is not None
-                and len(own) == len(self._items)
-                and all(own[key] is value for key, value in self._items)
-                and all(len(container) == size for container, size in self._sizes)
-                and all(container[key] is value for container, key, value in self._below)
-            )
-        except (KeyError, IndexError):
-            return False
 
 
 ALIVE = 20  # times the bytes of a block's output that all its temporary arrays take together, about

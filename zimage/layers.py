@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 from zimage import rounding
+from zimage.caching import KeptCaptions
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.quantization import Quantization
@@ -55,13 +56,20 @@ def clone(value: _T) -> _T:
     if isinstance(value, nn.Module):
         new = value.__class__.__new__(value.__class__)
         dict.update(new, {k: clone(v) for k, v in value.items()})
-        new.__dict__.update({k: set(v) if isinstance(v, set) else v for k, v in value.__dict__.items()})
+        new.__dict__.update({k: _own(v) for k, v in value.__dict__.items()})
         return new
     if isinstance(value, dict):
         return {k: clone(v) for k, v in value.items()}  # type: ignore[return-value]
     if isinstance(value, list):
         return [clone(v) for v in value]  # type: ignore[return-value]
     return value
+
+
+def _own(value: Any) -> Any:
+    """An attribute as a copy has it: what a model has kept is of its own weights."""
+    if isinstance(value, KeptCaptions):
+        return KeptCaptions()
+    return set(value) if isinstance(value, set) else value
 
 
 def as_class(kind: type[_T], module: nn.Module) -> _T:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from zimage import kernels, launching
+from zimage import caching, kernels, launching
 from zimage.config import (
     FINAL_NORM_EPS,
     QK_NORM_EPS,
@@ -263,6 +263,7 @@ class Transformer(nn.Module):
     """
 
     submission: launching.Submission | None = None  # `transforms.submit_early` sets it
+    kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
 
     def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -300,12 +301,12 @@ class Transformer(nn.Module):
         steps = [
             Stage("t_embedder", self._embed_timestep, self.t_embedder),
             Stage("x_embedder", self._embed_latents(geo, patch), self.all_x_embedder[key], self.x_pad_token),
-            Stage("cap_embedder", self._embed_captions(geo), self.cap_embedder, self.cap_pad_token),
         ]
+        embedding, *refining = self._caption_stages(geo, caption_features)
+        steps.append(embedding)
         for i, block in enumerate(self.noise_refiner):
             steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
-        for i, block in enumerate(self.context_refiner):
-            steps.append(Stage(f"context_refiner.{i}", _refine_caption(block, geo), block))
+        steps += refining
         for i, block in enumerate(self.layers):
             steps.append(Stage(f"layers.{i}", _main_block(block, geo), block))
         final = self.all_final_layer[key]
@@ -327,6 +328,28 @@ class Transformer(nn.Module):
             if submit is not None and isinstance(stage.module, TransformerBlock):
                 submit(state.arrays())
         return state
+
+    def _caption_stages(self, geo: Geometry, captions: Captions) -> list[Stage]:
+        """The stages of the caption branch; where its result is kept, the first gives it and the others leave it."""
+        steps = [Stage("cap_embedder", self._embed_captions(geo), self.cap_embedder, self.cap_pad_token)]
+        for i, block in enumerate(self.context_refiner):
+            steps.append(Stage(f"context_refiner.{i}", _refine_caption(block, geo), block))
+        kept = self.kept_captions
+        if kept is None:
+            return steps
+        known = kept.get(captions)
+        if known is not None:
+            steps = [replace(step, run=lambda state: state) for step in steps]
+            return [replace(steps[0], run=lambda state: replace(state, caption=known)), *steps[1:]]
+        last = steps[-1]
+
+        def run(state: State) -> State:
+            state = last(state)
+            assert state.caption is not None
+            kept.keep(captions, self, state.caption)
+            return state
+
+        return [*steps[:-1], replace(last, run=run)]
 
     def _patch_size(self, patch_size: int | None) -> int:
         known = self.config.all_patch_size

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from zimage import adapters, launching, recipes, rounding
+from zimage import adapters, caching, launching, recipes, rounding
 from zimage.errors import InputError
 from zimage.layers import (
     LINEAR,
@@ -241,6 +241,17 @@ def compile_blocks(model: Transformer) -> Transformer:
     new = clone(model)
     for _, block in blocks(new):
         block.compiled = True
+    return new
+
+
+def keep_captions(model: Transformer) -> Transformer:
+    """The model that refines a call's captions once and keeps the result for calls with the same caption arrays.
+
+    Nothing in the caption branch depends on the timestep or the image, so that all steps of a trajectory but the first
+    go without it; the output is the same bit for bit. See `caching.KeptCaptions` for what counts as the same.
+    """
+    new = clone(model)
+    new.kept_captions = caching.KeptCaptions()
     return new
 
 

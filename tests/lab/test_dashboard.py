@@ -230,6 +230,16 @@ def test_of_two_runs_alike_the_newest_counts(tmp_path: Path) -> None:
     assert "a1/run.json" in page.links()
 
 
+def test_runs_of_differently_made_models_are_told_apart(tmp_path: Path) -> None:
+    """A newer run of the transformed model does not take the plain one's place: both are views, by what differs."""
+    for key, given in (("a1", {"rounds": 3}), ("b2", {"rounds": 5, "transforms": ["fuse_qkv", "submit_early"]})):
+        fabricated.add_run(tmp_path, "e", key, {"stages": fabricated.stages()}, parameters=given)
+    page = page_of(tmp_path, "e")
+    labels = [text for text in ("transforms=none", "transforms=fuse_qkv + submit_early") if text in page.text]
+    assert len(labels) == len([1 for tag, _ in page.elements if tag == "option"]) == 2
+    assert "superseded" not in page.text
+
+
 def test_two_devices_are_told_apart(tmp_path: Path) -> None:
     """Runs on two devices are two views, labelled with the device."""
     for key, device in (("a1", "apple-m3-max"), ("b2", "nvidia-h100-80gb-hbm3")):

@@ -36,6 +36,8 @@ IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
+# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
+OF_THE_MODEL = ("quantization", "transforms", "changes")
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
 
@@ -142,6 +144,9 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     except StoreError:  # scan has reported it already
         asked, swept = {}, []
     runs = [run for run in runs if keys is None or run.key in keys]
+    for parameter in OF_THE_MODEL:
+        if parameter not in swept and len({_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
+            swept = [*swept, parameter]
     newest: dict[tuple[str, str, str], Run] = {}
     for run in sorted((r for r in runs if r.completed), key=lambda r: str(r.meta["started"])):
         newest[run.notebook, run.device, _parameters(run, swept)] = run
@@ -178,7 +183,13 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
 
 
 def _parameters(run: Run, names: Iterable[str]) -> str:
-    return ", ".join(f"{name}={run.parameters[name]}" for name in names if name in run.parameters)
+    given = dict.fromkeys(OF_THE_MODEL, "none") | {n: v for n, v in run.parameters.items() if v not in (None, [])}
+    given = dict.fromkeys(run.parameters, "none") | given
+    return ", ".join(f"{name}={_in_words(given[name])}" for name in names if name in given)
+
+
+def _in_words(value: Any) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _experiment_page(page: Experiment, single_file: bool) -> str:
