@@ -169,9 +169,9 @@ def test_what_compiles_for_long_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         return "packed" in tuning.ways_of(tuning.product_of(packed, rows, mx.bfloat16), packed, everything)
 
     assert tried(4096)
-    monkeypatch.setattr(tuning, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(backend, "kind", lambda: "cuda")
     assert tried(64) and not tried(65) and tried(65, everything=True)
-    monkeypatch.setattr(tuning, "device_kind", lambda: "metal")
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
     assert tuning.ways_of(tuning.product_of(packed, 4096, mx.bfloat16), packed) == ["packed", "unpacked"]
 
 
@@ -210,7 +210,7 @@ def test_a_hopeless_way_is_called_once(simulated: Simulated) -> None:
 
 def test_a_first_call_that_compiles_is_forgiven(simulated: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a slow first call says nothing; the second does."""
-    monkeypatch.setattr(tuning, "device_kind", lambda: "metal")
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
     simulated.takes(whole=0.01, rows_split=0.005, padded=0.01)
     simulated.first["rows split"] = 3.0
     assert simulated.measure().choice.way == "rows split"

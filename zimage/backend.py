@@ -134,7 +134,7 @@ def kind() -> Literal["cpu", "cuda", "metal"]:
     """What computes: the processor, or a GPU through CUDA or Metal."""
     if device_type() == "cpu":
         return "cpu"
-    return "cuda" if build_kind().startswith("cuda") else "metal"
+    return "cuda" if _mlx().cuda.is_available() else "metal"  # an MLX built from source may be either
 
 
 def build_kind() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from zimage.kernels import QuantizedLinear
 from zimage.kernels.gate import SWIGLU
 from zimage.kernels.heads import QK_NORM_ROPE
-from zimage.kernels.native import Kernel
+from zimage.kernels.native import Kernel, dtype_name
 from zimage.kernels.packed import DEQUANTIZE
 from zimage.kernels.stream import RESIDUAL_NORM_MODULATE
 from zimage.layers import clone
@@ -87,4 +87,4 @@ def _dtype(model: Transformer) -> str:
     """What the products of the blocks are computed in: not the stream's dtype in a float16 model."""
     block = model.layers[0]
     dtype = block.gives if isinstance(block, RoundedTransformerBlock) else model.dtype
-    return str(dtype).removeprefix("mlx.core.")
+    return dtype_name(dtype)

@@ -6,6 +6,7 @@ from zimage import rounding
 from zimage.caching import KeptCaptions
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
+from zimage.kernels.native import dtype_name
 from zimage.quantization import Quantization
 
 import mlx.core as mx
@@ -139,9 +140,7 @@ def _kind(layer: Any) -> str:
     mode = rounding.mode_of(layer)
     rounds = "" if mode is None else f", input rounded to {mode}"
     if isinstance(layer, nn.QuantizedLinear):
-        return f"{layer.mode} {layer.bits} bits, group {layer.group_size}, scales {_dtype(layer.scales)}{rounds}"
-    return _dtype(layer.weight) + rounds
-
-
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
+        return (
+            f"{layer.mode} {layer.bits} bits, group {layer.group_size}, scales {dtype_name(layer.scales.dtype)}{rounds}"
+        )
+    return dtype_name(layer.weight.dtype) + rounds

@@ -13,7 +13,7 @@ from typing import Any
 from zimage import backend, kernels, rounding
 from zimage.choices import FLOATING, PACKED, Choice, Product, keep, kept
 from zimage.errors import InputError, MeasurementError
-from zimage.kernels.native import platform
+from zimage.kernels.native import dtype_name, platform
 from zimage.kernels.packed import DEQUANTIZE
 from zimage.layers import LINEAR, as_class, clone, input_width
 from zimage.measure.canary import default_canary
@@ -222,10 +222,10 @@ class _Watched(nn.Module):
 
 def product_of(layer: Any, rows: int, dtype: mx.Dtype) -> Product:
     """What a layer computes for so many rows of `dtype`."""
-    weights = _name(layer.weight.dtype)
+    weights = dtype_name(layer.weight.dtype)
     if isinstance(layer, nn.QuantizedLinear):
         weights = f"{layer.mode} {layer.bits} bits, group {layer.group_size}"
-    return Product(weights, _name(dtype), rows, input_width(layer), layer.weight.shape[0])
+    return Product(weights, dtype_name(dtype), rows, input_width(layer), layer.weight.shape[0])
 
 
 def ways_of(product: Product, layer: Any, everything: bool = False) -> list[str]:
@@ -233,13 +233,13 @@ def ways_of(product: Product, layer: Any, everything: bool = False) -> list[str]
 
     everything: also a packed product of many rows on CUDA.
     """
-    splits, cuda = 0 < _head(product.rows) < product.rows, device_kind() == "cuda"
+    splits, cuda = 0 < _head(product.rows) < product.rows, backend.kind() == "cuda"
     if not isinstance(layer, nn.QuantizedLinear):
         pads = product.rows > _PAD and product.rows % _PAD != 0
         left_out = {"rows split": not splits, "padded": not pads}
         return [way for way in FLOATING if not left_out.get(way)]
     wide = _wide_runs(layer, product)
-    baseline = "packed" if device_kind() == "metal" else "unpacked"  # as in kernels.QuantizedLinear
+    baseline = "packed" if backend.kind() == "metal" else "unpacked"  # as in kernels.QuantizedLinear
     found = [
         way
         for way in PACKED
@@ -249,13 +249,6 @@ def ways_of(product: Product, layer: Any, everything: bool = False) -> list[str]
         and (way != "packed" or everything or not cuda or product.rows <= _FEW_ROWS)
     ]
     return [baseline, *found]
-
-
-def device_kind() -> str:
-    """ "cpu", "cuda" or "metal": whose products are computed, whether our own kernels are off or not."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return "cpu"
-    return "cuda" if mx.cuda.is_available() else "metal"
 
 
 @dataclass(frozen=True)
@@ -355,7 +348,7 @@ def _looks(calls: Iterator[tuple[str, Timed]]) -> Iterator[tuple[str, float]]:
 
     Of two calls the second, but where the first alone is hopeless and no kernel can have been compiled in it.
     """
-    compiles = device_kind() != "cpu"
+    compiles = backend.kind() != "cpu"
     base_s: float | None = None
     for name, call in calls:
         look_s = call()
@@ -370,7 +363,3 @@ def _normal(product: Product, seed: int) -> mx.array:
     x = mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, product.dtype))
     mx.eval(x)
     return x
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

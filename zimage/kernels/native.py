@@ -196,6 +196,11 @@ def _has_cuda() -> bool:
     return bool(mx.cuda.is_available())
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A dtype in one word, such as "bfloat16"."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def float_bits(value: float) -> int:
     """A number as the integer of the same bits: templates take no fractions, and what they hold costs no load."""
     return int(np.float32(value).view(np.int32))
@@ -226,7 +231,7 @@ def compare(found: Any, composed: Callable[..., Any], arguments: Arguments) -> s
             continue
         if one.shape != near.shape or one.dtype != near.dtype:
             return f"it gives {one.dtype} {one.shape} instead of {near.dtype} {near.shape}"
-        bound = BOUNDS[str(one.dtype).removeprefix("mlx.core.")]
+        bound = BOUNDS[dtype_name(one.dtype)]
         for wanted, allowed in ((true, bound), (near, AGAINST_COMPOSED * bound)):
             error = _error(one, wanted)
             if not error <= allowed:

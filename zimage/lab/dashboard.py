@@ -37,7 +37,7 @@ ON_A_CARD = 4
 ON_A_PAGE = 10
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 # Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms", "changes")
+OF_THE_MODEL = ("quantization", "transforms")
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
 
@@ -183,12 +183,13 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
 
 
 def _parameters(run: Run, names: Iterable[str]) -> str:
-    given = dict.fromkeys(OF_THE_MODEL, "none") | {n: v for n, v in run.parameters.items() if v not in (None, [])}
-    given = dict.fromkeys(run.parameters, "none") | given
-    return ", ".join(f"{name}={_in_words(given[name])}" for name in names if name in given)
+    known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
+    return ", ".join(f"{name}={_in_words(run.parameters.get(name))}" for name in known)
 
 
 def _in_words(value: Any) -> str:
+    if value in (None, []):
+        return "none"
     return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
