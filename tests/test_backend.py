@@ -321,3 +321,19 @@ def test_doctor_goes_on_when_the_device_fails(monkeypatch: pytest.MonkeyPatch, t
     found = {check.name: check for check in doctor.checks(tmp_path)}
     assert found["Peaks"].status == "warn"
     assert {"Power", "Disk"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("device_type", "cuda", "kind"), [("gpu", True, "cuda"), ("gpu", False, "metal"), ("cpu", True, "cpu")]
+)
+def test_what_computes_is_what_mlx_says(
+    device_type: str, cuda: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a GPU is CUDA's is asked of MLX itself: one that was built from source has no name that says it."""
+    mlx = types.SimpleNamespace(
+        default_device=lambda: types.SimpleNamespace(type=f"DeviceType.{device_type}"),
+        cuda=types.SimpleNamespace(is_available=lambda: cuda),
+    )
+    monkeypatch.setattr(backend, "_mlx", lambda: mlx)
+    monkeypatch.setattr(backend, "build_kind", lambda: "source")
+    assert backend.kind() == kind
