@@ -165,7 +165,7 @@ def test_a_copy_has_compiled_calls_of_its_own() -> None:
     assert error(run(other), before) > 1e-4
     assert mx.array_equal(run(fast), before)
     ids = {id(block) for model in (fast, other) for _, block in transforms.blocks(model)}
-    assert ids <= set(launching._calls)
+    assert ids <= {module for module, _ in launching._calls}
 
 
 def test_lazy_weights_are_computed_once(tmp_path: Path) -> None:
@@ -210,6 +210,57 @@ def test_a_step_in_parts_has_the_plain_bits(config: TransformerConfig, sizes: tu
     early = transforms.submit_early(model, *(sizes or ()))
     assert mx.array_equal(run(early), run(model))
     assert model.submission is None
+
+
+@every_config
+@pytest.mark.parametrize("change", [None, transforms.with_all_ones_mask, transforms.compile_blocks])
+def test_joined_blocks_have_the_plain_bits(config: TransformerConfig, change: Any) -> None:
+    """Each main block begins with what the one before it computed of it, and a ragged batch comes out as it was."""
+    model = Transformer(config) if change is None else change(Transformer(config))
+    joined = transforms.join_blocks(model)
+    assert joined.joined and not model.joined
+    assert error(run(joined), run(model)) <= (1e-6 if change is transforms.compile_blocks else 0)
+    seen: list[Any] = []
+    names = [f"layers.{i}" for i in range(config.n_layers)]
+    example = inputs.example(joined, "synthetic:tiny", 64, 64, 2, 5, 0)
+    states = _states(joined, example)
+    for name in names:
+        ahead = states[name].ahead
+        seen.append(None if ahead is None else ahead.normed)
+    assert [one is None for one in seen] == [False] * (len(names) - 1) + [True]
+    for block, name, normed in zip(joined.layers[1:], names[:-1], seen[:-1], strict=True):
+        state = states[name]
+        assert state.joint is not None and state.temb is not None
+        wanted = block.before_attention(state.joint, block.modulation(state.temb)[0])
+        assert error(normed, wanted) <= 1e-6
+
+
+def test_float16_blocks_are_joined_too() -> None:
+    """A float16 model's joined blocks give each other what is rounded to float16, and its velocity bit for bit."""
+    model, example = _tiny(PLAIN)
+    narrow = transforms.float16(model, example)
+    joined = transforms.join_blocks(narrow)
+    assert mx.array_equal(joined(*example), narrow(*example))
+    ahead = _states(joined, example)["layers.0"].ahead
+    assert ahead is not None and ahead.normed.dtype == mx.float16
+
+
+@pytest.mark.parametrize(("uses", "looks"), [([150], 0), ([400, 400, 220], 2), ([400] * 99, launching._LOOKS)])
+def test_what_is_done_is_freed_before_more_is_handed_over(
+    uses: list[int], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a wait the host looks until the parts that are left explain the memory in use, but not for ever."""
+    device = Device()
+    slept: list[float] = []
+    use = iter([100, *uses])
+    monkeypatch.setattr(mx, "async_eval", device.async_eval)
+    monkeypatch.setattr(mx, "eval", device.eval)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: next(use))
+    monkeypatch.setattr(launching.time, "sleep", slept.append)
+    submit = Submission(1, 1).start()
+    submit([Sized(0)], 100)  # type: ignore[list-item]
+    submit([Sized(0)], 100)  # type: ignore[list-item]
+    assert len(device.waiting) == 1 and len(slept) == looks
 
 
 class Device:

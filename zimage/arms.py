@@ -20,6 +20,7 @@ from zimage.transforms import (
     compile_blocks,
     fuse_gate_up,
     fuse_qkv,
+    join_blocks,
     keep_captions,
     quantize_input,
     submit_early,
@@ -31,8 +32,8 @@ import mlx.core as mx
 Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
 FIRST_BLOCK = "layers.0"
 FAST = (  # what makes the fast step, in this order
-    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "compile_blocks"),
-    *("submit_early", "keep_captions"),
+    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "join_blocks"),
+    *("compile_blocks", "submit_early", "keep_captions"),
 )
 _STACKED = {"fuse_qkv": "attention", "fuse_gate_up": "feed_forward"}  # transforms that make new weights, in which part
 
@@ -65,6 +66,7 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
+    "join_blocks": join_blocks,
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
     "keep_captions": keep_captions,

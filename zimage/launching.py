@@ -3,6 +3,7 @@
 Neither changes what is computed.
 """
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from zimage.contents import Contents
 import mlx.core as mx
 import mlx.nn as nn
 
-_calls: dict[int, tuple[Contents, Callable[..., Any]]] = {}  # by the module's id
+_calls: dict[tuple[int, str], tuple[Contents, Callable[..., Any]]] = {}  # by the module's id and the method
 
 
 def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
@@ -25,9 +26,10 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
     assignment to a part of an array changes is not seen. Where MLX finds no compiler, on a CPU, the call is a plain
     one.
     """
-    made = _calls.get(id(module))
+    key = (id(module), method)
+    made = _calls.get(key)
     if made is None:
-        weakref.finalize(module, _calls.pop, id(module), None)
+        weakref.finalize(module, _calls.pop, key, None)
     elif made[0].same():
         return made[1]
     contents = Contents(module)
@@ -38,8 +40,23 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         return getattr(owner(), method)(*arguments)
 
-    _calls[id(module)] = contents, mx.compile(call)
-    return _calls[id(module)][1]
+    _calls[key] = contents, mx.compile(call)
+    return _calls[key][1]
+
+
+_LOOK_S = 1e-4
+_LOOKS = 15  # a block of the published shape that is on the device meanwhile takes longer than all of them
+
+
+def _until_freed(held: int, waiting: int) -> None:
+    """Give MLX's own thread a moment to free what a part held that is done, or a third part comes beside the two.
+
+    held: bytes in use when the step began; waiting: of temporary arrays in the parts on the device, about.
+    """
+    for _ in range(_LOOKS):
+        if mx.get_active_memory() - held <= 1.25 * waiting:
+            return
+        time.sleep(_LOOK_S)
 
 
 ALIVE = 20  # times the bytes of a block's output that all its temporary arrays take together, about
@@ -63,6 +80,7 @@ class Submission:
         waiting: deque[tuple[Sequence[mx.array], int]] = deque()
         last: Sequence[mx.array] | None = None
         built = 0
+        held = mx.get_active_memory()
 
         def submit(arrays: Sequence[mx.array], unpacked_bytes: int = 0) -> None:
             nonlocal last, built
@@ -76,5 +94,6 @@ class Submission:
             built = 0
             while len(waiting) > 1 and sum(size for _, size in waiting) > self.waiting_bytes:
                 mx.eval(waiting.popleft()[0])
+                _until_freed(held, sum(size for _, size in waiting))
 
         return submit

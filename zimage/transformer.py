@@ -146,8 +146,7 @@ class TransformerBlock(nn.Module):
 
     def modulation(self, temb: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D], gates before tanh."""
-        modulation = self.adaLN_modulation[0](temb)[:, None, :]
-        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(modulation, 4, axis=-1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(self.adaLN_modulation[0](temb)[:, None, :], 4, axis=-1)
         return scale_msa, gate_msa, scale_mlp, gate_mlp
 
     def before_attention(self, x: mx.array, scale: mx.array | None) -> mx.array:
@@ -177,11 +176,57 @@ class TransformerBlock(nn.Module):
         assert x_new is not None
         return x_new
 
+    def after_block(
+        self, x: mx.array, change: mx.array, gate: mx.array | None, weight: mx.array, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """The stream with what the feed-forward gave, and the attention's input of a block with that norm's weight."""
+        after, before = _norm(self.ffn_norm2), (weight, self.attention_norm1.eps)
+        x_new, normed = self.residual_norm_modulate(x, change, gate, after, before, scale)
+        assert x_new is not None and normed is not None
+        return x_new, normed
+
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
         call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
         return call(x, rotation, mask, temb)
+
+    def joined(
+        self,
+        x: mx.array,
+        rotation: mx.array,
+        mask: mx.array | None,
+        temb: mx.array,
+        ahead: "Ahead | None",
+        following: "TransformerBlock | None",
+    ) -> tuple[mx.array, "Ahead | None"]:
+        """The block's output, from what the block before computed `ahead`, and that for the `following` block."""
+        modulation = self.modulation(temb) if ahead is None else ahead.modulation
+        normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
+        its = None if following is None else following.modulation(temb)
+        weight = None if following is None else following.attention_norm1.weight
+        call = launching.compiled(self, "forward_joined") if self.compiled else self.forward_joined
+        found = call(x, normed, rotation, mask, modulation[1:], weight, None if its is None else its[0])
+        return found[0], None if its is None else Ahead(its, found[1])
+
+    def forward_joined(
+        self,
+        x: mx.array,
+        normed: mx.array,
+        rotation: mx.array,
+        mask: mx.array | None,
+        modulation: tuple[mx.array, mx.array, mx.array],
+        weight: mx.array | None,
+        scale: mx.array | None,
+    ) -> list[mx.array]:
+        """The output where the attention's input is known; with the next block's norm and scale also that one's."""
+        gate_msa, scale_mlp, gate_mlp = modulation
+        attended = self.attention(normed, rotation, mask)
+        x, normed = self.after_attention(x, attended, gate_msa, scale_mlp)
+        change = self.feed_forward(normed)
+        if weight is None:
+            return [self.after_feed_forward(x, change, gate_mlp)]
+        return list(self.after_block(x, change, gate_mlp, weight, scale))
 
     def unpacked_bytes(self, itemsize: int) -> int:
         """Bytes that the block's packed weights take unpacked, where products need them so, `itemsize` a weight."""
@@ -198,6 +243,14 @@ class TransformerBlock(nn.Module):
         attended = self.attention(self.before_attention(x, scale_msa), rotation, mask)
         x, normed = self.after_attention(x, attended, gate_msa, scale_mlp)
         return self.after_feed_forward(x, self.feed_forward(normed), gate_mlp)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a block has computed of the next one: its modulation, and its attention's input [B, L, D]."""
+
+    modulation: tuple[mx.array, mx.array, mx.array, mx.array]
+    normed: mx.array
 
 
 class FinalLayer(nn.Module):
@@ -219,7 +272,8 @@ class State:
     """What lies between two stages: the inputs, and those activations that later stages still need.
 
     temb [B, temb_dim]; image [B, L_image, D] and caption [B, L_caption, D] until the first main block joins them into
-    joint [B, L_image + L_caption, D]; velocity [B, C, H, W] at the end.
+    joint [B, L_image + L_caption, D]; what a joined block computes `ahead`, which is no part of its output; velocity
+    [B, C, H, W] at the end.
     """
 
     latents: mx.array
@@ -229,6 +283,7 @@ class State:
     image: mx.array | None = None
     caption: mx.array | None = None
     joint: mx.array | None = None
+    ahead: Ahead | None = None
     velocity: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
@@ -270,6 +325,7 @@ class Transformer(nn.Module):
 
     submission: launching.Submission | None = None  # `transforms.submit_early` sets it
     kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
+    joined = False  # `transforms.join_blocks` sets it
 
     def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -314,7 +370,9 @@ class Transformer(nn.Module):
             steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
         steps += refining
         for i, block in enumerate(self.layers):
-            steps.append(Stage(f"layers.{i}", _main_block(block, geo), block))
+            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            run = _joined_block(block, geo, following) if self.joined else _main_block(block, geo)
+            steps.append(Stage(f"layers.{i}", run, block))
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
 
@@ -433,14 +491,32 @@ def _refine_caption(block: TransformerBlock, geo: Geometry) -> Callable[[State],
 
 def _main_block(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
     def run(state: State) -> State:
-        joint = state.joint
-        if joint is None:  # the first main block joins the two sequences, image first
-            assert state.image is not None and state.caption is not None
-            joint = mx.concatenate([state.image, state.caption], axis=1)
+        joint = _joint(state)
         joint = block(joint, geo.joint_rotation, _as(geo.joint_mask, joint), state.temb)
         return replace(state, image=None, caption=None, joint=joint)
 
     return run
+
+
+def _joined_block(
+    block: TransformerBlock, geo: Geometry, following: TransformerBlock | None
+) -> Callable[[State], State]:
+    def run(state: State) -> State:
+        assert state.temb is not None
+        joint = _joint(state)
+        mask = _as(geo.joint_mask, joint)
+        joint, ahead = block.joined(joint, geo.joint_rotation, mask, state.temb, state.ahead, following)
+        return replace(state, image=None, caption=None, joint=joint, ahead=ahead)
+
+    return run
+
+
+def _joint(state: State) -> mx.array:
+    """The joint sequence, which the first main block makes of the other two, image first."""
+    if state.joint is not None:
+        return state.joint
+    assert state.image is not None and state.caption is not None
+    return mx.concatenate([state.image, state.caption], axis=1)
 
 
 def _finish(final: FinalLayer, patch: int) -> Callable[[State], State]:

@@ -90,6 +90,11 @@ class MaskedTransformerBlock(TransformerBlock):
     def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
         return super().forward(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
 
+    def forward_joined(
+        self, x: mx.array, normed: mx.array, rotation: mx.array, mask: mx.array | None, *others: Any
+    ) -> list[mx.array]:
+        return super().forward_joined(x, normed, rotation, _all_ones(x.shape[1]) if mask is None else mask, *others)
+
 
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
 def _all_ones(length: int) -> mx.array:
@@ -117,6 +122,12 @@ class RoundedTransformerBlock(TransformerBlock):
         self, x: mx.array, change: mx.array, gate: mx.array | None, scale: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         x, normed = super().after_attention(x, change, gate, scale)
+        return x, normed.astype(self.gives)
+
+    def after_block(
+        self, x: mx.array, change: mx.array, gate: mx.array | None, weight: mx.array, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        x, normed = super().after_block(x, change, gate, weight, scale)
         return x, normed.astype(self.gives)
 
 
@@ -241,6 +252,17 @@ def compile_blocks(model: Transformer) -> Transformer:
     new = clone(model)
     for _, block in blocks(new):
         block.compiled = True
+    return new
+
+
+def join_blocks(model: Transformer) -> Transformer:
+    """The model whose main blocks end with the first norm of the next one, so that both pass over the stream at once.
+
+    With `fusing.fuse_residual_norm` that is one kernel instead of two. ffn_residual of a block and attention_norm1 of
+    the next are then both in the stage of the former, and so is the next one's modulation.
+    """
+    new = clone(model)
+    new.joined = True
     return new
 
 
