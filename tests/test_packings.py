@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.synthetic import synthetic
 from tests.test_recipes import WIDE
 from tests.test_weights import arrays, same_bits
 from zimage import recipes, sources, transforms, weights
@@ -36,7 +37,7 @@ class Models:
         self.saved = cache(self._saved)
 
     def _plain(self, dtype: str) -> Transformer:
-        return Transformer(WIDE, dtype=getattr(mx, dtype))
+        return synthetic(WIDE, dtype=getattr(mx, dtype))
 
     def _packed(self, name: str, dtype: str) -> Transformer:
         model = transforms.quantize(self.plain(dtype), name)
@@ -141,7 +142,7 @@ def test_any_shape_is_packed_or_refused(head: int, heads: int, grouped: bool, na
     group = Quantization.parse(name).group_size
     layers = {path: shape for path, shape in linears(config).items() if path.split(".")[0] in BLOCKS}
     bad = {path: shape[1] for path, shape in layers.items() if shape[1] % group}
-    model = Transformer(config)
+    model = synthetic(config)
     if bad:
         path, width = next(iter(bad.items()))
         line = f"{path}: input width {width} is not divisible by the group size {group} of {Quantization.parse(name)};"
