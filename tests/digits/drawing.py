@@ -5,6 +5,7 @@ Digit i has label i % 10 and a seed of its own, so it is the same whoever draws 
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from tests.sweeping import ROOT, side_by_side
@@ -31,7 +32,7 @@ class First:
             middle = known + -(-(count - known) // (2 * BATCH)) * BATCH
             parts = [(known, min(middle, count)), (middle, count)]
             ranges = [(first, end) for first, end in parts if first < end]
-            drawn = side_by_side(*(lambda a=first, b=end: self._drawn(a, b) for first, end in ranges))  # type: ignore[misc]
+            drawn = side_by_side(*(partial(self._drawn, first, end) for first, end in ranges))
             self._images = np.concatenate([self._images, *drawn])
         return Digits(self._images[:count], np.arange(count) % 10)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path: Path, figure: C
     folders = [tmp_path / str(part) for part in range(PARTS)]
     for folder in folders:
         folder.mkdir()
-    halves = side_by_side(
-        *(lambda folder=folder: run(folder, f"{CASES}/{folder.name}/{PARTS}") for folder in folders)  # type: ignore[misc]
-    )
+    halves = side_by_side(*(partial(run, folder, f"{CASES}/{folder.name}/{PARTS}") for folder in folders))
     count, refused = (sum(half[what] for half in halves for what in whats) for whats in (COUNTED, ["refused"]))
     slowest_s, peak_mb = (max(half[what] for half in halves) for what in ("slowest_s", "peak_mb"))
     figure(f"{count:,} damaged files, {refused:,} refused; at most {slowest_s * 1000:.0f} ms and {peak_mb} MB")
