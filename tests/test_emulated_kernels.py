@@ -1,9 +1,12 @@
 """The kernels' own sources in CUDA's and Metal's spelling, run on this CPU, give what their composed forms give."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import patch
 
 from tests.emulation.device import COMPILER, Device
 from zimage import trust
+from zimage.kernels import stream
 from zimage.kernels.catalogue import KERNELS
 from zimage.kernels.native import MOST_THREADS, Kernel, compare, normal
 
@@ -32,8 +35,9 @@ CASES: list[tuple[str, trust.Request]] = [
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return Device(tmp_path_factory.mktemp("kernels"))
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    with patch.object(stream, "_GROUPS", 4):  # few tokens are enough then for a group to have several
+        yield Device(tmp_path_factory.mktemp("kernels"))
 
 
 def problem(gpu: Device, here: str, kernel: Kernel, example: tuple[object, ...], slices: tuple[int, ...] = ()) -> str:
@@ -66,19 +70,33 @@ def test_queries_and_keys_of_any_lengths_and_strides(
     assert problem(_shared(), "cuda", KERNELS["qk_norm_rope"], example, slices=(0, 1, 4)) == ""
 
 
-@given(st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**16))
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 60), *[st.booleans()] * 3, st.integers(0, 2**16))
 @few
 def test_streams_of_any_lengths_and_forms(
-    batch: int, length: int, adds: bool, norms: bool, modulated: bool, seed: int
+    batch: int, length: int, groups: int, adds: bool, norms: bool, modulated: bool, seed: int
 ) -> None:
-    """The stream's kernel in each of its forms, with strided inputs."""
+    """The stream's kernel in each of its forms, with strided inputs, and with one to four tokens for a group."""
     W = 2056
     x, change = normal(seed, batch, length, W), 2 * normal(seed + 1, batch, length, W)
     after, before = [(1 + 0.1 * normal(seed + n, W), eps) for n, eps in ((2, 1e-5), (3, 0.5))]
     scale, gate = [normal(seed + n, batch, 1, W) if modulated else None for n in (4, 5)]
     adding = (change, gate, after) if adds or not norms else (None, None, None)
     example = (x, *adding, *((before, scale) if norms else (None, None)))
-    assert problem(_shared(), "cuda", KERNELS["residual_norm_modulate"], example, slices=(0,)) == ""
+    with patch.object(stream, "_GROUPS", groups):
+        assert problem(_shared(), "cuda", KERNELS["residual_norm_modulate"], example, slices=(0,)) == ""
+
+
+def test_a_group_gets_more_tokens_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 groups at least, then up to four tokens each; every token has a group, whatever the batch."""
+    monkeypatch.setattr(stream, "_GROUPS", 256)
+    cases = {
+        (1, 1): 1, (1, 288): 288, (1, 511): 511, (1, 512): 256, (1, 1056): 264, (1, 4128): 1032, (2, 256): 128,
+        (2, 521): 131,
+    }  # fmt: skip
+    for (batch, length), groups in cases.items():
+        x, norm = mx.zeros((batch, length, 8)), (mx.zeros((8,)), 1e-5)
+        launch = stream.RESIDUAL_NORM_MODULATE.prepare(1024, x, None, None, None, norm, None)
+        assert launch is not None and launch.threads == (32 * groups, batch, 1)
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 300), st.integers(0, 2**16))
@@ -105,12 +123,16 @@ def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
         ("qk_norm_rope", "a * sines.values[i] + b", "b * sines.values[i] + a"),
         ("qk_norm_rope", "own * k_strides[2]", "head * k_strides[2]"),
         ("residual_norm_modulate", "    BARRIER();\n", ""),
-        ("residual_norm_modulate", "(1 + s[i])", "s[i]"),
+        ("residual_norm_modulate", "1 + factors[i]", "factors[i]"),
         (
             "residual_norm_modulate",
-            "      if (column < W) {\n        float v[8];\n        float w[8];\n        float s",
-            "{ float v[8]; float w[8]; float s",
+            "if (column < W) {\n          float v[8];\n          zimage::widen(values[j], v);\n          for",
+            "{ float v[8]; zimage::widen(values[j], v); for",
         ),
+        ("residual_norm_modulate", "own + LANES", "own"),
+        ("residual_norm_modulate", "token % 2 * 2", "0 * 2"),
+        ("residual_norm_modulate", "first + tokens < length ? first + tokens : length", "first + tokens"),
+        ("residual_norm_modulate", "token < end", "token < first + 1"),
         ("swiglu", "  if (column < width) {", "  {"),
         ("dequantize", "if (chunk < chunks)", ""),
         ("dequantize", "chunk * 8 / GROUP", "chunk / GROUP"),

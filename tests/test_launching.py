@@ -271,6 +271,37 @@ def test_what_a_block_leaves_is_not_counted_again(monkeypatch: pytest.MonkeyPatc
     assert len(device.parts) == 3
 
 
+def test_weights_that_a_block_unpacks_count_as_what_it_computes_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short caption's blocks hold little but their unpacked weights, and are waited for all the same."""
+    device = Device()
+    monkeypatch.setattr(mx, "async_eval", device.async_eval)
+    monkeypatch.setattr(mx, "eval", device.eval)
+    submit = Submission(100, 250).start()
+    for i in range(5):
+        submit([Sized(i)], 100 - ALIVE * i)  # type: ignore[list-item]
+    assert len(device.parts) == 5 and len(device.waiting) == 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_block_knows_what_it_unpacks(fused: bool) -> None:
+    """Each packed layer of attention and feed-forward takes its floating-point size, the others nothing."""
+    model, _ = _tiny(PLAIN)
+    block = model.layers[0]
+    floats = {
+        f"{part}.{name}": layer.weight.size
+        for part in ("attention", "feed_forward")
+        for name, layer in block[part].named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    assert len(floats) == 7 and block.unpacked_bytes(2) == 0
+    packed = transforms.quantize(model, "4bit-g32")
+    packed = transforms.fuse_gate_up(transforms.fuse_qkv(packed)) if fused else packed
+    assert packed.layers[0].unpacked_bytes(2) == 2 * sum(floats.values())
+    rule = {"pattern": "layers.0.feed_forward.w2", "quantization": "8bit-g32"}
+    only = transforms.quantize(model, {"default": None, "rules": [rule]})
+    assert only.layers[0].unpacked_bytes(4) == 4 * floats["feed_forward.w2"]
+
+
 def test_a_new_step_waits_for_nothing_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits belongs to one step: the next starts with an empty queue and its first block is a part."""
     device = Device()

@@ -32,7 +32,7 @@ Work = Callable[[], Any]  # builds its graph anew and returns the arrays to comp
 FIRST_BLOCK = "layers.0"
 FAST = (  # what makes the fast step, in this order
     *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "compile_blocks"),
-    "submit_early",
+    *("submit_early", "keep_captions"),
 )
 _STACKED = {"fuse_qkv": "attention", "fuse_gate_up": "feed_forward"}  # transforms that make new weights, in which part
 
@@ -42,8 +42,9 @@ def fast(model: Transformer) -> Transformer:
 
     Where a kernel is not to be had its plain operations run, and projections that are packed differently stay
     separate. Blocks are not compiled on a CPU, where MLX's compiled loops are slower than its own (on two cores the
-    digits model took a third more time). Stacked weights are new arrays, two thirds of a published model's bytes: drop
-    the model it was made from unless both are wanted.
+    digits model took a third more time). Captions are refined anew when other arrays hold them, not when a part of an
+    array is assigned to: see `caching.KeptCaptions`. Stacked weights are new arrays, two thirds of a published model's
+    bytes: drop the model it was made from unless both are wanted.
     """
     for name in (*FAST, "wide_dequantize"):
         if name == "compile_blocks" and mx.default_device().type == mx.DeviceType.cpu:

@@ -51,22 +51,23 @@ class Submission:
 
     part_bytes: of temporary arrays in a part, at least; the first block is a part by itself, so that the device has
     work at once, and where blocks are small they go together, for handing over costs the host time. waiting_bytes: of
-    temporary arrays on the device, at most, but one part always waits there while the next is being built.
+    temporary arrays on the device, at most, but one part always waits there while the next is being built. Temporary
+    are a block's activations, and its weights where they are unpacked for a product.
     """
 
     part_bytes: int
     waiting_bytes: int
 
-    def start(self) -> Callable[[Sequence[mx.array]], None]:
-        """A new step: what to call with the arrays that each block computes."""
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block computes, and the bytes of weights it unpacks."""
         waiting: deque[tuple[Sequence[mx.array], int]] = deque()
         last: Sequence[mx.array] | None = None
         built = 0
 
-        def submit(arrays: Sequence[mx.array]) -> None:
+        def submit(arrays: Sequence[mx.array], unpacked_bytes: int = 0) -> None:
             nonlocal last, built
             new = [array for array in arrays if not any(array is old for old in last or ())]
-            built += ALIVE * sum(array.nbytes for array in new)
+            built += ALIVE * sum(array.nbytes for array in new) + unpacked_bytes
             first, last = last is None, arrays
             if built < self.part_bytes and not first:
                 return

@@ -183,6 +183,12 @@ class TransformerBlock(nn.Module):
         call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
         return call(x, rotation, mask, temb)
 
+    def unpacked_bytes(self, itemsize: int) -> int:
+        """Bytes that the block's packed weights take unpacked, where products need them so, `itemsize` a weight."""
+        parts = [layer for part in (self.attention, self.feed_forward) for layer in part.values()]
+        layers = [layer for part in parts for layer in (part if isinstance(part, list) else [part])]
+        return sum(layer.unpacked_bytes(itemsize) for layer in layers if isinstance(layer, kernels.QuantizedLinear))
+
     def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
         """The block's output, [B, L, D]."""
         scale_msa = gate_msa = scale_mlp = gate_mlp = None
@@ -326,7 +332,7 @@ class Transformer(nn.Module):
         for stage in stages:
             state = stage(state)
             if submit is not None and isinstance(stage.module, TransformerBlock):
-                submit(state.arrays())
+                submit(state.arrays(), stage.module.unpacked_bytes(self.dtype.size))
         return state
 
     def _caption_stages(self, geo: Geometry, captions: Captions) -> list[Stage]:

@@ -255,7 +255,7 @@ def keep_captions(model: Transformer) -> Transformer:
     return new
 
 
-def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int = 2**30) -> Transformer:
+def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int = 2**29) -> Transformer:
     """The model that hands its blocks to the device in parts while it builds the rest, and bounds what waits there.
 
     The device is busy from the first block on, and holds the temporary arrays of the parts that wait instead of those

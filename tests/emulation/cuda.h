@@ -4,6 +4,7 @@
 #define __shared__ static
 #define threadIdx emulation::thread_
 #define blockIdx emulation::group
+#define gridDim emulation::groups
 #define __syncthreads() emulation::barrier()
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   if (mask != 0xffffffffu) std::exit(4);

@@ -152,6 +152,7 @@ int main(int count, char** argument) {
   }
   emulation::body = [&] { mlx::function(ARGUMENTS); };
   const unsigned across = std::atoi(argument[1]), down = std::atoi(argument[2]);
+  emulation::groups = {across, down, 1};
   for (unsigned y = 0; y < down; ++y) {
     for (unsigned x = 0; x < across; ++x) {
       emulation::group = {x, y, 0};

@@ -8,6 +8,7 @@ using ushort = unsigned short;
 #define threadgroup static
 #define thread_position_in_threadgroup emulation::thread_
 #define threadgroup_position_in_grid emulation::group
+#define threadgroups_per_grid emulation::groups
 namespace mem_flags {
 constexpr int mem_threadgroup = 1;
 }

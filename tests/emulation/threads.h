@@ -1,5 +1,5 @@
-// Runs the threads of a GPU's thread groups on a CPU, as fibers that take turns: one group after the other, each fiber
-// until it waits at a barrier or a shuffle. Where fibers wait and no other can come, the kernel diverged: exit status 3.
+// Runs the threads of a GPU's thread groups on a CPU, as fibers that take turns: one group after the other, in it
+// one warp after the other until it waits at a barrier. Where fibers wait and no other can come, the kernel diverged: exit status 3.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -41,7 +41,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-inline Index thread_, group;
+inline Index thread_, group, groups;
 inline ucontext_t scheduler;
 inline int current = 0;
 
@@ -106,19 +106,23 @@ inline void run_group(int threads) {
   }
   for (;;) {
     bool moved = false, left = false;
-    for (current = 0; current < threads; ++current) {
-      if (!fibers[current].done && !fibers[current].waiting) {
-        thread_ = {unsigned(current), 0, 0};
-        swapcontext(&scheduler, &fibers[current].context);
-        moved = true;
+    for (int first = 0; first < threads; first += 32) {  // one warp as far as it comes: others read what it wrote since
+      const int end = first + 32 < threads ? first + 32 : threads;
+      do {
+        for (current = first; current < end; ++current) {
+          if (!fibers[current].done && !fibers[current].waiting) {
+            thread_ = {unsigned(current), 0, 0};
+            swapcontext(&scheduler, &fibers[current].context);
+            moved = true;
+          }
+        }
+      } while (release(first, end, 2));  // all 32 must take part, as the mask says
+      for (int i = first; i < end; ++i) {
+        left = left || !fibers[i].done;
       }
-      left = left || !fibers[current].done;
     }
     if (!left) {
       return;
-    }
-    for (int i = 0; i < threads; i += 32) {  // all 32 must take part, as the mask says
-      moved = release(i, i + 32 < threads ? i + 32 : threads, 2) || moved;
     }
     moved = release(0, threads, 1) || moved;
     if (!moved) {

@@ -36,6 +36,11 @@ def _on_cuda() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
 
 
+def _unpacks() -> bool:
+    """Whether products unpack their weights first."""
+    return _on_cpu() or _on_cuda()
+
+
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), any shape."""
     if _fp32_on_cpu(x):
@@ -126,10 +131,14 @@ class QuantizedLinear(nn.QuantizedLinear):
         way = self.ways.get(x.size // x.shape[-1])
         if way is not None:
             return way(self, x)
-        if not (_on_cpu() or _on_cuda()):
+        if not _unpacks():
             return super().__call__(x)
         weight = self.unpack(
             self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode, x.dtype
         )
         y = product(x, weight)
         return y + self.bias if "bias" in self else y
+
+    def unpacked_bytes(self, itemsize: int) -> int:
+        """Bytes that the weights take unpacked, `itemsize` each; 0 where products take them packed."""
+        return self.weight.size * 32 // self.bits * itemsize if _unpacks() else 0

@@ -1,9 +1,9 @@
 """How CUDA and Metal spell what the kernels' bodies need.
 
-Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), SHARED
-arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the mask's bits, RSQRT, SIGMOID, TANH,
-FLOAT(bits), and packs of N values: `load` reads one from anywhere in an input, `store8` writes one of eight to an
-output, `widen` and `narrow` make floats of a pack and a pack of floats.
+Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), the number
+`group_count` of groups along x, SHARED arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the
+mask's bits, RSQRT, SIGMOID, TANH, FLOAT(bits), and packs of N values: `load` reads one from anywhere in an input,
+`store8` writes one of eight to an output, `widen` and `narrow` make floats of a pack and a pack of floats.
 """
 
 # An int64 step, as strides are; outputs are contiguous and begin at an aligned address.
@@ -142,10 +142,12 @@ STARTS = {
   const int thread_index = threadIdx.x;
   const int group_index = blockIdx.x;
   const int group_row = blockIdx.y;
+  const int group_count = gridDim.x;
 """,
     "metal": """
   const int thread_index = thread_position_in_threadgroup.x;
   const int group_index = threadgroup_position_in_grid.x;
   const int group_row = threadgroup_position_in_grid.y;
+  const int group_count = threadgroups_per_grid.x;
 """,
 }
