@@ -262,7 +262,6 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
     assert len(families(ablation)) == 3
 
 
-@WITHOUT_KERNEL
 @pytest.mark.parametrize(
     ("transforms", "words"),
     [
@@ -271,6 +270,7 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
         ("['fast', 'f']", "'f' is"),
     ],
 )
+@WITHOUT_KERNEL
 def test_fusions_refuses_before_it_measures(transforms: str, words: str, tmp_path: Path) -> None:
     """Fewer than two transforms, one twice, and one that is not known end the run before anything is loaded."""
     assert zimage_run(ROOT / "notebooks" / "fusions.ipynb", tmp_path, transforms=transforms, **LEAST) == 1
@@ -394,7 +394,6 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
             assert len(np.unique(np.asarray(image))) > 10
 
 
-@WITHOUT_KERNEL
 @pytest.mark.parametrize(
     ("name", "source", "pixels"),
     [
@@ -405,6 +404,7 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
         ("matmuls", "synthetic:small", 32),
     ],
 )
+@WITHOUT_KERNEL
 def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
     """On synthetic weights, non-square and in a batch, each notebook completes, records the same tables, draws none."""
     sizes = {"source": source, "height": pixels, "width": 2 * pixels, "batch": 2, "caption_tokens": 3}
@@ -420,11 +420,11 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
         assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
 
 
-@WITHOUT_KERNEL
 @pytest.mark.parametrize(
     ("parameter", "value", "words"),
     [("blocks", '["layers.9"]', "no block"), ("capture", "nonsense", "name it nonsense")],
 )
+@WITHOUT_KERNEL
 def test_the_profile_refuses_before_it_measures(parameter: str, value: str, words: str, tmp_path: Path) -> None:
     """A block that the model lacks and a capture that cannot be taken end the run before any time was taken."""
     path = ROOT / "notebooks" / "profile_layers.ipynb"
