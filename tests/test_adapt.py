@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.loras import CONFIG, delta, named, pairs, write
 from tests.parity.cases import relative_l2
+from tests.synthetic import synthetic
 from tests.test_transforms import FUSIONS, arrays, error, run, same_bits
 from zimage import adapters, transforms, weights
 from zimage.errors import InputError, WeightsError
@@ -22,22 +23,21 @@ SOME = [f"layers.0.{name}" for name in ("attention.to_k", "attention.to_out.0", 
 every_fusion = pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS)
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter for every linear layer, alpha / rank 0.75."""
-    return write(tmp_path / "whole.safetensors", named(pairs(), alpha=3.0))
+    return write(tmp_path_factory.mktemp("whole") / "whole.safetensors", named(pairs(), alpha=3.0))
 
 
-@pytest.fixture
-def some(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of another rank for three layers, one of each fused group."""
     found = pairs(rank=7, seed=1)
-    return write(tmp_path / "some.safetensors", named({path: found[path] for path in SOME}))
+    return write(tmp_path_factory.mktemp("some") / "some.safetensors", named({path: found[path] for path in SOME}))
 
 
 def model(mode: str | None = None, dtype: mx.Dtype = mx.float32) -> Transformer:
-    plain = Transformer(CONFIG, dtype=dtype)
-    mx.eval(plain.parameters())
+    plain = synthetic(CONFIG, dtype=dtype)
     return plain if mode is None else transforms.quantize(plain, mode)
 
 
@@ -47,7 +47,7 @@ def kinds(found: Transformer) -> dict[str, type]:
 
 def unpacked(packed: Transformer) -> Transformer:
     """A quantized model's weights as floats again."""
-    plain = Transformer(CONFIG, dtype=packed.dtype)
+    plain = synthetic(CONFIG, dtype=packed.dtype)
     values = arrays(packed)
     for path, layer in packed.named_modules():
         if isinstance(layer, nn.QuantizedLinear):

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import zimage
+from tests.synthetic import synthetic
 from zimage import arms, half, inputs, transforms
 from zimage.config import TransformerConfig
 from zimage.errors import BackendError, InputError, WeightsError
@@ -106,7 +107,7 @@ def test_transforms_do_what_they_are_called(model: Transformer) -> None:
 @pytest.mark.parametrize("captions", ["even", "ragged"])
 def test_the_fast_model_computes_the_same(quantization: str | None, captions: str) -> None:
     """In fp32 the fast model gives the plain one's velocity to 1e-5, packed or not, with padded captions or none."""
-    plain = Transformer(TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24)))
+    plain = synthetic(TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24)))
     plain = transforms.quantize(plain, quantization) if quantization else plain
     keys = mx.random.split(mx.random.key(1), 3)
     latents = mx.random.normal((2, plain.config.in_channels, 6, 4), key=keys[0])
@@ -227,6 +228,6 @@ def test_unknown_names_are_refused(changes: dict[str, Any], error: type[Exceptio
 def test_the_smallest_model_has_every_scope() -> None:
     """A model without refiners has the same scopes."""
     fields = vars(TransformerConfig.tiny()) | {"n_refiner_layers": 0, "n_layers": 1}
-    bare = Transformer(TransformerConfig(**fields))
+    bare = synthetic(TransformerConfig(**fields))
     example = inputs.example(bare, SOURCE, **SIZES)
     assert list(arms.scopes(bare, example)) == ["qkv", "block", "step"]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.synthetic import synthetic
 from tests.test_transforms import CONFIGS, PLAIN, arrays, error
 from zimage import arms, digits, fusing, half, inputs, operations, transforms
 from zimage.config import TransformerConfig
@@ -41,7 +42,7 @@ def short(config: TransformerConfig) -> inputs.Inputs:
 
 def scaled(config: TransformerConfig = PLAIN, **factors: float) -> Transformer:
     """A model with the weights of some linear layers of each block multiplied, the layers given by their names."""
-    model = Transformer(config)
+    model = synthetic(config)
     for _, block in transforms.blocks(model):
         for name, factor in factors.items():
             part = block.attention if name.startswith("to_") else block.feed_forward
@@ -65,14 +66,14 @@ def everywhere(model: Transformer, attention: int, feed_forward: int, dtype: mx.
 @pytest.mark.parametrize("by", [(0, 0), (2, 5), (9, 12)], ids=str)
 def test_scaling_changes_no_bit(config: TransformerConfig, by: tuple[int, int]) -> None:
     """Divided by powers of two and computed in fp32, the velocity is the plain model's bit for bit."""
-    model = Transformer(config)
+    model = synthetic(config)
     assert mx.array_equal(everywhere(model, *by, mx.float32)(*example(config)), model(*example(config)))
 
 
 @every_config
 def test_float16_rounds_less_than_bfloat16(config: TransformerConfig) -> None:
     """The velocity's error is close to float16's rounding, and at most a fifth of bfloat16's on the same inputs."""
-    model = Transformer(config)
+    model = synthetic(config)
     models = {
         "bfloat16": transforms.cast(model, "bfloat16"),
         "float16": transforms.float16(model, example(config)),
@@ -88,7 +89,7 @@ def test_float16_rounds_less_than_bfloat16(config: TransformerConfig) -> None:
 
 def test_blocks_compute_in_float16() -> None:
     """All products of the blocks have float16 weights and activations; stream and velocity are in fp32."""
-    model = transforms.float16(Transformer(PLAIN), example())
+    model = transforms.float16(synthetic(PLAIN), example())
     seen: list[mx.Dtype] = []
     for _, block in transforms.blocks(model):
         for layer in (block.attention.to_q, block.attention.to_out[0], block.feed_forward.w1, block.feed_forward.w2):
@@ -118,7 +119,7 @@ def test_plain_float16_overflows_where_the_transform_survives() -> None:
     Its error is that of weights which need no scaling, to a factor of 1.5.
     """
     model = stressed()
-    plain = Transformer(PLAIN)
+    plain = synthetic(PLAIN)
     plain.update(tree_map(lambda array: array.astype(mx.float16), model.parameters()))
     assert not mx.isfinite(plain(*example())).all()
     new = transforms.float16(model, example())
@@ -128,7 +129,7 @@ def test_plain_float16_overflows_where_the_transform_survives() -> None:
         assert 3 < attention < 10 and 3 < feed_forward < 10
         for less in ((0, feed_forward), (attention, 0)):
             assert not mx.isfinite(everywhere(model, *less)(*example())).all()
-    usual = error(transforms.float16(Transformer(PLAIN), example())(*example()), Transformer(PLAIN)(*example()))
+    usual = error(transforms.float16(synthetic(PLAIN), example())(*example()), synthetic(PLAIN)(*example()))
     assert error(new(*example()), model(*example())) < 1.5 * usual
 
 
@@ -143,7 +144,7 @@ def test_exponents_are_the_smallest_that_keep_the_headroom() -> None:
 
 def test_what_is_measured_is_what_the_operations_give() -> None:
     """The largest magnitudes found in a block are those of its operations, performed one by one."""
-    model = Transformer(CONFIGS["no QK norm"])
+    model = synthetic(CONFIGS["no QK norm"])
     found, velocities = half.measure(model, [example(model.config)])
     assert mx.array_equal(velocities[0], model(*example(model.config)))
     names = {name for name in found["layers.1"] if name not in ("t_embedder", "adaln")}
@@ -172,7 +173,7 @@ def test_its_blocks_can_be_taken_apart() -> None:
 
 def test_the_widest_of_several_examples_counts() -> None:
     """Of several examples the largest magnitude counts, and the smallest root mean square."""
-    model, both = Transformer(PLAIN), (example(seed=3), example(seed=4))
+    model, both = synthetic(PLAIN), (example(seed=3), example(seed=4))
     one, other, together = (half.measure(model, some)[0]["layers.0"] for some in (both[:1], both[1:], both))
     for name, reach in together.items():
         pair = (one[name], other[name])
@@ -233,7 +234,7 @@ def test_kernels_are_checked_for_what_the_blocks_compute_in(monkeypatch: pytest.
     """Kernels inside attention and feed-forward are asked for in float16, though the stream is in fp32."""
     asked: list[str] = []
     monkeypatch.setattr(Kernel, "install", lambda _self, request: asked.append(request["dtype"]))
-    model = transforms.float16(Transformer(TINY), short(TINY))
+    model = transforms.float16(synthetic(TINY), short(TINY))
     fusing.fuse_swiglu(fusing.fuse_norm_rope(model))
     assert asked == ["float16", "float16"]
 
@@ -253,7 +254,7 @@ def test_packed_weights() -> None:
 
 def test_scales_that_take_no_factor() -> None:
     """Weights in mxfp8 are taken where nothing needs scaling, and else refused with the layer and the way out."""
-    packed = transforms.quantize(Transformer(TINY), "mxfp8")
+    packed = transforms.quantize(synthetic(TINY), "mxfp8")
     assert error(transforms.float16(packed, short(TINY))(*short(TINY)), packed(*short(TINY))) < 2e-3
     line = r"layers\.0\.feed_forward\.w1 is packed as mxfp8, whose scales take no factor; pack afterwards"
     with pytest.raises(InputError, match=line):
@@ -300,7 +301,7 @@ def test_what_would_overflow_or_vanish_is_refused(factors: dict[str, float], lin
 
 def test_too_large_an_error_is_refused() -> None:
     """An error of the velocity beyond what was asked for is refused with both."""
-    line = refusal(lambda: transforms.float16(Transformer(PLAIN), example(), most_error=1e-4))
+    line = refusal(lambda: transforms.float16(synthetic(PLAIN), example(), most_error=1e-4))
     assert "relative L2 error on the examples is 0.000" in line and "0.0001 is the most" in line
 
 
@@ -314,7 +315,7 @@ def test_a_block_that_gives_nothing_is_no_underflow() -> None:
 
 def test_a_block_that_hides_its_operations_is_refused() -> None:
     """Where an operation was not seen, nothing is assumed of it."""
-    reached, _ = half.measure(Transformer(TINY), [short(TINY)])
+    reached, _ = half.measure(synthetic(TINY), [short(TINY)])
     del reached["layers.0"]["sdpa"]
     line = refusal(lambda: half.choose("layers.0", reached["layers.0"]))
     assert line.startswith("layers.0: sdpa is not computed by a layer of its own; apply float16 before")
@@ -327,14 +328,14 @@ def test_a_block_that_hides_its_operations_is_refused() -> None:
 )
 def test_what_is_no_example_is_refused(examples: tuple[Any, ...]) -> None:
     """Without an example, or with something else, the line says what one is."""
-    line = refusal(lambda: transforms.float16(Transformer(PLAIN), *examples))
+    line = refusal(lambda: transforms.float16(synthetic(PLAIN), *examples))
     assert "(latents, timestep, captions)" in line or "must be an MLX array" in line
 
 
 @pytest.mark.parametrize("most", [0, -1, math.nan, "1", None, True], ids=repr)
 def test_a_bound_that_is_no_number_is_refused(most: Any) -> None:
     """most_error is a positive number."""
-    assert "most_error" in refusal(lambda: transforms.float16(Transformer(PLAIN), example(), most_error=most))
+    assert "most_error" in refusal(lambda: transforms.float16(synthetic(PLAIN), example(), most_error=most))
 
 
 def test_an_example_that_is_not_finite_is_refused() -> None:
@@ -342,13 +343,13 @@ def test_an_example_that_is_not_finite_is_refused() -> None:
     latents, timestep, captions = example()
     bad = (mx.where(latents > 1, math.nan, latents), timestep, captions)
     assert "noise_refiner.0: attention_norm1 is not finite" in refusal(
-        lambda: transforms.float16(Transformer(PLAIN), bad)
+        lambda: transforms.float16(synthetic(PLAIN), bad)
     )
 
 
 def test_a_float16_model_is_not_cast_adapted_saved_or_made_one_again(tmp_path: Path) -> None:
     """Whatever would take the scaled weights for the published ones is refused; the line says what to take instead."""
-    model = transforms.fuse_qkv(transforms.float16(Transformer(PLAIN), example()))
+    model = transforms.fuse_qkv(transforms.float16(synthetic(PLAIN), example()))
     for doing, call in {
         "cast": lambda: transforms.cast(model, "float32"),
         "adapt": lambda: transforms.adapt(model, []),
@@ -362,14 +363,14 @@ def test_a_float16_model_is_not_cast_adapted_saved_or_made_one_again(tmp_path: P
 
 def test_blocks_of_another_transform_are_refused() -> None:
     """Blocks that a transform replaced are not replaced once more, but named."""
-    masked = transforms.with_all_ones_mask(Transformer(PLAIN))
+    masked = transforms.with_all_ones_mask(synthetic(PLAIN))
     line = refusal(lambda: transforms.float16(masked, example()))
     assert line.startswith("noise_refiner.0 is a MaskedTransformerBlock")
 
 
 def test_queries_and_keys_stay_within_what_their_norm_can_give() -> None:
     """The bound for qk_norm is never exceeded, by norm or RoPE, and a weight that takes it out of range is refused."""
-    model = Transformer(PLAIN)
+    model = synthetic(PLAIN)
     seen: list[mx.array] = []
     attention = model.layers[0].attention
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import loras
+from tests.synthetic import synthetic
 from tests.test_operations import FUSED, PLAIN, _check_all_blocks, _tiny
 from tests.test_transforms import CONFIGS, arrays, every_config, run, same_bits
 from tests.test_trust import FACTS
@@ -45,7 +46,7 @@ def all_kernels(model: Transformer) -> Transformer:
 @every_kernel
 def test_on_a_cpu_a_kernel_changes_no_bit(name: str, config: TransformerConfig) -> None:
     """A fused model gives the plain one's bits here, shares all its arrays, and leaves it as it was."""
-    model = transforms.quantize(Transformer(config), "8bit-g32")
+    model = transforms.quantize(synthetic(config), "8bit-g32")
     before = run(model)
     fused = KERNELS[name](model)
     assert mx.array_equal(run(fused), before)
@@ -56,7 +57,7 @@ def test_on_a_cpu_a_kernel_changes_no_bit(name: str, config: TransformerConfig) 
 
 def test_kernels_change_no_bit_in_bfloat16() -> None:
     """The same holds for all of them together in bf16."""
-    model = transforms.cast(Transformer(CONFIGS["plain"]), "bfloat16")
+    model = transforms.cast(synthetic(CONFIGS["plain"]), "bfloat16")
     assert mx.array_equal(run(all_kernels(model)), run(model))
 
 
@@ -65,7 +66,7 @@ def test_kernels_come_in_any_order_with_other_transforms(seed: int) -> None:
     """Whatever the order, the bits are those of the other transforms alone."""
     order = [*KERNELS, *OTHERS]
     random.Random(seed).shuffle(order)
-    plain = fused = Transformer(CONFIGS["grouped queries"])
+    plain = fused = synthetic(CONFIGS["grouped queries"])
     for name in order:
         fused = (KERNELS | OTHERS)[name](fused)
         plain = OTHERS[name](plain) if name in OTHERS else plain
@@ -77,14 +78,14 @@ def test_kernels_come_in_any_order_with_other_transforms(seed: int) -> None:
 def test_adapters_go_into_a_model_with_kernels(quantization: str | None, tmp_path: Path) -> None:
     """LoRA adapters do to a model with kernels what they do to one without, merged and beside packed weights."""
     lora = [(loras.write(tmp_path / "lora.safetensors", loras.named(loras.pairs())), 0.5)]
-    model = transforms.fuse_qkv(Transformer(loras.CONFIG))
+    model = transforms.fuse_qkv(synthetic(loras.CONFIG))
     model = transforms.quantize(model, quantization) if quantization else model
     assert mx.array_equal(run(transforms.adapt(all_kernels(model), lora)), run(transforms.adapt(model, lora)))
 
 
 def test_unfused_models_save_the_published_tensors() -> None:
     """Kernels hold no weights: unfusing gives the plain model's tensors, and without_kernels the plain operations."""
-    model = Transformer(CONFIGS["plain"])
+    model = synthetic(CONFIGS["plain"])
     fused = all_kernels(transforms.fuse_gate_up(transforms.fuse_qkv(model)))
     assert same_bits(transforms.tensors(fused), arrays(model))
     plain = fusing.without_kernels(transforms.unfuse(fused))
@@ -106,7 +107,7 @@ def test_the_operations_of_a_model_with_kernels_are_the_whole_block(config: str,
 @pytest.mark.parametrize("plain", [PLAIN, FUSED], ids=["separate", "fused"])
 def test_an_operation_says_what_it_covers(plain: list[str]) -> None:
     """Kernels that do several operations have names of their own, and together all cover the plain ones in order."""
-    model = Transformer(CONFIGS["plain"])
+    model = synthetic(CONFIGS["plain"])
     if plain is FUSED:
         model = transforms.fuse_gate_up(transforms.fuse_qkv(model))
     found = operations.operations(all_kernels(model).layers[0])
@@ -174,7 +175,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
 
 def test_on_a_gpu_every_block_starts_its_kernels(gpu: Gpu) -> None:
     """Each kernel is started as often as its operations come in a step, and the velocity is the plain model's."""
-    model = transforms.quantize(Transformer(CONFIGS["plain"]), "4bit-g32")
+    model = transforms.quantize(synthetic(CONFIGS["plain"]), "4bit-g32")
     wanted = run(model)
     fused = all_kernels(transforms.fuse_gate_up(transforms.fuse_qkv(model)))
     gpu.started.clear()
@@ -191,7 +192,7 @@ def test_on_a_gpu_every_block_starts_its_kernels(gpu: Gpu) -> None:
 
 def test_the_plain_arm_beside_it_starts_none(gpu: Gpu) -> None:
     """A kernel that one arm has put in runs in no other arm."""
-    model = transforms.quantize(Transformer(CONFIGS["plain"]), "4bit-g32")
+    model = transforms.quantize(synthetic(CONFIGS["plain"]), "4bit-g32")
     all_kernels(model)
     gpu.started.clear()
     run(model)
@@ -200,7 +201,7 @@ def test_the_plain_arm_beside_it_starts_none(gpu: Gpu) -> None:
 
 def test_a_model_cast_afterwards_says_so(gpu: Gpu) -> None:
     """A kernel put in before the cast was checked for another dtype: it does not run, and one warning says why."""
-    model = transforms.cast(fusing.fuse_swiglu(Transformer(CONFIGS["plain"])), "bfloat16")
+    model = transforms.cast(fusing.fuse_swiglu(synthetic(CONFIGS["plain"])), "bfloat16")
     gpu.started.clear()
     with pytest.warns(RuntimeWarning, match="swiglu is not used.*apply its transform last") as caught:
         run(model)

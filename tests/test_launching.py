@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.synthetic import synthetic
 from tests.test_operations import _states, _tiny
 from tests.test_transforms import CONFIGS, error, every_config, run
 from zimage import arms, inputs, launching, operations, transforms
@@ -55,14 +56,14 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[TransformerBlock]:
 def two_blocks() -> Transformer:
     """A compiled model, small, with no refiners."""
     fields = vars(TransformerConfig.tiny()) | {"n_refiner_layers": 0, "n_layers": 2}
-    return transforms.compile_blocks(Transformer(TransformerConfig(**fields)))
+    return transforms.compile_blocks(Transformer(TransformerConfig(**fields)))  # whose arrays no other model has
 
 
 @every_config
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 0.02)])
 def test_compiled_blocks_compute_the_same(config: TransformerConfig, dtype: str, most: float) -> None:
     """Of a ragged batch a compiled model gives the plain one's velocity up to rounding, again and again."""
-    model = transforms.cast(Transformer(config), dtype)
+    model = transforms.cast(synthetic(config), dtype)
     fast = transforms.compile_blocks(model)
     assert {block.compiled for _, block in transforms.blocks(fast)} == {True}
     assert {block.compiled for _, block in transforms.blocks(model)} == {False}
@@ -73,7 +74,7 @@ def test_compiled_blocks_compute_the_same(config: TransformerConfig, dtype: str,
 @needs_compiler
 def test_a_block_is_traced_once(traced: list[TransformerBlock]) -> None:
     """Each block is traced at its first call, and at no later one of the same shapes."""
-    model = Transformer(PLAIN)
+    model = synthetic(PLAIN)
     fast = transforms.compile_blocks(model)
     run(fast)
     assert traced == [block for _, block in transforms.blocks(fast)]
@@ -116,7 +117,7 @@ def _new_child(block: TransformerBlock) -> None:
 @pytest.mark.parametrize("change", [_new_weight, _updated, _packed, _new_child])
 def test_a_changed_block_is_compiled_again(change: Callable[[TransformerBlock], None]) -> None:
     """After a weight or a layer of a block was replaced its output is that of the changed block, uncompiled."""
-    model = transforms.clone(Transformer(CONFIGS["plain"]))
+    model = transforms.clone(synthetic(CONFIGS["plain"]))
     fast = transforms.compile_blocks(model)
     before = run(fast)
     for one in (model, fast):
@@ -128,7 +129,7 @@ def test_a_changed_block_is_compiled_again(change: Callable[[TransformerBlock], 
 @needs_compiler
 def test_only_the_changed_block_is_traced_again(traced: list[TransformerBlock]) -> None:
     """Others keep what was compiled, and what was compiled of the old block is kept no longer."""
-    fast = transforms.compile_blocks(Transformer(PLAIN))
+    fast = transforms.compile_blocks(synthetic(PLAIN))
     run(fast)
     held = len(launching._calls)
     traced.clear()
@@ -157,7 +158,7 @@ def test_nothing_is_kept_of_a_dropped_model() -> None:
 
 def test_a_copy_has_compiled_calls_of_its_own() -> None:
     """A weight replaced in a clone of a compiled model, after both have run, changes the clone alone."""
-    fast = transforms.compile_blocks(Transformer(PLAIN))
+    fast = transforms.compile_blocks(synthetic(PLAIN))
     before = run(fast)
     other = clone(fast)
     assert mx.array_equal(run(other), before)
@@ -170,7 +171,7 @@ def test_a_copy_has_compiled_calls_of_its_own() -> None:
 
 def test_lazy_weights_are_computed_once(tmp_path: Path) -> None:
     """Weights that nothing had computed before, as `cast` leaves them, are not computed again in every call."""
-    model = Transformer(PLAIN)
+    model = synthetic(PLAIN)
     mx.eval(model.parameters())
     computed = transforms.cast(model, "bfloat16")
     mx.eval(computed.parameters())
@@ -187,7 +188,7 @@ def test_gradients_go_through_compiled_blocks() -> None:
     """Inside another transformation of MLX's a compiled model still works: its gradients are the plain one's."""
     gradients = []
     for transform in (transforms.clone, transforms.compile_blocks):
-        model = transform(Transformer(PLAIN))
+        model = transform(synthetic(PLAIN))
         model.unfreeze()
         _, found = nn.value_and_grad(model, lambda m: run(m).square().sum())(model)
         gradients.append(found["layers"][0]["feed_forward"]["w1"]["weight"])
@@ -199,14 +200,14 @@ def test_gradients_go_through_compiled_blocks() -> None:
 def test_submit_early_refuses_bad_numbers(name: str, value: Any) -> None:
     """Both are integers from 1; anything else is refused in one line that names it."""
     with pytest.raises(InputError, match=f"^{name} must be an integer from 1, found {re.escape(repr(value))}$"):
-        transforms.submit_early(Transformer(TransformerConfig.tiny()), **{name: value})
+        transforms.submit_early(synthetic(TransformerConfig.tiny()), **{name: value})
 
 
 @every_config
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 10**9), (30_000, 1), (10**9, 10**9), None])
 def test_a_step_in_parts_has_the_plain_bits(config: TransformerConfig, sizes: tuple[int, int] | None) -> None:
     """However a step is cut into parts, a ragged batch comes out bit for bit, and the argument is left as it was."""
-    model = Transformer(config)
+    model = synthetic(config)
     early = transforms.submit_early(model, *(sizes or ()))
     assert mx.array_equal(run(early), run(model))
     assert model.submission is None
@@ -402,7 +403,7 @@ def test_both_go_with_every_other_transform_in_any_order(seed: int) -> None:
     """Whatever the order, a ragged batch is what packing and masking alone make of it, up to rounding."""
     order = [*EXACT, *OTHERS]
     random.Random(seed).shuffle(order)
-    fast = plain = Transformer(CONFIGS["grouped queries"])
+    fast = plain = synthetic(CONFIGS["grouped queries"])
     for name in order:
         fast = (EXACT | OTHERS)[name](fast)
         plain = OTHERS[name](plain) if name in OTHERS else plain

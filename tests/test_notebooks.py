@@ -5,12 +5,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.sweeping import EXPERIMENTS, ROOT, Sweep, environment
+from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, sources
 from zimage.analysis import cost
 from zimage.analysis.findings import KNOWN_VERDICTS, families
@@ -25,6 +24,7 @@ from PIL import Image
 
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+WITHOUT_KERNEL = pytest.mark.usefixtures("in_process")
 # What means the same everywhere: type and default.
 SHARED: dict[str, tuple[str, Any]] = {
     "source": ("str", "digits"),
@@ -37,10 +37,6 @@ SHARED: dict[str, tuple[str, Any]] = {
     "device": ("str", "auto"),
 }
 PLAIN = {"steps", "learning_rate", "weight_decay"}  # names that need no comment
-# How much of it is done: the least that can be asked for. A notebook without these does its work in seconds.
-LEAST = {
-    "rounds": 1, "quads": 1, "draws": 1, "steps": 1, "samples": 1, "reports": 1, "judged": 20, "row_counts": [1, 64],
-}  # fmt: skip
 
 
 def cells(path: Path) -> list[dict[str, Any]]:
@@ -56,30 +52,19 @@ def parameter_lines(path: Path) -> dict[str, str]:
 
 
 def zimage_run(path: Path, results: Path, **parameters: Any) -> int:
-    """The exit status of `zimage run` of a notebook, in this process, with those of the parameters that it knows."""
+    """The exit status of `zimage run` of a notebook, called in this process, with the parameters that it knows."""
     known = notebooks.read(path, ROOT).parameters
     given = [text for name, value in parameters.items() if name in known for text in ("-p", name, str(value))]
     return cli.main(["run", str(path), *given, "--results", str(results)])
 
 
-@pytest.fixture(scope="module")
-def ran(swept: Callable[[Path], Sweep], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Run]:
+@pytest.fixture(scope="session")
+def ran(swept: Callable[[Command], Sweep]) -> Callable[[Path], Run]:
     """A run of a notebook on digits: one that a quick sweep did, else one with the least work."""
 
-    def all_swept() -> Iterator[Run]:
-        for experiment in EXPERIMENTS:
-            store = swept(experiment).store
-            yield from (run for name in store.experiments() for run in store.runs(name))
-
-    @cache
     def _ran(path: Path) -> Run:
-        name = str(path.relative_to(ROOT))
-        found = next((run for run in all_swept() if run.notebook == name), None)
-        if found is None:
-            results = tmp_path_factory.mktemp(path.stem)
-            zimage_run(path, results, batch=1, **LEAST)
-            (found,) = Store(results).runs(path.stem)
-        return found
+        store, name = swept(on_digits(path)).store, str(path.relative_to(ROOT))
+        return next(run for kept in store.experiments() for run in store.runs(kept) if run.notebook == name)
 
     return _ran
 
@@ -130,11 +115,11 @@ def test_one_parameter_name_has_one_meaning() -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_runs_quickly(experiment: Path, swept: Callable[[Path], Sweep]) -> None:
+def test_an_experiment_runs_quickly(experiment: Path, swept: Callable[[Command], Sweep]) -> None:
     """Every experiment file opens with its command and cost, has a quick version, and that completes without a word."""
     text = experiment.read_text(encoding="utf-8")
     assert text.startswith(f"# Command: zimage sweep experiments/{experiment.name}\n# Cost: ")
-    done = swept(experiment)
+    done = swept(quick(experiment))
     assert (done.status, done.err) == (0, ""), done.out
     runs = done.store.runs(experiment.stem)
     assert runs and all(run.completed for run in runs)
@@ -285,6 +270,7 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
         ("['fast', 'f']", "'f' is"),
     ],
 )
+@WITHOUT_KERNEL
 def test_fusions_refuses_before_it_measures(transforms: str, words: str, tmp_path: Path) -> None:
     """Fewer than two transforms, one twice, and one that is not known end the run before anything is loaded."""
     assert zimage_run(ROOT / "notebooks" / "fusions.ipynb", tmp_path, transforms=transforms, **LEAST) == 1
@@ -293,6 +279,7 @@ def test_fusions_refuses_before_it_measures(transforms: str, words: str, tmp_pat
     assert set(run.tables()) <= {"environment"}
 
 
+@WITHOUT_KERNEL
 def test_fusions_takes_packed_models_and_a_hot_device(tmp_path: Path) -> None:
     """A packed model, other sizes and transforms of one's own are compared too, and sustained where asked for."""
     given = {"quantization": "8bit", "sustained_s": 0.05, "height": 8, "width": 16, "batch": 2}
@@ -307,6 +294,7 @@ def test_fusions_takes_packed_models_and_a_hot_device(tmp_path: Path) -> None:
     assert len(families(ablation)) == 3
 
 
+@WITHOUT_KERNEL
 def test_a_transformed_model_is_profiled(ran: Callable[[Path], Run], tmp_path: Path) -> None:
     """With transforms a profile's operations are the fused ones, the arm says so, and the FLOPs are the plain ones."""
     changes = [*arms.FAST, "wide_dequantize"]
@@ -323,6 +311,7 @@ def test_a_transformed_model_is_profiled(ran: Callable[[Path], Run], tmp_path: P
     assert flops[0] == flops[1]
 
 
+@WITHOUT_KERNEL
 def test_a_transformed_model_scales(tmp_path: Path) -> None:
     """scaling takes transforms too: the arm says which, and FLOPs are those of the plain model."""
     sizes = [[8, 8, 1, 1], [16, 16, 1, 1], [16, 16, 2, 1]]
@@ -415,6 +404,7 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
         ("matmuls", "synthetic:small", 32),
     ],
 )
+@WITHOUT_KERNEL
 def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_path: Path) -> None:
     """On synthetic weights, non-square and in a batch, each notebook completes, records the same tables, draws none."""
     sizes = {"source": source, "height": pixels, "width": 2 * pixels, "batch": 2, "caption_tokens": 3}
@@ -434,6 +424,7 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     ("parameter", "value", "words"),
     [("blocks", '["layers.9"]', "no block"), ("capture", "nonsense", "name it nonsense")],
 )
+@WITHOUT_KERNEL
 def test_the_profile_refuses_before_it_measures(parameter: str, value: str, words: str, tmp_path: Path) -> None:
     """A block that the model lacks and a capture that cannot be taken end the run before any time was taken."""
     path = ROOT / "notebooks" / "profile_layers.ipynb"
@@ -443,6 +434,7 @@ def test_the_profile_refuses_before_it_measures(parameter: str, value: str, word
     assert "stages" not in run.tables()
 
 
+@WITHOUT_KERNEL
 def test_three_sizes_are_calibrated_with_and_none_is_held_out(tmp_path: Path) -> None:
     """scaling completes with the three sizes that it needs, and says nothing of errors that it has not measured."""
     path = ROOT / "notebooks" / "scaling.ipynb"

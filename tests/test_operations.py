@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import zimage
+from tests.synthetic import synthetic
 from zimage import arms, inputs, launching, operations, transforms
 from zimage.analysis import cost, roofline
 from zimage.config import TransformerConfig
@@ -51,7 +52,7 @@ CONFIGS = {
 
 def _tiny(config: TransformerConfig, dtype: mx.Dtype = mx.float32) -> Model:
     """A synthetic model with a ragged batch, whose captions need a mask."""
-    model = Transformer(config, dtype=dtype)
+    model = synthetic(config, dtype=dtype)
     keys = mx.random.split(mx.random.key(5), 3)
     latents = mx.random.normal((2, config.in_channels, 6, 8), key=keys[0])
     captions = [mx.random.normal((n, config.cap_feat_dim), key=keys[i]) for i, n in ((1, 5), (2, 40))]
@@ -356,7 +357,7 @@ STEP_TRANSFORMS = (*arms.FAST, "wide_dequantize")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_operation_has_its_cost(config: str) -> None:
     """Whatever transforms are combined, a block's operations are the rows of its stage in the cost model, in order."""
-    model = Transformer(CONFIGS[config])
+    model = synthetic(CONFIGS[config])
     combined = [[*chosen] for n in range(len(STEP_TRANSFORMS) + 1) for chosen in combinations(STEP_TRANSFORMS, n)]
     found = arms.variants(model, {" ".join(names): names for names in combined})
     assert len(found) == 2 ** len(STEP_TRANSFORMS)
@@ -373,7 +374,7 @@ def test_every_operation_has_its_cost(config: str) -> None:
 
 def test_what_is_fused_is_read_off_the_model() -> None:
     """Each transform makes its own fusion, others none, and a model with one plain block among fused ones has none."""
-    model = Transformer(CONFIGS["tiny"])
+    model = synthetic(CONFIGS["tiny"])
     found = {name: operations.fused(arms.transformed(model, [name])) for name in STEP_TRANSFORMS}
     assert {name: fused for name, fused in found.items() if fused} == {
         "fuse_qkv": ("qkv",),

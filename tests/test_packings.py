@@ -1,9 +1,11 @@
 """Every packing that there is: fused exactly, kept exactly, predicted exactly, or refused clearly."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.synthetic import synthetic
 from tests.test_recipes import WIDE
 from tests.test_weights import arrays, same_bits
 from zimage import recipes, sources, transforms, weights
@@ -25,6 +27,32 @@ every_packing = pytest.mark.parametrize("name", PACKINGS)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
+class Models:
+    """Synthetic models and their packings, made once for all tests of this file: a change gives another model."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.packed = cache(self._packed)
+        self.plain = cache(self._plain)
+        self.saved = cache(self._saved)
+
+    def _plain(self, dtype: str) -> Transformer:
+        return synthetic(WIDE, dtype=getattr(mx, dtype))
+
+    def _packed(self, name: str, dtype: str) -> Transformer:
+        model = transforms.quantize(self.plain(dtype), name)
+        mx.eval(model.parameters())
+        return model
+
+    def _saved(self, dtype: str) -> Path:
+        return weights.save_transformer(self.plain(dtype), self._folder / dtype)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("plain"))
+
+
 def unpacked(layer: Any) -> mx.array:
     """A packed layer's weights as floats."""
     return mx.dequantize(
@@ -43,9 +71,9 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
 
 @every_dtype
 @every_packing
-def test_fused_weights_are_the_separate_ones(name: str, dtype: str) -> None:
+def test_fused_weights_are_the_separate_ones(name: str, dtype: str, models: Models) -> None:
     """Unpacked, the rows of a fused layer have the bits of the separate layers', one after the other."""
-    model = transforms.quantize(Transformer(WIDE, dtype=getattr(mx, dtype)), name)
+    model = models.packed(name, dtype)
     for (_, plain), (_, joint) in zip(transforms.blocks(model), transforms.blocks(fused(model)), strict=True):
         a, f = plain.attention, plain.feed_forward
         for parts, whole in (
@@ -57,22 +85,20 @@ def test_fused_weights_are_the_separate_ones(name: str, dtype: str) -> None:
 
 @every_dtype
 @every_packing
-def test_a_packed_model_is_kept_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
+def test_a_packed_model_is_kept_bit_for_bit(name: str, dtype: str, models: Models, tmp_path: Path) -> None:
     """Saved, also fused, and loaded again, a model has the same bits; so it has when it is packed while loading."""
-    plain = Transformer(WIDE, dtype=getattr(mx, dtype))
-    model = transforms.quantize(plain, name)
+    model = models.packed(name, dtype)
     back = weights.load_transformer(weights.save_transformer(fused(model), tmp_path / "a"))
     assert same_bits(arrays(back), arrays(model))
     assert transforms.packing_of(back) == recipes.packing(WIDE, name)
-    source = weights.save_transformer(plain, tmp_path / "plain")
-    assert same_bits(arrays(weights.load_transformer(source, dtype, name)), arrays(model))
+    assert same_bits(arrays(weights.load_transformer(models.saved(dtype), dtype, name)), arrays(model))
 
 
 @every_dtype
 @every_packing
-def test_bytes_are_predicted(name: str, dtype: str) -> None:
+def test_bytes_are_predicted(name: str, dtype: str, models: Models) -> None:
     """The cost model, the footprint and `loaded_bytes` predict the model's weights to the byte."""
-    model = transforms.quantize(Transformer(WIDE, dtype=getattr(mx, dtype)), name)
+    model = models.packed(name, dtype)
     whole = sum(array.nbytes for array in arrays(model).values())
     assert cost.whole(cost.step(WIDE, 64, 64, 1, 5, dtype, name)).weight_bytes == whole
     assert footprint.step_bytes(WIDE, 64, 64, 1, 5, dtype, name, device="cpu").weight_bytes == whole
@@ -82,19 +108,19 @@ def test_bytes_are_predicted(name: str, dtype: str) -> None:
 
 @every_dtype
 @every_packing
-def test_a_packed_layer_multiplies_by_its_unpacked_weights(name: str, dtype: str) -> None:
+def test_a_packed_layer_multiplies_by_its_unpacked_weights(name: str, dtype: str, models: Models) -> None:
     """A packed layer's product is that with its unpacked weights, to the rounding of the dtype."""
-    layer = transforms.quantize(Transformer(WIDE, dtype=getattr(mx, dtype)), name).layers[0].feed_forward.w2
+    layer = models.packed(name, dtype).layers[0].feed_forward.w2
     x = mx.random.normal((5, layer.scales.shape[1] * layer.group_size), key=mx.random.key(1)).astype(getattr(mx, dtype))
     wanted = x.astype(mx.float32) @ unpacked(layer).astype(mx.float32).T
     assert relative_error(layer(x), wanted) < {"float32": 1e-5, "bfloat16": 0.01}[dtype]
 
 
 @every_packing
-def test_the_error_is_that_of_its_bits(name: str) -> None:
+def test_the_error_is_that_of_its_bits(name: str, models: Models) -> None:
     """Unpacked weights are as near the given ones as so many bits allow."""
-    weight = Transformer(WIDE).layers[0].feed_forward.w1.weight
-    error = relative_error(unpacked(transforms.quantize(Transformer(WIDE), name).layers[0].feed_forward.w1), weight)
+    weight = models.plain("float32").layers[0].feed_forward.w1.weight
+    error = relative_error(unpacked(models.packed(name, "float32").layers[0].feed_forward.w1), weight)
     # A group of 32 to 128 normal weights spans 4 to 5 deviations, in 2^bits - 1 steps that err by step / sqrt(12).
     expected = {"mxfp4": 0.13, "nvfp4": 0.1, "mxfp8": 0.03}.get(name, 1.6 / (2 ** Quantization.parse(name).bits - 1))
     assert expected / 2 < error < expected, error
@@ -116,7 +142,7 @@ def test_any_shape_is_packed_or_refused(head: int, heads: int, grouped: bool, na
     group = Quantization.parse(name).group_size
     layers = {path: shape for path, shape in linears(config).items() if path.split(".")[0] in BLOCKS}
     bad = {path: shape[1] for path, shape in layers.items() if shape[1] % group}
-    model = Transformer(config)
+    model = synthetic(config)
     if bad:
         path, width = next(iter(bad.items()))
         line = f"{path}: input width {width} is not divisible by the group size {group} of {Quantization.parse(name)};"

@@ -7,13 +7,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+from tests.digits.drawing import First
 from tests.parity.cases import CASES
-from zimage import cli, digits, recipes
+from zimage import cli, recipes
 from zimage.config import TransformerConfig
 from zimage.digits import picture
 from zimage.lab import experiment
 from zimage.sources import describe
-from zimage.weights import load_transformer
 
 import numpy as np
 import pytest
@@ -89,11 +89,10 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert re.findall(r"@[A-Z_]+@", text) == []
 
 
-def test_the_picture_is_what_the_model_draws() -> None:
+def test_the_picture_is_what_the_model_draws(first_digits: First) -> None:
     """docs/digits.png shows the first forty digits of seed 0, drawn by the shipped weights, enlarged cleanly."""
     shown = np.array(Image.open(ROOT / "docs" / "digits.png"))
-    drawn = digits.draw(load_transformer("digits", "float32"), [i % 10 for i in range(40)], seed=0)
-    wanted = picture.grid(drawn.images, columns=20, scale=5)
+    wanted = picture.grid(first_digits(40).images, columns=20, scale=5)
     assert shown.shape == wanted.shape
     assert np.abs(shown.astype(int) - wanted).max() <= 3  # grey levels; backends round differently
 

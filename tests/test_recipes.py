@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.making import write_notebook
+from tests.synthetic import synthetic
 from tests.test_weights import arrays, same_bits
 from zimage import cli, recipes, sources, transforms, weights
 from zimage.analysis import cost, fitting, footprint
@@ -15,7 +16,6 @@ from zimage.lab import keys, notebook
 from zimage.quantization import Quantization
 from zimage.recipes import Recipe, packing, read
 from zimage.sources.published import BLOCKS, linears
-from zimage.transformer import Transformer
 
 import mlx.core as mx
 import pytest
@@ -84,23 +84,23 @@ def test_a_file_means_what_the_dict_means(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["2bit", "4bit", "8bit-g32", "4bit-g128", "mxfp4", "nvfp4", "mxfp8"])
 def test_a_default_alone_is_the_named_quantization(name: str, tmp_path: Path) -> None:
     """A recipe with only a default packs the bits that the name packs, after loading, while loading and converted."""
-    wanted = arrays(transforms.quantize(Transformer(WIDE), name))
-    folder = weights.save_transformer(Transformer(WIDE), tmp_path / "plain")
+    wanted = arrays(transforms.quantize(synthetic(WIDE), name))
+    folder = weights.save_transformer(synthetic(WIDE), tmp_path / "plain")
     recipe = {"default": name}
-    assert same_bits(arrays(transforms.quantize(Transformer(WIDE), recipe)), wanted)
+    assert same_bits(arrays(transforms.quantize(synthetic(WIDE), recipe)), wanted)
     assert same_bits(arrays(weights.load_transformer(folder, "float32", recipe)), wanted)
     file = write(tmp_path / "r.json", json.dumps(recipe))
     converted = weights.convert(folder, tmp_path / "packed", "float32", file)
     assert same_bits(arrays(weights.load_transformer(converted)), wanted)
     assert sources.describe(converted).quantization == transforms.quantization_of(
-        transforms.quantize(Transformer(WIDE), name)
+        transforms.quantize(synthetic(WIDE), name)
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mixed_recipe_is_saved_and_loaded_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     """Packing while loading, after loading, and a saved checkpoint give the same model; its config says how."""
-    folder = weights.save_transformer(Transformer(WIDE), tmp_path / "plain")
+    folder = weights.save_transformer(synthetic(WIDE), tmp_path / "plain")
     after = transforms.quantize(weights.load_transformer(folder, dtype), MIXED)
     assert same_bits(arrays(weights.load_transformer(folder, dtype, MIXED)), arrays(after))
     converted = weights.convert(folder, tmp_path / "packed", dtype, MIXED)
@@ -116,9 +116,9 @@ def test_a_mixed_recipe_is_saved_and_loaded_bit_for_bit(dtype: str, tmp_path: Pa
 
 def test_a_recipe_that_packs_nothing_changes_nothing(tmp_path: Path) -> None:
     """With nothing to pack, the model is the plain one, also saved."""
-    folder = weights.save_transformer(Transformer(WIDE), tmp_path / "plain")
+    folder = weights.save_transformer(synthetic(WIDE), tmp_path / "plain")
     for asked in ({"default": None}, {"rules": [{"pattern": "*", "quantization": None}]}):
-        assert same_bits(arrays(weights.load_transformer(folder, "float32", asked)), arrays(Transformer(WIDE)))
+        assert same_bits(arrays(weights.load_transformer(folder, "float32", asked)), arrays(synthetic(WIDE)))
     converted = weights.convert(folder, tmp_path / "same", "float32", {"default": None})
     assert "quantization" not in json.loads((converted / "config.json").read_text())
 
@@ -126,7 +126,7 @@ def test_a_recipe_that_packs_nothing_changes_nothing(tmp_path: Path) -> None:
 def test_a_fused_model_is_packed_as_its_parts_would_be(tmp_path: Path) -> None:
     """A recipe's paths are the published ones also for a fused model; fused or packed first, the bits are the same."""
     recipe = {"default": "4bit", "rules": [{"pattern": "*.to_[qkv]", "quantization": "8bit-g32"}]}
-    plain = Transformer(WIDE)
+    plain = synthetic(WIDE)
     fused = transforms.fuse_gate_up(transforms.fuse_qkv(plain))
     wanted = transforms.fuse_gate_up(transforms.fuse_qkv(transforms.quantize(plain, recipe)))
     found = transforms.quantize(fused, recipe)
@@ -145,18 +145,18 @@ def test_mixed_precision_in_a_fused_group_is_refused(pattern: str, fuse: str, pa
     """Parts of one product packed differently are refused with the group's path, whichever comes first."""
     recipe = {"default": "4bit", "rules": [{"pattern": pattern, "quantization": "8bit"}]}
     with pytest.raises(InputError, match=rf"^{path}: projections of one fused group must be stored alike, found"):
-        getattr(transforms, fuse)(transforms.quantize(Transformer(WIDE), recipe))
+        getattr(transforms, fuse)(transforms.quantize(synthetic(WIDE), recipe))
     with pytest.raises(InputError, match=rf"^{path}\.(to_qkv|w13) is one product, .* found .* 4bit.* 8bit; mend"):
-        transforms.quantize(getattr(transforms, fuse)(Transformer(WIDE)), recipe)
+        transforms.quantize(getattr(transforms, fuse)(synthetic(WIDE)), recipe)
 
 
 def test_layers_left_alone_can_be_packed_later() -> None:
     """A model packed in part takes a recipe for the rest, and not one for what is packed."""
     attention = {"rules": [{"pattern": "*.attention.*", "quantization": "8bit"}]}
     rest = {"rules": [{"pattern": "*.feed_forward.*", "quantization": "4bit"}]}
-    first = transforms.quantize(Transformer(WIDE), attention)
+    first = transforms.quantize(synthetic(WIDE), attention)
     both = {"rules": attention["rules"] + rest["rules"]}
-    assert same_bits(arrays(transforms.quantize(first, rest)), arrays(transforms.quantize(Transformer(WIDE), both)))
+    assert same_bits(arrays(transforms.quantize(first, rest)), arrays(transforms.quantize(synthetic(WIDE), both)))
     with pytest.raises(InputError, match=r"noise_refiner\.0\.attention\.\S+ is quantized already"):
         transforms.quantize(first, "4bit")
 
@@ -272,7 +272,7 @@ def test_a_width_that_no_group_divides_is_refused(recipe: Any, words: str) -> No
     narrow = TransformerConfig.tiny(dim=192, n_heads=3, axes_dims=(16, 24, 24))
     assert words in refused(recipe, narrow)
     with pytest.raises(InputError, match="is not divisible by the group size 128"):
-        transforms.quantize(Transformer(narrow), recipe)
+        transforms.quantize(synthetic(narrow), recipe)
 
 
 def test_too_few_weights_for_a_word_are_refused() -> None:
@@ -378,7 +378,7 @@ def test_a_run_is_known_by_the_content_of_its_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", [MIXED, {"default": None}, {"rules": MIXED["rules"]}], ids=["mixed", "none", "some"])
 def test_predicted_bytes_are_the_models(dtype: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     """Bytes by stage, in all, fused and of a checkpoint that is stored so are predicted to the byte for recipes."""
-    model = transforms.quantize(Transformer(WIDE, dtype=getattr(mx, dtype)), recipe)
+    model = transforms.quantize(synthetic(WIDE, dtype=getattr(mx, dtype)), recipe)
     options: dict[str, Any] = {"caption_tokens": 5, "dtype": dtype}
     stages = model.stages(mx.zeros((1, 4, 8, 8)), mx.zeros((1,)), mx.zeros((1, 5, WIDE.cap_feat_dim)))
     found = {total.path: total for total in cost.by_stage(cost.step(WIDE, 64, 64, quantization=recipe, **options))}

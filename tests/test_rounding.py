@@ -3,6 +3,7 @@
 from typing import Any
 
 from tests.loras import named, pairs
+from tests.synthetic import synthetic
 from tests.test_packings import fused, relative_error
 from tests.test_recipes import WIDE
 from tests.test_transforms import arrays, run, same_bits
@@ -11,7 +12,6 @@ from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.rounding import INPUT_MODES, codes
-from zimage.transformer import Transformer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -136,7 +136,7 @@ def test_in_bfloat16_only_input_and_result_are_rounded(mode: str) -> None:
 @every_mode
 def test_every_linear_layer_of_the_blocks_rounds(mode: str) -> None:
     """All linear layers of all blocks round their input, no other does, arrays are shared, and the argument is kept."""
-    model = Transformer(WIDE)
+    model = synthetic(WIDE)
     before, output = arrays(model), run(model)
     rounds = transforms.quantize_input(model, mode)
     modes = {path: rounding.mode_of(m) for path, m in rounds.named_modules() if isinstance(m, nn.Linear)}
@@ -150,7 +150,7 @@ def test_every_linear_layer_of_the_blocks_rounds(mode: str) -> None:
 
 def test_it_says_that_it_is_emulated() -> None:
     """A model says how its activations are rounded and that it is emulated, and so do the names of its arms."""
-    model = Transformer(WIDE)
+    model = synthetic(WIDE)
     assert transforms.input_quantization_of(model) is None
     rounds = transforms.quantize_input(model)
     assert transforms.input_quantization_of(rounds) == {"mode": "int8", "emulated": True}
@@ -162,7 +162,7 @@ def test_it_says_that_it_is_emulated() -> None:
 @every_mode
 def test_it_goes_with_the_other_transforms(mode: str) -> None:
     """Before or after fusing, packing and unfusing, the same layers round alike and hold the same bits."""
-    plain = Transformer(WIDE)
+    plain = synthetic(WIDE)
     rounds = transforms.quantize_input(plain, mode)
     for change in (
         fused,
@@ -180,7 +180,7 @@ def test_a_lora_beside_packed_weights_sees_the_rounded_input(tmp_path: Any) -> N
     """A LoRA update beside packed weights may come before or after, fused or not: the layer rounds for both."""
     file = tmp_path / "lora.safetensors"
     save_file(named(pairs(WIDE, only="layers.0.attention")), file)
-    packed = transforms.quantize(Transformer(WIDE), "4bit")
+    packed = transforms.quantize(synthetic(WIDE), "4bit")
     after = transforms.quantize_input(transforms.adapt(packed, [(file, 1.0)]))
     before = transforms.adapt(transforms.quantize_input(packed), [(file, 1.0)])
     assert bool(mx.array_equal(run(after), run(before)))
@@ -193,15 +193,15 @@ def test_a_lora_beside_packed_weights_sees_the_rounded_input(tmp_path: Any) -> N
 
 def test_parts_that_round_differently_are_not_fused() -> None:
     """A fused product takes one input, so its parts must round alike."""
-    model = transforms.quantize_input(Transformer(WIDE))
-    model.layers[0].attention.to_v = Transformer(WIDE).layers[0].attention.to_v
+    model = transforms.quantize_input(synthetic(WIDE))
+    model.layers[0].attention.to_v = synthetic(WIDE).layers[0].attention.to_v
     with pytest.raises(InputError, match="found float32, input rounded to int8 beside float32; quantize them the same"):
         transforms.fuse_qkv(model)
 
 
 def test_saving_keeps_the_weights_only(tmp_path: Any) -> None:
     """A checkpoint holds the weights and no rounding of activations."""
-    model = transforms.quantize(Transformer(WIDE), "4bit")
+    model = transforms.quantize(synthetic(WIDE), "4bit")
     folder = weights.save_transformer(transforms.quantize_input(model), tmp_path / "a")
     back = weights.load_transformer(folder)
     assert same_bits(arrays(back), arrays(model)) and transforms.input_quantization_of(back) is None
@@ -211,15 +211,15 @@ def test_saving_keeps_the_weights_only(tmp_path: Any) -> None:
 def test_other_modes_are_refused(mode: Any) -> None:
     """An unknown mode is one line that lists those there are."""
     with pytest.raises(InputError, match=r"is not known; known are int8, fp8, mxfp8, nvfp4") as caught:
-        transforms.quantize_input(Transformer(WIDE), mode)
+        transforms.quantize_input(synthetic(WIDE), mode)
     assert str(caught.value).isprintable()
 
 
 def test_rounding_twice_and_widths_that_do_not_fit_are_refused() -> None:
     """Layers round once, and a format that does not divide an input's width is refused with both."""
     with pytest.raises(InputError, match=r"^noise_refiner\.0\.\S+ rounds its input already, to int8"):
-        transforms.quantize_input(transforms.quantize_input(Transformer(WIDE)), "fp8")
-    narrow = Transformer(TransformerConfig.tiny(dim=48, n_heads=3, axes_dims=(4, 6, 6)))
+        transforms.quantize_input(transforms.quantize_input(synthetic(WIDE)), "fp8")
+    narrow = synthetic(TransformerConfig.tiny(dim=48, n_heads=3, axes_dims=(4, 6, 6)))
     with pytest.raises(InputError, match=r"^noise_refiner\.0\.\S+: input width 48 is not divisible by 32, which nvfp4"):
         transforms.quantize_input(narrow, "nvfp4")
     assert np.isfinite(np.array(run(transforms.quantize_input(narrow, "int8")))).all()

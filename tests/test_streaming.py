@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tests.checkpoints import CONFIG, SINGLE, tensors, write_config, write_sharded, write_single
 from tests.loras import named, pairs
+from tests.sweeping import side_by_side
 from tests.test_cli import zimage
 from tests.test_weights import QUANTIZABLE, arrays, same_bits
 from zimage import saving, sources, transforms, weights
@@ -80,31 +82,44 @@ def measured(what: str, source: Path, target: Path) -> tuple[int, int]:
     return answer["peak"], answer["result"]
 
 
+@pytest.fixture(scope="module")
+def peaks(large: Path) -> dict[str, tuple[int, int]]:
+    """What `measured` finds for everything that is done with the large checkpoint, each in a process of its own."""
+    whats = ("pack", "convert", "load")
+    found = side_by_side(*(partial(measured, what, large, converted(large)) for what in whats))
+    return dict(zip(whats, found, strict=True))
+
+
+def converted(large: Path) -> Path:
+    """Where the large checkpoint is converted to."""
+    return large.with_name("converted")
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 
 
 @needs_proc
-def test_loading_takes_the_memory_of_its_result(large: Path, tmp_path: Path) -> None:
+def test_loading_takes_the_memory_of_its_result(peaks: dict[str, tuple[int, int]]) -> None:
     """Loading several gigabytes peaks at most at 1.1 times the model's bytes."""
-    peak, result = measured("load", large, tmp_path / "x")
+    peak, result = peaks["load"]
     assert result > 2.5e9
     assert peak <= 1.1 * result, (peak / MB, result / MB)
 
 
 @needs_proc
-def test_packing_while_loading_takes_little_more_than_the_packed_size(large: Path, tmp_path: Path) -> None:
+def test_packing_while_loading_takes_little_more_than_the_packed_size(peaks: dict[str, tuple[int, int]]) -> None:
     """Load-and-quantize, by a recipe, peaks at most at the quantized size, the largest block and 300 MB."""
-    peak, result = measured("pack", large, tmp_path / "x")
+    peak, result = peaks["pack"]
     assert result < 0.4 * 2 * sum(int(np.prod(shape)) for _, shape in shapes(LARGE))
     assert peak <= result + LARGEST_BLOCK + 300 * MB, (peak / MB, result / MB)
 
 
 @needs_proc
-def test_converting_holds_one_tensor_at_a_time(large: Path, tmp_path: Path) -> None:
+def test_converting_holds_one_tensor_at_a_time(large: Path, peaks: dict[str, tuple[int, int]]) -> None:
     """`convert` to 4 bits peaks below the largest block and 300 MB, whatever the model's size; the folder is whole."""
-    peak, _ = measured("convert", large, tmp_path / "x")
+    peak, _ = peaks["convert"]
     assert peak <= LARGEST_BLOCK + 300 * MB, peak / MB
-    info = sources.describe(tmp_path / "x")
+    info = sources.describe(converted(large))
     info.check()
     assert (info.kind, info.quantization) == ("synthetic", {"group_size": 64, "bits": 4, "mode": "affine"})
 

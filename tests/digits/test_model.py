@@ -6,6 +6,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+from tests.digits.drawing import First
 from zimage import digits, sources, transforms, weights
 from zimage.config import TransformerConfig
 from zimage.digits.data import SIZE, to_images, to_latents
@@ -133,13 +134,13 @@ def test_images_and_latents_are_each_others_inverse() -> None:
     assert to_images(latents * 5).max() == 1 and to_images(latents * 5).min() == 0
 
 
-def test_five_hundred_digits_are_digits(model: Transformer) -> None:
+def test_five_hundred_digits_are_digits(first_digits: First) -> None:
     """Of 500 digits drawn in 20 steps at least 97 % are read as their label, and they vary as real ones do.
 
     Pixel variance within each class is 0.65 to 1.35 of the real one, and the median distance to the nearest training
     image 0.8 to 1.2 of what held-out images have: they are neither ten prototypes nor copies.
     """
-    judged = quality(digits.draw(model, [k % 10 for k in range(500)]))
+    judged = quality(first_digits(500))
     assert judged.accuracy >= 0.97
     assert 0.65 <= judged.variance_ratio.min() and judged.variance_ratio.max() <= 1.35, judged.variance_ratio
     assert 0.8 <= judged.nearest_ratio <= 1.2

@@ -18,6 +18,10 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
+FLAGS = [
+    "-std=c++20", "-O1", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas",
+    "-Wno-attributes", f"-I{HERE}",
+]  # fmt: skip
 TYPES = {
     "cuda": {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"},
     "metal": {mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t"},
@@ -59,19 +63,16 @@ class Device:
         program = self.folder / f"{kernel.name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
         if not program.exists():
             program.with_suffix(".cpp").write_text(source)
-            flags = [
-                "-std=c++20",
-                "-O1",
-                "-fsanitize=alignment,bounds,shift",
-                "-fno-sanitize-recover=all",
-                "-Wno-unknown-pragmas",
-                "-Wno-attributes",
-                f"-I{HERE}",
-            ]
-            command = [str(COMPILER), *flags, str(program.with_suffix(".cpp")), "-o", str(program)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-            assert done.returncode == 0, done.stderr
+            header = self.folder / f"{here}.h.gch"  # found beside the source; half of the time is for the names
+            if not header.exists():
+                _compile("-x", "c++-header", str(HERE / f"{here}.h"), "-o", str(header))
+            _compile(str(program.with_suffix(".cpp")), "-o", str(program))
         return program
+
+
+def _compile(*arguments: str) -> None:
+    done = subprocess.run([str(COMPILER), *FLAGS, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def write(here: str, kernel: Kernel, launch: Launch) -> str:

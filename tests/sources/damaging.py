@@ -1,7 +1,7 @@
 """Damages checkpoints by the thousand and describes them, in a process that may use little memory and time.
 
-    python -m tests.sources.damaging FOLDER CASES      a JSON object of what became of the cases
-    python -m tests.sources.damaging FOLDER SOURCE     the same for one source as it is
+    python -m tests.sources.damaging FOLDER CASES/PART/PARTS   a JSON object of what became of every PARTS-th case
+    python -m tests.sources.damaging FOLDER SOURCE             the same for one source as it is
 
 Every case is seeded by the kind of its file and its number, so any of them can be had again.
 """
@@ -340,7 +340,8 @@ def main(folder: Path, what: str) -> None:
     """Run the cases, or look at one source, and print what became of them."""
     os.environ["OLLAMA_MODELS"] = str(folder / "store")
     tally = Tally()
-    if not what.isdecimal():
+    cases, *part = what.split("/")
+    if not cases.isdecimal():
         limit()
         line = tally.describe(what, what)
     else:
@@ -350,10 +351,10 @@ def main(folder: Path, what: str) -> None:
             tally.describe(kind, source)
         if tally.refused or tally.bad:
             raise SystemExit(f"a sound source is refused: {tally}")
-        each = int(what) // len(found)
+        each, (first, parts) = int(cases) // len(found), map(int, part)
         for kind, (source, again) in found.items():
             before = tally.refused
-            for case in range(each):
+            for case in range(first, each, parts):
                 rng = random.Random(f"{kind} {case}")
                 again(rng)
                 tally.describe(f"{kind} {case}", source)

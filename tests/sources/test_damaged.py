@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from tests.checkpoints import write_config, write_raw
 from tests.ollama_store import TENSOR, Layer, Stored, blob, config_layer, write_blobs, write_manifest
 from tests.sources import damaging
 from tests.sources.damaging import CONFIG_VALUES, FILE, INDEX, SMALL, header_of, published
-from tests.sweeping import ROOT
+from tests.sweeping import ROOT, side_by_side
 
 import pytest
 
 CASES = 21_700
+PARTS = 2  # processes that share them
+COUNTED = ("read", "refused", "bads")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 
@@ -39,16 +42,18 @@ def refused(folder: Path, source: str | Path, *words: str) -> None:
 
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path: Path, figure: Callable[[str], None]) -> None:
     """Thousands of damaged files never end in anything but success or one printable line, in 512 MB and 5 s a case."""
-    done = run(tmp_path, str(CASES))
-    count = done["read"] + done["refused"] + done["bads"]
-    figure(
-        f"{count:,} damaged files, {done['refused']:,} refused; at most {done['slowest_s'] * 1000:.0f} ms and "
-        f"{done['peak_mb']} MB"
-    )
-    assert done["bad"] == []
+    folders = [tmp_path / str(part) for part in range(PARTS)]
+    for folder in folders:
+        folder.mkdir()
+    halves = side_by_side(*(partial(run, folder, f"{CASES}/{folder.name}/{PARTS}") for folder in folders))
+    count, refused = (sum(half[what] for half in halves for what in whats) for whats in (COUNTED, ["refused"]))
+    slowest_s, peak_mb = (max(half[what] for half in halves) for what in ("slowest_s", "peak_mb"))
+    figure(f"{count:,} damaged files, {refused:,} refused; at most {slowest_s * 1000:.0f} ms and {peak_mb} MB")
+    assert [line for half in halves for line in half["bad"]] == []
     assert count >= 20_000
-    for kind, refusals in done["reasons"].items():
-        assert refusals >= 0.6 * CASES / len(done["reasons"]), kind
+    kinds = halves[0]["reasons"]
+    for kind in kinds:
+        assert sum(half["reasons"][kind] for half in halves) >= 0.6 * CASES / len(kinds), kind
 
 
 def test_the_tally_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
