@@ -19,12 +19,12 @@ ROWS = (
     {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
     {"measure", "backend", "blas", "choices", "doctor", "machine", "sensors", "trust"},
     {"sources", "hub"},
-    {"adapters", "recipes", "recipe_files"},
+    {"adapters", "recipes", "recipe_files", "mixing"},
     {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
     {"transformer", "layers"},
-    {"transforms", "fusing", "half", "tuning"},
+    {"transforms", "fusing", "half", "tuning", "step_caching"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},
@@ -35,7 +35,8 @@ WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
-    *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "lengths", "sources", "hub", "adapters"),
+    *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
+    "adapters",
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")
 LARGEST_BYTES = 10_000_000

@@ -5,7 +5,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from zimage.errors import InputError
 from zimage.launching import ALIVE, Submission
 from zimage.layers import clone
 from zimage.measure.memory import peak_bytes
-from zimage.transformer import Transformer, TransformerBlock
+from zimage.transformer import State, Transformer, TransformerBlock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -236,6 +236,26 @@ def test_joined_blocks_have_the_plain_bits(config: TransformerConfig, change: An
         assert error(normed, wanted) <= 1e-6
 
 
+def test_what_was_computed_ahead_is_for_one_block_and_one_input() -> None:
+    """Where blocks are left out or the stream is changed between them, a joined model does what a plain one does."""
+    model, example = _tiny(TransformerConfig.tiny(n_layers=4))
+
+    def velocity(model: Transformer, left_out: str, change: bool) -> mx.array:
+        state = State(*example)
+        for stage in model.stages(*example):
+            if stage.name == left_out:
+                assert state.joint is not None
+                state = replace(state, joint=state.joint * 1.5) if change else state
+            else:
+                state = stage(state)
+        assert state.velocity is not None
+        return state.velocity
+
+    for left_out, change in (("layers.1", False), ("layers.2", True), ("layers.3", True)):
+        found = [velocity(one, left_out, change) for one in (transforms.join_blocks(model), model)]
+        assert mx.array_equal(*found)
+
+
 def test_float16_blocks_are_joined_too() -> None:
     """A float16 model's joined blocks give each other what is rounded to float16, and its velocity bit for bit."""
     model, example = _tiny(PLAIN)
@@ -390,7 +410,7 @@ def test_profiles_hand_over_as_the_step_does(monkeypatch: pytest.MonkeyPatch) ->
 EXACT: dict[str, Callable[[Transformer], Transformer]] = {
     name: transform
     for name, transform in arms.TRANSFORMS.items()
-    if not name.startswith("quantize_input") and name not in arms.NEED_EXAMPLES
+    if not name.startswith(("quantize_input", "tea_cache", "reuse_")) and name not in arms.NEED_EXAMPLES
 }
 OTHERS: dict[str, Callable[[Transformer], Transformer]] = {
     "quantize": lambda model: transforms.quantize(model, "8bit-g32"),

@@ -382,16 +382,38 @@ def test_quantization_weighs_speed_size_and_pictures(ran: Callable[[Path], Run])
     assert set(sizes.index) == {full, "8bit", "4bit"}
     assert weights["4bit"] < weights["8bit"] < weights[full]
     assert (peaks >= weights).all()
-    quality = run.table("quality").pivot_table(index="arm", columns="metric", values="value")
+    table = run.table("quality")
+    assert set(table["weights_kind"]) == {"trained"}
+    quality = table.pivot_table(index="arm", columns="metric", values="value")
     assert 0 < quality["relative_l2_error"]["8bit"] < quality["relative_l2_error"]["4bit"] < 0.5
     assert quality["digit_accuracy"][full] >= 0.9
     assert quality["digit_accuracy"].between(0, 1).all()
+    assert (quality["repeat_difference"] == 0).all()
+    assert quality["frechet_distance"].between(0, 20).all()
+    assert 0 < quality["drift_relative_l2"]["8bit"] < quality["drift_relative_l2"]["4bit"] < 0.5
     pictures = {picture.name: picture for picture in run.pictures()}
-    assert set(pictures) == {f"digits_{arm}" for arm in (full, "8bit", "4bit")}
+    side_by_side = pictures.pop("digits_side_by_side")
+    with Image.open(side_by_side.path) as image:
+        assert image.width > 500 and image.height > 4 * 32
+    assert set(pictures) == {f"digits_{arm}" for arm in ("float32", "bfloat16", "8bit", "4bit")}
     for picture in pictures.values():
         assert f"of {run.parameters['draws']} recognised" in picture.caption
         with Image.open(picture.path) as image:
             assert len(np.unique(np.asarray(image))) > 10
+
+
+def test_quantization_says_what_errors_are_against(ran: Callable[[Path], Run]) -> None:
+    """Velocities are judged against float32 and bfloat16, drift after every step; what has seeds has an interval."""
+    run = ran(ROOT / "notebooks" / "quantization.ipynb")
+    table = run.table("quality")
+    errors = table[table["metric"].isin(["relative_l2_error", "cosine_similarity", "snr_db"])]
+    against = errors.groupby("arm")["baseline"].apply(set).to_dict()
+    assert against == {"bfloat16": {"float32"}, "8bit": {"float32", "bfloat16"}, "4bit": {"float32", "bfloat16"}}
+    drift = table[table["metric"].str.startswith("drift_")]
+    assert set(drift["baseline"]) == {"float32"}
+    assert set(drift["step"]) == set(range(1, run.parameters["steps"] + 1))
+    sure = table[~table["metric"].isin(["repeat_difference"])]
+    assert ((sure["low"] <= sure["high"]) & (sure["count"] > 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -417,7 +439,8 @@ def test_notebooks_take_other_models(name: str, source: str, pixels: int, tmp_pa
     assert run.pictures() == []
     if "quality" in run.tables():
         quality = run.table("quality")
-        assert set(quality["metric"]) == {"relative_l2_error"} and set(quality["weights_kind"]) == {"synthetic"}
+        assert "relative_l2_error" in set(quality["metric"]) and set(quality["weights_kind"]) == {"synthetic"}
+        assert not quality["metric"].str.startswith(("digit", "frechet")).any()
 
 
 @pytest.mark.parametrize(

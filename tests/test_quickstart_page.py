@@ -5,7 +5,6 @@ from collections.abc import Callable
 from tests import test_browser
 from tests.sweeping import Sweep
 from tests.test_browser import BARS, View
-from zimage import backend
 from zimage.analysis.findings import KNOWN_VERDICTS
 
 import pytest
@@ -43,21 +42,22 @@ def test_the_page_says_whether_fusing_helps(view: View) -> None:
 
 
 def test_the_page_shows_both_quantized_models(view: View) -> None:
-    """8 and 4 bits have a finding each, a marker each, and bars beside the unquantized model's."""
+    """8 and 4 bits have a finding each, a marker each, and bars beside the unquantized models' in 32 and 16 bits."""
     for arm in ("8bit", "4bit"):
         assert view.page.locator(".findings li", has_text=arm).count() == 1
     assert view.page.locator("[data-figure$=-forest]").nth(1).locator(".scatterlayer .point").count() == 2
     panels = view.page.locator("[data-figure*=-panel-]")
     assert panels.count() >= 4
-    assert max(panels.nth(i).evaluate(BARS) for i in range(panels.count())) == 3
+    assert max(panels.nth(i).evaluate(BARS) for i in range(panels.count())) == 4
 
 
 def test_the_page_shows_the_digits(view: View) -> None:
-    """Three pictures of digits, one an arm, load, with how many of them were recognised."""
+    """Pictures of digits load, one an arm with how many were recognised, and first one of all beside each other."""
     pictures = view.page.locator(".pictures figure")
     found = pictures.locator("img").evaluate_all("(all) => all.map((i) => i.complete && i.naturalWidth)")
-    assert len(found) == 3 and all(width > 100 for width in found)
+    assert len(found) == 5 and all(width > 100 for width in found)
     text = " ".join(pictures.all_inner_texts())
-    for arm in (backend.default_dtype(), "8bit", "4bit"):
+    assert "digits_side_by_side" in pictures.first.inner_text()
+    for arm in ("float32", "bfloat16", "8bit", "4bit"):
         assert f"digits_{arm}" in text
-    assert text.count("recognised") == 3
+    assert text.count("recognised") == 4

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs, tuning
+from zimage import backend, fusing, half, inputs, step_caching, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.layers import clone
@@ -70,6 +70,10 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
     "keep_captions": keep_captions,
+    # These three reuse within a trajectory, as `scheduler.sample` has it, and leave a step alone as it is.
+    "tea_cache_flux": step_caching.tea_cache,
+    "reuse_by_timestep": step_caching.reuse_by_timestep,
+    "reuse_every_2nd": step_caching.reuse_change,
     "fast": fast,
     "tuned": tuning.tuned,
     **{f"quantize_input_{mode}_emulated": partial(quantize_input, mode=mode) for mode in INPUT_MODES},

@@ -3,7 +3,7 @@
 from typing import Any, TypeVar
 
 from zimage import rounding
-from zimage.caching import KeptCaptions
+from zimage.caching import OfOneModel
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.kernels.native import dtype_name
@@ -68,8 +68,8 @@ def clone(value: _T) -> _T:
 
 def _own(value: Any) -> Any:
     """An attribute as a copy has it: what a model has kept is of its own weights."""
-    if isinstance(value, KeptCaptions):
-        return KeptCaptions()
+    if isinstance(value, OfOneModel):
+        return value.fresh()
     return set(value) if isinstance(value, set) else value
 
 

@@ -1,6 +1,9 @@
 """Recipes as people write them, checked against what they may hold; see `recipes` for what they mean."""
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from zimage.recipes import SUFFIXES, Recipe, Rule
 from zimage.strict import Strict, validate
 from zimage.yaml_lines import Document, Place, load
 
+import yaml
 from pydantic import Field
 
 MAX_RULES = 1000
@@ -29,9 +33,42 @@ class _File(Strict):
 
 def read(path: Path) -> Recipe:
     """The recipe in a YAML or JSON file. Raises InputError with file and line."""
+    _require_name(path)
+    return _recipe(load(path, "a recipe", InputError))
+
+
+def write(path: str | Path, recipe: Recipe, comments: Sequence[str] = ()) -> Path:
+    """Write `recipe` to a YAML or JSON file, from which `read` gives it back, and give its path.
+
+    comments: lines that a YAML file opens with; JSON has no place for them. A file that is there is replaced, whole or
+    not at all. Raises InputError for a name that is no recipe's and where it cannot be written.
+    """
+    target = Path(path)
+    _require_name(target)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        draft.write_text(text(recipe, comments, target.suffix), encoding="utf-8")
+        os.replace(draft, target)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None
+    return target
+
+
+def text(recipe: Recipe, comments: Sequence[str] = (), suffix: str = ".yaml") -> str:
+    """What `write` puts into a file whose name ends in `suffix`."""
+    if suffix == ".json":
+        return json.dumps(recipe.content, indent=2) + "\n"
+    head = "".join(f"# {''.join(filter(str.isprintable, ' '.join(line.split())))}\n" for line in comments)
+    content = {key: value for key, value in recipe.content.items() if value or key == "default"}
+    flow = None if "rules" in content else False  # None: a rule a line
+    return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=flow, width=1000)
+
+
+def _require_name(path: Path) -> None:
     if path.suffix not in SUFFIXES or not str(path).isprintable():
         raise InputError(f"{str(path)!r:.200} is no recipe's file; its name ends in {', '.join(SUFFIXES)}")
-    return _recipe(load(path, "a recipe", InputError))
 
 
 def of_mapping(values: Mapping[str, Any]) -> Recipe:

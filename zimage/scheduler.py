@@ -4,8 +4,10 @@ A latent at noise level sigma is `sigma * noise + (1 - sigma) * data`. The model
 returns a velocity that points from noise to data, so an Euler step adds `(sigma - next_sigma) * velocity`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+from zimage import step_caching
 from zimage.errors import InputError
 from zimage.transformer import Captions, Transformer, random_key
 
@@ -13,6 +15,15 @@ import mlx.core as mx
 import numpy as np
 
 MAX_STEPS = 10_000
+
+
+class Step(NamedTuple):
+    """One step of a denoising run: latents [B, C, H, W] before and after it, and the velocity between, evaluated."""
+
+    sigma: float
+    latents: mx.array
+    velocity: mx.array
+    after: mx.array
 
 
 def sigmas(steps: int, shift: float = 1.0) -> list[float]:
@@ -38,9 +49,15 @@ def step(
     patch_size: int | None = None,
 ) -> mx.array:
     """One Euler step of latents [B, C, H, W] from `sigma` to `next_sigma`; latents stay in their own dtype."""
+    return _euler(latents, velocity(model, latents, captions, sigma, patch_size), sigma, next_sigma)
+
+
+def velocity(
+    model: Transformer, latents: mx.array, captions: Captions, sigma: float, patch_size: int | None = None
+) -> mx.array:
+    """The model's velocity [B, C, H, W] at latents of noise level `sigma`, in the model's own dtype."""
     timestep = mx.full((latents.shape[0],), 1.0 - sigma, dtype=mx.float32)
-    velocity = model(latents, timestep, captions, patch_size)
-    return latents + (sigma - next_sigma) * velocity.astype(latents.dtype)
+    return model(latents, timestep, captions, patch_size)
 
 
 def noise(model: Transformer, batch: int, size: tuple[int, int], seed: int) -> mx.array:
@@ -70,25 +87,48 @@ def sample(
     """Latents [B, C, *size] in fp32, denoised from seeded noise by Euler steps; one item for each caption.
 
     `size` counts latent rows and columns. `on_step(i, latents)` is called after step i, with evaluated latents.
-    `patch_size` may be left out where the model has one. Raises InputError for bad steps, shift or shapes.
+    `patch_size` may be left out where the model has one. Where the model takes over something from earlier steps, its
+    `report` says what. Raises InputError for bad steps, shift or shapes.
+    """
+    latents = None
+    for i, taken in enumerate(walk(model, captions, size, steps, shift, seed, patch_size)):
+        latents = taken.after
+        if on_step is not None:
+            on_step(i, latents)
+    assert latents is not None  # there is one step at least
+    return latents
+
+
+def walk(
+    model: Transformer,
+    captions: Captions,
+    size: tuple[int, int],
+    steps: int = 8,
+    shift: float = 3.0,
+    seed: int = 0,
+    patch_size: int | None = None,
+) -> Iterator[Step]:
+    """Every step of `sample`, one after the other; the same arguments and errors.
+
+    Where the model takes over something from earlier steps, this is the trajectory that it does so in.
     """
     several = captions.ndim > 0 if isinstance(captions, mx.array) else isinstance(captions, (list, tuple))
     if not several or len(captions) < 1:
         raise InputError("sample needs at least one caption: an array [B, L, F] or a list of arrays [L_i, F]")
-    batch = len(captions)
     levels = sigmas(steps, shift)
-    latents = noise(model, batch, size, seed)
-    for i, (sigma, next_sigma) in enumerate(_pairs(levels)):
-        latents = step(model, latents, captions, sigma, next_sigma, patch_size)
-        mx.eval(latents)
-        if on_step is not None:
-            on_step(i, latents)
-    return latents
+    latents = noise(model, len(captions), size, seed)
+    model = step_caching.started(model, steps)
+    for sigma, next_sigma in zip(levels[:-1], levels[1:], strict=True):
+        found = velocity(model, latents, captions, sigma, patch_size)
+        after = _euler(latents, found, sigma, next_sigma)
+        mx.eval(found, after)
+        yield Step(sigma, latents, found, after)
+        latents = after
+
+
+def _euler(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:
+    return latents + (sigma - next_sigma) * velocity.astype(latents.dtype)
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _pairs(levels: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(levels[:-1], levels[1:], strict=True))

@@ -200,14 +200,20 @@ class TransformerBlock(nn.Module):
         ahead: "Ahead | None",
         following: "TransformerBlock | None",
     ) -> tuple[mx.array, "Ahead | None"]:
-        """The block's output, from what the block before computed `ahead`, and that for the `following` block."""
+        """The block's output, from what the block before computed `ahead`, and that for the `following` block.
+
+        What was computed for another block, or for another input than x, is left.
+        """
+        if ahead is not None and not (ahead.block is self and ahead.x is x):
+            ahead = None
         modulation = self.modulation(temb) if ahead is None else ahead.modulation
         normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
         its = None if following is None else following.modulation(temb)
         weight = None if following is None else following.attention_norm1.weight
         call = launching.compiled(self, "forward_joined") if self.compiled else self.forward_joined
         found = call(x, normed, rotation, mask, modulation[1:], weight, None if its is None else its[0])
-        return found[0], None if its is None else Ahead(its, found[1])
+        ahead = None if following is None or its is None else Ahead(following, found[0], its, found[1])
+        return found[0], ahead
 
     def forward_joined(
         self,
@@ -247,8 +253,10 @@ class TransformerBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a block has computed of the next one: its modulation, and its attention's input [B, L, D]."""
+    """What was computed of a block together with its input x [B, L, D]: its modulation, and its attention's input."""
 
+    block: TransformerBlock
+    x: mx.array
     modulation: tuple[mx.array, mx.array, mx.array, mx.array]
     normed: mx.array
 

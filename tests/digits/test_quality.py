@@ -1,8 +1,8 @@
 """The judge of digits: it passes real ones, and sees prototypes, copies and noise for what they are."""
 
 from zimage.digits.data import Digits, real
-from zimage.digits.picture import grid
-from zimage.digits.quality import quality, recognised
+from zimage.digits.picture import MOST_COLUMNS, MOST_ROWS, grid, side_by_side
+from zimage.digits.quality import frechet_distance, logits, quality, recognised
 from zimage.errors import InputError
 
 import numpy as np
@@ -72,6 +72,27 @@ def test_wrong_labels_are_not_recognised() -> None:
     assert recognised(Digits(held_out.images, (held_out.labels + 1) % 10)).mean() < 0.02
 
 
+def test_real_digits_are_nearer_to_real_ones_than_noise() -> None:
+    """Held-out digits are distributed as real ones are, within the interval; noise and a single class are far off."""
+    train, held_out = real()
+    near = frechet_distance(held_out)
+    assert near.low == 0 and near.count == 360 and near.high < 2
+    noise = np.random.default_rng(0).random((100, 8, 8)).astype(np.float32)
+    sevens = train.images[train.labels == 7][:100]
+    for images in (noise, sevens):
+        assert frechet_distance(Digits(images, np.arange(100) % 10)).low > 10
+    with pytest.raises(InputError, match="two samples at least of every label"):
+        frechet_distance(Digits(sevens[:10], np.arange(10)))
+
+
+def test_the_logits_are_what_the_classifier_reads() -> None:
+    """The largest of the ten logits is the label that the classifier reads."""
+    held_out = real()[1]
+    found = logits(held_out.images)
+    assert found.shape == (360, 10)
+    assert np.array_equal(found.argmax(axis=1) == held_out.labels, recognised(held_out))
+
+
 def test_a_grid_shows_every_pixel_as_a_square() -> None:
     """Images lie row by row, upright, each pixel a square of one grey, ink dark on white, with a gap around."""
     images = np.zeros((3, 8, 8), np.float32)
@@ -93,6 +114,24 @@ def test_a_grid_is_no_wider_than_its_images() -> None:
     page = grid(np.full((1, 8, 8), 7, np.float32), columns=10, scale=32)
     assert page.shape == (8 * 32 + 2 * 32, 8 * 32 + 2 * 32)
     assert page.min() == grid(np.ones((1, 8, 8), np.float32), scale=32).min()
+
+
+def test_arms_side_by_side_are_rows_of_one_picture() -> None:
+    """Every arm is a row: its name, then its digits as the grid draws them; what is too much is left out."""
+    images = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+    page = side_by_side({"float32": images, "8bit": images[::-1]}, scale=4)
+    digits = grid(images, scale=4)
+    height, width = digits.shape
+    assert page.shape[0] == 2 * height and page.shape[1] > width
+    assert np.array_equal(page[:height, -width:], digits)
+    assert np.array_equal(page[height:, -width:], grid(images[::-1], scale=4))
+    names = page[:height, :-width], page[height:, :-width]
+    assert all(name.min() < 100 for name in names) and not np.array_equal(*names)
+    many = side_by_side({f"arm {i}": np.zeros((MOST_COLUMNS + 5, 8, 8), np.float32) for i in range(MOST_ROWS + 5)}, 1)
+    assert many.shape[0] == MOST_ROWS * 10 and many.shape[1] < MOST_COLUMNS * 9 + 40
+    for bad in ({}, {"a": images, "b": images[:2]}):
+        with pytest.raises(InputError, match="side by side"):
+            side_by_side(bad)
 
 
 @pytest.mark.parametrize(

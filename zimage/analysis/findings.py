@@ -13,7 +13,7 @@ from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
     best_scope,
-    final_step,
+    headline,
     is_fraction,
     loads,
     metric_name,
@@ -313,7 +313,7 @@ def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list
     if frame is None or arm == baseline:
         return []
     texts = []
-    last = final_step(frame)
+    last = headline(frame)
     for metric in dict.fromkeys(last["metric"]):
         rows = last[last["metric"] == metric].set_index("arm")
         if arm not in rows.index:

@@ -9,15 +9,17 @@ from zimage.analysis.drawing import (
     VERDICTS,
     Panel,
     finish,
+    log_ticks,
     plain,
     side_by_side,
     whiskers,
     wrapped,
 )
 from zimage.analysis.reading import (
+    DRIFT,
     ablation_labels,
     best_scope,
-    final_step,
+    headline,
     is_fraction,
     loads,
     memory_groups,
@@ -33,6 +35,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 MAX_POINTS = 400  # points drawn of one arm's samples
+LINE_SYMBOLS = ("circle", "square", "diamond", "cross", "x")  # of lines that share a colour
 MAX_SERIES = 48  # arms and scopes whose samples are drawn
 
 
@@ -126,9 +129,9 @@ def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
 
 
 def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
-    """Bars per arm for every metric of a `quality` table, at its last step, with intervals where there are any."""
+    """Bars per arm for every headline of a `quality` table, at its last step, with intervals where there are any."""
     frame = tables.complete("quality", frame)
-    rows = final_step(frame)
+    rows = headline(frame)
     panels = [
         (metric_name(str(metric)), [*group["arm"]], [*group["value"]], [*group["low"]], [*group["high"]],
          [metric_value(str(metric), v) for v in group["value"]])
@@ -138,6 +141,40 @@ def quality(frame: pd.DataFrame, baseline: str | None = None) -> go.Figure:
     for place, metric in enumerate(dict.fromkeys(rows["metric"]), start=1):
         if is_fraction(metric):
             figure.update_xaxes(tickformat=".0%", col=place)
+    return figure
+
+
+def drift(frame: pd.DataFrame) -> go.Figure:
+    """Lines of how far every arm has drifted after each step of a denoising run, with intervals over the seeds.
+
+    `frame` is a `quality` table; an arm that has not drifted at all after a step has no point there.
+    """
+    frame = tables.complete("quality", frame)
+    rows = frame[(frame["metric"] == DRIFT) & (frame["value"] > 0)].dropna(subset=["step"])
+    figure = go.Figure()
+    for place, arm in enumerate(arms := list(dict.fromkeys(rows["arm"]))):
+        group = rows[rows["arm"] == arm].sort_values("step")
+        color = ARM_COLORS[place % len(ARM_COLORS)]
+        symbol = LINE_SYMBOLS[place // len(ARM_COLORS) % len(LINE_SYMBOLS)]
+        figure.add_scatter(
+            x=group["step"].tolist(),
+            y=group["value"].tolist(),
+            mode="lines+markers",
+            name=plain([arm])[0],
+            line={"color": color, "width": 1.5},
+            marker={"color": color, "symbol": symbol, "size": 6},
+            error_y=whiskers(group["value"] - group["low"], group["high"] - group["value"], color),
+            hovertemplate="<b>%{fullData.name}</b>, after step %{x}: %{y:.3g}<extra></extra>",
+        )
+    finish(figure, height=420)
+    figure.update_layout(showlegend=len(arms) > 0)
+    figure.update_xaxes(title_text="steps taken", zeroline=False)
+    ends = pd.concat([rows["value"], rows["low"], rows["high"]])
+    ends = ends[ends > 0]
+    low, high = (float(ends.min()) / 1.2, float(ends.max()) * 1.2) if len(ends) else (0.0, 0.0)
+    figure.update_yaxes(
+        title_text="relative L2 error of the latents", title_font={"size": 12}, showgrid=True, **log_ticks(low, high)
+    )
     return figure
 
 

@@ -3,9 +3,11 @@
 Figures, findings and pages all read a table through these, so that they never disagree about what it says.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from zimage.analysis import units
+from zimage.analysis import tables, units
 
 import pandas as pd
 
@@ -19,10 +21,22 @@ PARTS = {  # the parts of the forward pass and how their stages' names begin
 }
 OVERHEAD = "profiler"  # the view of a stages table whose rows are no stages: first call, kernel build, the profiler
 WHOLE = ("weights", "step", "process", "system", "device")  # what a memory table may speak of besides stages
+DRIFT = "drift_relative_l2"  # the metric whose every step is drawn
+# Metrics that say in other words what a headline says, or that say how sure it is: in the full table only.
+SUPPLEMENTARY = (
+    *("cosine_similarity", "snr_db", "drift_cosine", "drift_snr_db", "frechet_difference", "repeat_difference"),
+)
 _NAMES = {
     "predicted_peak_bytes": "predicted peak",
     "resident_bytes": "process memory",
     "relative_l2_error": "relative L2 error",
+    "snr_db": "SNR (dB)",
+    "drift_relative_l2": "drift (relative L2)",
+    "drift_cosine": "cosine of drifted latents",
+    "drift_snr_db": "SNR of drifted latents (dB)",
+    "frechet_distance": "Fr\u00e9chet distance",
+    "frechet_difference": "Fr\u00e9chet distance beyond it",
+    "repeat_difference": "difference when computed again",
     "weight_bytes": "weights",
     "peak_bytes": "peak memory",
     "active_bytes": "active memory",
@@ -68,7 +82,24 @@ def is_fraction(metric: str) -> bool:
 
 def metric_value(metric: str, value: float | None) -> str:
     """A quality metric's value as text: a percentage for accuracies, three digits for the rest."""
+    if value == math.inf:
+        return "\N{INFINITY}"
     return units.percent(value) if is_fraction(metric) else units.significant(value)
+
+
+def metric_text(row: Mapping[str, Any]) -> str:
+    """A row of a quality table as text: its value, and its interval where it has one."""
+    low, high = (metric_value(row["metric"], row[end]) for end in ("low", "high"))
+    text = metric_value(row["metric"], row["value"])
+    return text if units.MISSING in (low, high) else f"{text} ({low} to {high})"
+
+
+def quality_by_arm(quality: pd.DataFrame) -> pd.DataFrame:
+    """The headlines of a quality table as texts: a row an arm, a column a metric in words."""
+    texts: dict[str, dict[str, str]] = {arm: {} for arm in arms(quality)}
+    for row in records(headline(quality)):
+        texts[row["arm"]][metric_name(row["metric"])] = metric_text(row)
+    return pd.DataFrame.from_dict(texts, orient="index").fillna(units.MISSING)
 
 
 def part_of(stage: object) -> str:
@@ -94,11 +125,20 @@ def profile(frame: pd.DataFrame) -> tuple[pd.DataFrame, float | None]:
 
 
 def final_step(quality: pd.DataFrame) -> pd.DataFrame:
-    """The last recorded step of every arm and metric, in the order of the table."""
-    kept = quality.dropna(subset=["value"])
+    """The last recorded step of every arm and metric, and of each baseline it is against, in the table's order."""
+    kept = tables.complete("quality", quality).dropna(subset=["value"])
     order = kept["step"].astype("Float64").fillna(-1.0)
-    last = order.groupby([kept["arm"], kept["metric"]], sort=False).transform("max")
-    return kept[order == last].drop_duplicates(["arm", "metric"], keep="last").reset_index(drop=True)
+    by = ["arm", "metric", "baseline"]
+    last = order.groupby([kept[name] for name in by], sort=False, dropna=False).transform("max")
+    return kept[order == last].drop_duplicates(by, keep="last").reset_index(drop=True)
+
+
+def headline(quality: pd.DataFrame) -> pd.DataFrame:
+    """Of `final_step` what an arm is judged by: no SUPPLEMENTARY metric, and each against one baseline, its first."""
+    rows = final_step(quality)
+    rows = rows[~rows["metric"].isin(SUPPLEMENTARY)]
+    first = rows.groupby("metric", sort=False)["baseline"].transform("first")
+    return rows[rows["baseline"].fillna("") == first.fillna("")].reset_index(drop=True)
 
 
 def ablation_labels(frame: pd.DataFrame) -> list[str]:

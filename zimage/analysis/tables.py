@@ -40,7 +40,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         baseline=_TEXT, scope=_TEXT, regime=_TEXT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT, p_value=_FLOAT,
         verdict=_TEXT, reason=_TEXT, verdict_without_drops=_TEXT, quads=_INT, dropped_quads=_INT, noise_floor=_FLOAT,
     ),
-    "quality": _schema(step=_INT, metric=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, weights_kind=_TEXT),
+    "quality": _schema(
+        step=_INT, metric=_TEXT, baseline=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, count=_INT, weights_kind=_TEXT,
+    ),
     "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
     "loading": _schema(
         round=_INT, time_s=_FLOAT, result_bytes=_INT, peak_bytes=_INT, bandwidth_bytes_per_s=_FLOAT,
@@ -52,6 +54,13 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scaling": _schema(
         height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, use=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT,
         time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT,
+    ),
+    "sensitivity": _schema(
+        unit=_TEXT, kind=_TEXT, quantization=_TEXT, step=_INT, bytes_saved=_INT, velocity_error=_FLOAT,
+        end_error=_FLOAT, damage_per_byte=_FLOAT, weights_kind=_TEXT,
+    ),
+    "additivity": _schema(
+        what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT, weights_kind=_TEXT,
     ),
     "power": _schema(
         scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,
@@ -69,6 +78,8 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "loading": ("round",),
     "modules": ("path",),
     "scaling": ("height", "width", "use"),
+    "sensitivity": ("unit", "kind"),
+    "additivity": ("what", "metric"),
     "power": ("scope",),
 }
 

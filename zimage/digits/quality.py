@@ -1,9 +1,14 @@
-"""How good generated digits are, against the real ones: recognised, as varied, and not copied."""
+"""How good generated digits are, against the real ones: recognised, as varied, not copied, and distributed alike.
+
+The classifier is a logistic regression fitted on the pixels of all real images. Its features are its only layer's: the
+ten logits, one a class.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from zimage.digits.data import Digits, Images, real
+from zimage.quality import Estimate, frechet_estimate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +38,27 @@ def recognised(generated: Digits) -> NDArray[np.bool_]:
     """For every digit, whether the classifier reads it as its label: [N]."""
     found: NDArray[np.bool_] = _classifier().predict(_rows(generated.images)) == generated.labels
     return found
+
+
+def logits(images: Images) -> NDArray[np.float64]:
+    """The classifier's logits [N, 10] of images [N, 8, 8]."""
+    found: NDArray[np.float64] = _classifier().decision_function(_rows(images)).astype(np.float64)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _real_logits() -> NDArray[np.float64]:
+    return logits(_together(*real()).images)
+
+
+def frechet_distance(generated: Digits, beside: Digits | None = None, seed: int = 0) -> Estimate:
+    """Frechet distance of generated digits to all 1797 real ones, between the classifier's logits.
+
+    See `zimage.quality.frechet_estimate`, also for `beside`: digits of the same seeds to be farther or nearer than.
+    Raises InputError for fewer than two digits of a label.
+    """
+    other = None if beside is None else logits(beside.images)
+    return frechet_estimate(logits(generated.images), _real_logits(), generated.labels, seed, other)
 
 
 def quality(generated: Digits) -> DigitQuality:

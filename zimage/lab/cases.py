@@ -2,7 +2,7 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections
+from zimage.lab import cost_sections, quality_sections, sensitivity_sections
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -19,11 +19,11 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
     if part := by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id):
         shown.append(part)
+    shown += sensitivity_sections.sections(tables, id)
     if pictures:
-        arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
-        order = {f"_{arm}": place for place, arm in reversed([*enumerate(arms)]) if arm}
-        ordered = sorted(pictures, key=lambda p: min((n for e, n in order.items() if p.name.endswith(e)), default=99))
-        shown.append(Section("Pictures", "Enlarged without smoothing.", pictures=ordered))
+        shown.append(_pictures(tables, pictures))
+    if (frame := some(tables, "quality")) is not None and quality_sections.says_more(frame):
+        shown.append(quality_sections.quality(frame, id))
     if (frame := some(tables, "stages")) is not None:
         # What a page is about comes first: a profile's only other table is its memory.
         place = len(shown) if "ablation" in tables else 0
@@ -38,7 +38,22 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         shown.append(cost_sections.scaling(frame, id))
     if (frame := some(tables, "loading")) is not None:
         shown.append(loading(frame, id))
-    folds = others
+    return shown, [*others, *_folds(tables, id)]
+
+
+def _pictures(tables: Tables, pictures: list[Shown]) -> Section:
+    """What shows all arms first, then the arms in the order of the tables."""
+    arms = [baseline_arm(tables), *reading.arms(tables.get("ablation")), *reading.arms(tables.get("quality"))]
+    order = {f"_{arm}": place for place, arm in reversed([*enumerate(arms)]) if arm}
+
+    def place_of(picture: Shown) -> int:
+        return -1 if picture.wide else min((n for e, n in order.items() if picture.name.endswith(e)), default=99)
+
+    return Section("Pictures", "Enlarged without smoothing.", pictures=sorted(pictures, key=place_of))
+
+
+def _folds(tables: Tables, id: str) -> list[Section]:
+    folds: list[Section] = []
     if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
         folds.append(part)
     if (frame := some(tables, "modules")) is not None:
@@ -47,4 +62,4 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         folds.append(cost_sections.power(frame))
     if (frame := some(tables, "samples")) is not None and (part := samples(frame, id)) is not None:
         folds.append(part)
-    return shown, folds
+    return folds

@@ -5,6 +5,7 @@ Without them, by hand in JupyterLab or under papermill alone, the same calls jus
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from zimage.errors import ExperimentError
 from zimage.lab.files import NAME, write_atomically, write_json
 
 if TYPE_CHECKING:
+    from zimage.recipes import Recipe
+
     import numpy as np
     import pandas as pd
     from PIL.Image import Image
@@ -72,6 +75,22 @@ def record_picture(name: str, image: "Image | np.ndarray[Any, Any]", caption: st
     path = folder / "pictures" / f"{name}.png"
     write_json(path.with_name(f"{name}.json"), {"caption": caption})
     write_atomically(path, lambda draft: picture.save(draft, format="PNG"))
+
+
+def record_recipe(name: str, recipe: "Recipe", comments: Sequence[str] = ()) -> None:
+    """Keep a quantization recipe as the file `recipes/NAME.yaml` of this run, which opens with the lines `comments`.
+
+    Raises ExperimentError for a name that a file cannot have.
+    """
+    from zimage import recipe_files
+
+    if not NAME.fullmatch(name):
+        raise ExperimentError(f"recipe name {name!r}: use letters, digits, '_', '-' and '.'")
+    folder = _run_folder()
+    if folder is not None:
+        (folder / "recipes").mkdir(exist_ok=True)
+        recipe_files.write(folder / "recipes" / f"{name}.yaml", recipe, comments)
+    print(recipe_files.text(recipe, comments), end="")
 
 
 def _as_image(name: str, image: "Image | np.ndarray[Any, Any]") -> "Image":

@@ -82,6 +82,11 @@ class Shown:
     caption: str
 
     @property
+    def wide(self) -> bool:
+        """Whether it shows all arms beside each other, and so needs the page's width."""
+        return self.name.endswith("side_by_side")
+
+    @property
     def alt(self) -> str:
         """The words for who cannot see it."""
         return self.caption or f"Picture {self.name}"
@@ -204,9 +209,9 @@ def by_arm(tables: Tables, id: str) -> Section | None:
             values = {str(row[key]): units.size(row["bytes"]) for row in reading.records(group)}
             panel(name, values, lambda group=group: plots.memory(group, baseline))  # type: ignore[misc]
     if quality is not None:
-        last = reading.final_step(quality)
+        last = reading.headline(quality)
         for metric, group in last.groupby("metric", sort=False):
-            values = {str(row["arm"]): _value(str(metric), row) for row in reading.records(group)}
+            values = {str(row["arm"]): reading.metric_text(row) for row in reading.records(group)}
             draw = lambda group=group: plots.quality(group, baseline)  # noqa: E731
             panel(reading.metric_name(str(metric)), values, draw)
     names = list(dict.fromkeys(name for _, values in columns for name in values))
@@ -298,13 +303,6 @@ def some(tables: Tables, name: str) -> pd.DataFrame | None:
     """A table that is there and has rows."""
     frame = tables.get(name)
     return None if frame is None or frame.empty else frame
-
-
-def _value(metric: str, row: dict[str, Any]) -> str:
-    text = reading.metric_value(metric, row["value"])
-    if units.missing(row["low"]) or units.missing(row["high"]):
-        return text
-    return f"{text} ({reading.metric_value(metric, row['low'])} to {reading.metric_value(metric, row['high'])})"
 
 
 def _spread(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@
                                   /notebook.ipynb  as executed
                                   /tables/<name>.parquet
                                   /pictures/<name>.png, <name>.json {"caption": ...}
+                                  /recipes/<name>.yaml
 
 A run is built in a hidden sibling folder and renamed into place. Whoever builds it holds an flock on a hidden lock
 file, which the kernel lets go when the process ends, however it ends: so a folder whose lock is free is a leftover.
