@@ -116,7 +116,7 @@ def walk(
     if not several or len(captions) < 1:
         raise InputError("sample needs at least one caption: an array [B, L, F] or a list of arrays [L_i, F]")
     levels = sigmas(steps, shift)
-    latents = noise(model, len(captions), size, seed)
+    latents = noise(model, len(captions), size, seed).astype(model.latents_dtype)
     model = step_caching.started(model, steps)
     for sigma, next_sigma in zip(levels[:-1], levels[1:], strict=True):
         found = velocity(model, latents, captions, sigma, patch_size)

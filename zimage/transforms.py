@@ -87,13 +87,17 @@ class FusedGateUpFeedForward(FeedForward):
 class MaskedTransformerBlock(TransformerBlock):
     """A block that gives its attention a boolean mask of ones where it would have given none."""
 
+    def ones(self, x: mx.array) -> mx.array:
+        """The mask that hides nothing of x."""
+        return _all_ones(x.shape[1])
+
     def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
-        return super().forward(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
+        return super().forward(x, rotation, self.ones(x) if mask is None else mask, temb)
 
     def forward_joined(
         self, x: mx.array, normed: mx.array, rotation: mx.array, mask: mx.array | None, *others: Any
     ) -> list[mx.array]:
-        return super().forward_joined(x, normed, rotation, _all_ones(x.shape[1]) if mask is None else mask, *others)
+        return super().forward_joined(x, normed, rotation, self.ones(x) if mask is None else mask, *others)
 
 
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
