@@ -9,8 +9,8 @@ from functools import partial
 from zimage import launching
 from zimage.errors import InputError
 from zimage.kernels import heads, stream, swiglu
-from zimage.layers import as_class, clone
-from zimage.transformer import Captions, Transformer
+from zimage.layers import clone
+from zimage.transformer import Transformer
 from zimage.transforms import blocks, compile_blocks, submit_early
 
 import mlx.core as mx
@@ -20,27 +20,6 @@ _COMPILED = {  # made once, for MLX keeps what it traced with the compiled funct
     "norm_then_rotate": mx.compile(heads.norm_then_rotate),
     "swiglu": mx.compile(swiglu),
 }
-
-
-class CompiledTransformer(Transformer):
-    """A transformer whose call is compiled as a whole."""
-
-    def __call__(
-        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
-    ) -> mx.array:
-        if self.submission is not None or self.kept_captions is not None:
-            raise InputError(
-                "a whole step that is compiled cannot submit parts of itself, wait for them or keep captions; leave "
-                "compile_step or those transforms out"
-            )
-        found: mx.array = launching.compiled(self, "whole")(latents, timestep, caption_features, patch_size)
-        return found
-
-    def whole(
-        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None
-    ) -> mx.array:
-        """What the call computes."""
-        return super().__call__(latents, timestep, caption_features, patch_size)
 
 
 def compile_operations(model: Transformer) -> Transformer:
@@ -67,17 +46,12 @@ def compile_operations(model: Transformer) -> Transformer:
 def compile_step(model: Transformer) -> Transformer:
     """The model whose whole call is compiled by MLX; `stages` are as ever.
 
-    Traced at the first call of each set of shapes. Raises InputError for a model that submits parts of a step, keeps
-    captions or reuses steps, none of which can be compiled; so does its call where that was asked for afterwards.
+    Traced at the first call of each set of shapes. A call raises InputError where the model hands over parts of a step,
+    keeps captions or reuses steps, which it decides in Python.
     """
-    if type(model) not in (Transformer, CompiledTransformer):
-        raise InputError(f"compile_step: a {type(model).__name__} decides in Python what to compute; leave one out")
-    if model.submission is not None or model.kept_captions is not None:
-        raise InputError(
-            "compile_step: the model submits parts of a step or keeps captions, which cannot be compiled; leave those "
-            "transforms out, fast among them"
-        )
-    return as_class(CompiledTransformer, model)
+    new = clone(model)
+    new.compiled = True
+    return new
 
 
 def submit_every(model: Transformer, blocks: int | None = None) -> Transformer:
@@ -111,8 +85,6 @@ TRANSFORMS: dict[str, Callable[[Transformer], Transformer]] = {
 
 
 def _launched(model: Transformer, policy: launching.Policy) -> Transformer:
-    if isinstance(model, CompiledTransformer):
-        raise InputError("a whole step that is compiled cannot submit or wait for parts of itself; leave one out")
     new = clone(model)
     new.submission = policy
     return new

@@ -118,6 +118,7 @@ def measure(
     """
     found: dict[str, dict[str, Reach]] = {}
     watched = _cast_around_blocks(unfuse(model))
+    watched.compiled = False  # in a compiled step nothing is seen
     watched.joined = False  # what stands in for a block does a block's own work only
     plain = dict(blocks(watched))
 

@@ -47,8 +47,9 @@ class Layout:
         """Positions as RoPE takes them."""
         if not self.bf16_positions:
             return positions
-        rounded = mx.array(positions.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32)
-        return np.array(rounded).astype(np.int64)
+        bits = positions.astype(np.float32).view(np.uint32)  # of which bfloat16 is the upper half, rounded to even
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return rounded.astype(np.uint32).view(np.float32).astype(np.int64)
 
 
 PUBLISHED = Layout()

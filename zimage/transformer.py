@@ -334,6 +334,7 @@ class Transformer(nn.Module):
     submission: launching.Policy | None = None  # `transforms.submit_early` and `execution` set it
     kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
     joined = False  # `transforms.join_blocks` sets it
+    compiled = False  # `execution.compile_step` sets it
     layout: Layout = PUBLISHED  # `details` sets it, and in what a trajectory's latents are kept between steps
     latents_dtype: mx.Dtype = mx.float32
 
@@ -389,6 +390,18 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
+        if self.compiled and (self.submission is not None or self.kept_captions is not None):
+            raise InputError(
+                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
+                "captions; leave compile_step or those transforms out, fast among them"
+            )
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        return call(latents, timestep, caption_features, patch_size)
+
+    def forward(
+        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None
+    ) -> mx.array:
+        """The velocity [B, C, H, W]."""
         stages = self.stages(latents, timestep, caption_features, patch_size)
         state = self.through(stages, State(latents, timestep, caption_features))
         assert state.velocity is not None
