@@ -5,6 +5,8 @@
 
 from typing import NamedTuple
 
+from zimage.errors import InputError
+
 
 class Practice(NamedTuple):
     """One decision: what it is, and who makes it."""
@@ -48,3 +50,11 @@ SETTINGS: dict[str, Practice] = {  # of a process; they leave the output as it i
     "wired_limit": Practice("the recommended working set wired", "mlx-lm, on Metal"),
 }
 ALL = OUTPUT | EXECUTION | SETTINGS
+
+
+def variable(text: str) -> dict[str, str]:
+    """An environment variable of MLX from "MLX_NAME=VALUE". Raises InputError for what is none."""
+    name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
+    if not name.startswith("MLX_") or not name.isidentifier() or not equals or not value:
+        raise InputError(f'a variable of MLX is "MLX_NAME=VALUE", found {text!r:.80}')
+    return {name: value}

@@ -5,7 +5,7 @@ from typing import Any
 
 from zimage import practices
 from zimage.analysis import units
-from zimage.analysis.reading import records
+from zimage.analysis.reading import DRIFT, final_step, is_fraction, metric_name, metric_value, records
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ _KINDS = {
     "change the output": practices.OUTPUT,
     "leave the output as it is": practices.EXECUTION | practices.SETTINGS,
 }
+_JUDGED = {ERROR: "velocity", DRIFT: "end of run", "digit_accuracy": metric_name("digit_accuracy")}
 
 
 def is_of_details(ablation: pd.DataFrame | None) -> bool:
@@ -40,6 +41,9 @@ def texts(tables: Mapping[str, pd.DataFrame]) -> list[Text]:
             found.append(_times(kind, timed))
     if (changed := _changes(tables.get("quality"), rows)) is not None:
         found.append(changed)
+    variables = {name: row for name, row in rows.items() if name.startswith("MLX_")}
+    if variables:
+        found.append(_times("are variables of MLX", variables))
     left = [name for name, row in rows.items() if name in practices.ALL and units.missing(row["ratio"])]
     if left:
         text = f"{_count(len(left), 'detail')} left out here: {', '.join(left)}"
@@ -47,9 +51,38 @@ def texts(tables: Mapping[str, pd.DataFrame]) -> list[Text]:
     return found
 
 
+def summary(ablation: pd.DataFrame, quality: pd.DataFrame | None) -> pd.DataFrame:
+    """All there is to say of each detail, as texts: a row each, indexed by its name, in the ablation's order.
+
+    What it is, who does it, the verdict on its time, the ratio with its interval, the changes of the velocity and of the
+    end of a run beside the plain model, accuracy where pictures were judged, and why it was left out. A column that
+    nothing is in is not there.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for row in records(ablation):
+        name, known = str(row["arm"]), practices.ALL.get(str(row["arm"]), practices.Practice("", ""))
+        measured = not units.missing(row["ratio"])
+        found[name] = {
+            "what it is": known.what,
+            "who does it": known.who,
+            "time": str(row["verdict"]) if measured else "",
+            "ratio": f"{units.ratio(row['ratio'])} ({units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])})"
+            if measured
+            else "",
+            **dict.fromkeys(_JUDGED.values(), ""),
+            "not measured": "" if measured else str(row["reason"]),
+        }
+    for row in records(final_step(quality)) if quality is not None else []:
+        metric, name = str(row["metric"]), str(row["arm"])
+        if name in found and metric in _JUDGED and (is_fraction(metric) or row["baseline"] == "plain"):
+            found[name][_JUDGED[metric]] = metric_value(metric, row["value"])
+    table = pd.DataFrame.from_dict(found, orient="index")
+    return table.loc[:, (table != "").any()]
+
+
 def _times(kind: str, rows: Mapping[str, Mapping[str, Any]]) -> Text:
     ways = {verdict: [name for name, row in rows.items() if row["verdict"] == verdict] for verdict in _WORDS}
-    text = f"of {_count(len(rows), 'detail')} that {kind}, {len(ways['slower'])} known to take more time"
+    text = f"of {_count(len(rows), 'detail')} that {kind}, {_known(ways['slower'])} known to take more time"
     for verdict, pick in (("slower", max), ("faster", min)):
         if ways[verdict]:
             most = pick(ways[verdict], key=lambda name: float(rows[name]["ratio"]))
@@ -76,6 +109,10 @@ def _changes(quality: pd.DataFrame | None, rows: Mapping[str, Any]) -> Text | No
     some = sorted((name for name in errors if errors[name] > 0), key=lambda name: -errors[name])
     evidence = [f"{name} {units.significant(errors[name])}" for name in some]
     return text, tuple(filter(None, (", ".join(evidence), f"no bit changes: {', '.join(none)}" if none else "")))
+
+
+def _known(names: list[str]) -> str:
+    return "none is" if not names else f"{len(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _count(count: int, what: str) -> str:
