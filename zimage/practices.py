@@ -15,15 +15,17 @@ class Practice(NamedTuple):
     who: str
 
 
-_GO = "Ollama's Go implementation"
-_MLX = "a choice that every MLX program makes"
-_UNKNOWN = "nobody that is known"
+_GO = "Ollama"  # its Go implementation, x/imagegen/models/zimage
+_MLX = "any MLX program's choice"
+_UNKNOWN = "nobody we know"
 
 OUTPUT: dict[str, Practice] = {  # what changes the output, be it by a rounding
-    "with_all_ones_mask": Practice("a boolean mask of ones in every attention", "diffusers until pull request 12955"),
+    "with_all_ones_mask": Practice(
+        "a boolean mask of ones in every attention", "diffusers before its pull request 12955"
+    ),
     "with_additive_mask": Practice("an additive mask of zeros in every attention", "mflux"),
     "bf16_positions": Practice("RoPE positions rounded to bfloat16", _GO),
-    "zero_pad_tokens": Practice("zeros in place of the learned pad tokens", f"{_GO} has no pad tokens"),
+    "zero_pad_tokens": Practice("zeros in place of the learned pad tokens", f"{_GO}, which has none"),
     "unpadded_image": Practice("image tokens not padded to a multiple of 32", _GO),
     "captions_512": Practice("captions of 512 rows, zeros after their own, embedded as if they were tokens", _GO),
     "fp32_residual": Practice("the residual stream and its norms in float32", "mflux beside float16 blocks"),
@@ -34,9 +36,9 @@ OUTPUT: dict[str, Practice] = {  # what changes the output, be it by a rounding
     "norms_composed": Practice("RMS norms of plain operations in float32", "code without a fused norm"),
 }
 EXECUTION: dict[str, Practice] = {  # what leaves the output as it is, but for the rounding of a compiled operation
-    "compile_operations": Practice("norms, RoPE and SwiGLU compiled, each by itself", "mlx-lm compiles its SwiGLU so"),
+    "compile_operations": Practice("norms, RoPE and SwiGLU compiled, each by itself", "mlx-lm, of its SwiGLU"),
     "compile_blocks": Practice("every block compiled", "zimage.fast on a GPU"),
-    "compile_step": Practice("the whole step compiled", "mflux, where a program asks for it"),
+    "compile_step": Practice("the whole step compiled", "mflux, on request"),
     "submit_every_block": Practice("every block handed to the device as soon as it is built", _MLX),
     "submit_every_2nd": Practice("blocks handed over in pairs", _MLX),
     "submit_every_4th": Practice("blocks handed over in fours", _MLX),
@@ -47,7 +49,7 @@ EXECUTION: dict[str, Practice] = {  # what leaves the output as it is, but for t
 }
 SETTINGS: dict[str, Practice] = {  # of a process; they leave the output as it is
     "no_buffer_cache": Practice("freed buffers given back at once: a cache limit of 0", _MLX),
-    "wired_limit": Practice("the recommended working set wired", "mlx-lm, on Metal"),
+    "wired_limit": Practice("the recommended working set kept wired, on Metal", "mlx-lm"),
 }
 ALL = OUTPUT | EXECUTION | SETTINGS
 

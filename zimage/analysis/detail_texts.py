@@ -14,8 +14,8 @@ ERROR = "relative_l2_error"
 _ALSO_ELSEWHERE = ("compile_blocks", "submit_early")  # other notebooks have these as well
 _WORDS = {"faster": "less time", "slower": "more time", "equivalent": "equivalent", "inconclusive": "undecided"}
 _KINDS = {
-    "change the output": practices.OUTPUT,
-    "leave the output as it is": practices.EXECUTION | practices.SETTINGS,
+    "details that change the output": practices.OUTPUT,
+    "details that leave the output as it is": practices.EXECUTION | practices.SETTINGS,
 }
 _JUDGED = {ERROR: "velocity", DRIFT: "end of run", "digit_accuracy": metric_name("digit_accuracy")}
 
@@ -43,19 +43,19 @@ def texts(tables: Mapping[str, pd.DataFrame]) -> list[Text]:
         found.append(changed)
     variables = {name: row for name, row in rows.items() if name.startswith("MLX_")}
     if variables:
-        found.append(_times("are variables of MLX", variables))
+        found.append(_times("variables of MLX", variables))
     left = [name for name, row in rows.items() if name in practices.ALL and units.missing(row["ratio"])]
     if left:
-        text = f"{_count(len(left), 'detail')} left out here: {', '.join(left)}"
-        found.append((text, ()))
+        text = f"left out here: {', '.join(left)}"
+        found.append((text, tuple(f"{name}: {rows[name]['reason']}".replace(": left out:", ":") for name in left)))
     return found
 
 
 def summary(ablation: pd.DataFrame, quality: pd.DataFrame | None) -> pd.DataFrame:
     """All there is to say of each detail, as texts: a row each, indexed by its name, in the ablation's order.
 
-    What it is, who does it, the verdict on its time, the ratio with its interval, the changes of the velocity and of the
-    end of a run beside the plain model, accuracy where pictures were judged, and why it was left out. A column that
+    What it is, who does it, the verdict on its time, the ratio with its interval, the change of the velocity and of the
+    end of a run beside the plain model, accuracy where pictures were judged, and why it was not measured. A column that
     nothing is in is not there.
     """
     found: dict[str, dict[str, str]] = {}
@@ -66,9 +66,7 @@ def summary(ablation: pd.DataFrame, quality: pd.DataFrame | None) -> pd.DataFram
             "what it is": known.what,
             "who does it": known.who,
             "time": str(row["verdict"]) if measured else "",
-            "ratio": f"{units.ratio(row['ratio'])} ({units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])})"
-            if measured
-            else "",
+            "ratio": _ratio(row) if measured else "",
             **dict.fromkeys(_JUDGED.values(), ""),
             "not measured": "" if measured else str(row["reason"]),
         }
@@ -82,7 +80,7 @@ def summary(ablation: pd.DataFrame, quality: pd.DataFrame | None) -> pd.DataFram
 
 def _times(kind: str, rows: Mapping[str, Mapping[str, Any]]) -> Text:
     ways = {verdict: [name for name, row in rows.items() if row["verdict"] == verdict] for verdict in _WORDS}
-    text = f"of {_count(len(rows), 'detail')} that {kind}, {_known(ways['slower'])} known to take more time"
+    text = f"{kind}, {len(rows)} timed: {_known(ways['slower'])} known to take more time"
     for verdict, pick in (("slower", max), ("faster", min)):
         if ways[verdict]:
             most = pick(ways[verdict], key=lambda name: float(rows[name]["ratio"]))
@@ -111,9 +109,12 @@ def _changes(quality: pd.DataFrame | None, rows: Mapping[str, Any]) -> Text | No
     return text, tuple(filter(None, (", ".join(evidence), f"no bit changes: {', '.join(none)}" if none else "")))
 
 
+def _ratio(row: Mapping[str, Any]) -> str:
+    """A ratio with its interval, where that has two ends."""
+    ends = [units.ratio(row[end]) for end in ("ratio_low", "ratio_high")]
+    bounded = units.MISSING not in ends and float(row["ratio_low"]) > 0
+    return units.ratio(row["ratio"]) + (f" ({' to '.join(ends)})" if bounded else "")
+
+
 def _known(names: list[str]) -> str:
     return "none is" if not names else f"{len(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
