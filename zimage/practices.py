@@ -20,9 +20,7 @@ _MLX = "any MLX program's choice"
 _UNKNOWN = "nobody we know"
 
 OUTPUT: dict[str, Practice] = {  # what changes the output, be it by a rounding
-    "with_all_ones_mask": Practice(
-        "a boolean mask of ones in every attention", "diffusers before its pull request 12955"
-    ),
+    "with_all_ones_mask": Practice("a boolean mask of ones in every attention", "diffusers before pull request 12955"),
     "with_additive_mask": Practice("an additive mask of zeros in every attention", "mflux"),
     "bf16_positions": Practice("RoPE positions rounded to bfloat16", _GO),
     "zero_pad_tokens": Practice("zeros in place of the learned pad tokens", f"{_GO}, which has none"),
