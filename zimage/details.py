@@ -60,10 +60,7 @@ def with_additive_mask(model: Transformer) -> Transformer:
     that another transform replaced.
     """
     _require_blocks(model, "with_additive_mask")
-    new = clone(model)
-    for part in ("noise_refiner", "context_refiner", "layers"):
-        new[part] = [as_class(AdditivelyMaskedTransformerBlock, block) for block in new[part]]
-    return new
+    return with_all_ones_mask(model, AdditivelyMaskedTransformerBlock)
 
 
 def bf16_positions(model: Transformer) -> Transformer:

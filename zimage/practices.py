@@ -36,7 +36,7 @@ OUTPUT: dict[str, Practice] = {  # what changes the output, be it by a rounding
 EXECUTION: dict[str, Practice] = {  # what leaves the output as it is, but for the rounding of a compiled operation
     "compile_operations": Practice("norms, RoPE and SwiGLU compiled, each by itself", "mlx-lm, of its SwiGLU"),
     "compile_blocks": Practice("every block compiled", "zimage.fast on a GPU"),
-    "compile_step": Practice("the whole step compiled", "mflux, on request"),
+    "compile_step": Practice("the whole step compiled", _MLX),
     "submit_every_block": Practice("every block handed to the device as soon as it is built", _MLX),
     "submit_every_2nd": Practice("blocks handed over in pairs", _MLX),
     "submit_every_4th": Practice("blocks handed over in fours", _MLX),

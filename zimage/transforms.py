@@ -227,16 +227,16 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
     return new
 
 
-def with_all_ones_mask(model: Transformer) -> Transformer:
+def with_all_ones_mask(model: Transformer, kind: type[MaskedTransformerBlock] = MaskedTransformerBlock) -> Transformer:
     """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
 
-    Its output is the same; the time differs by what a device's attention pays for a mask. Raises InputError for a
-    float16 model.
+    Its output is the same; the time differs by what a device's attention pays for a mask. kind: the blocks that make
+    the mask, a boolean one. Raises InputError for a float16 model.
     """
     require_unscaled(model, "mask")
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
-        new[part] = [as_class(MaskedTransformerBlock, block) for block in new[part]]
+        new[part] = [as_class(kind, block) for block in new[part]]
     return new
 
 

@@ -76,7 +76,15 @@ def test_the_page_has_a_table_of_them() -> None:
     rows = {row[0].text: row for row in section.table.rows}
     texts = [cell.text for cell in rows["bf16_timestep"]]
     known = practices.OUTPUT["bf16_timestep"]
-    assert texts == ["bf16_timestep", known.what, known.who, "equivalent", "1.001 (0.998 to 1.004)", "0.00400", "0.0100"]
+    assert texts == [
+        "bf16_timestep",
+        known.what,
+        known.who,
+        "equivalent",
+        "1.001 (0.998 to 1.004)",
+        "0.00400",
+        "0.0100",
+    ]
     assert [cell.kind for cell in rows["wired_limit"]][3] == "free"
     assert rows["wired_limit"][3].text == "left out: Metal alone has it"
     assert len({len(row) for row in section.table.rows}) == 1
