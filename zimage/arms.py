@@ -12,6 +12,7 @@ from zimage import backend, fusing, half, inputs, step_caching, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.layers import clone
+from zimage.low_memory import chunk_feed_forward
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
@@ -70,6 +71,7 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "compile_blocks": compile_blocks,
     "submit_early": submit_early,
     "keep_captions": keep_captions,
+    "chunk_feed_forward": chunk_feed_forward,
     # These three reuse within a trajectory, as `scheduler.sample` has it, and leave a step alone as it is.
     "tea_cache_flux": step_caching.tea_cache,
     "reuse_by_timestep": step_caching.reuse_by_timestep,

@@ -44,6 +44,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         step=_INT, metric=_TEXT, baseline=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, count=_INT, weights_kind=_TEXT,
     ),
     "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
+    "footprint": _schema(
+        model=_TEXT, kind=_TEXT, height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, weight_bytes=_INT,
+        predicted_bytes=_INT, measured_bytes=_INT, error=_FLOAT,
+    ),
     "loading": _schema(
         round=_INT, time_s=_FLOAT, result_bytes=_INT, peak_bytes=_INT, bandwidth_bytes_per_s=_FLOAT,
     ),
@@ -75,6 +79,7 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "ablation": ("scope",),
     "quality": ("metric",),
     "memory": ("stage", "metric"),
+    "footprint": ("model", "kind", "height", "width", "predicted_bytes"),
     "loading": ("round",),
     "modules": ("path",),
     "scaling": ("height", "width", "use"),
