@@ -6,13 +6,13 @@ and prints it; `peaks` does that for all of them.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from zimage import arms, backend, inputs, low_memory, transforms
-from zimage.errors import ZImageError
+from zimage.errors import InputError, ZImageError
 from zimage.measure import memory
 from zimage.measure.processes import run_to_end
 from zimage.sources import plain
@@ -144,15 +144,22 @@ OF_PACKED: dict[str, Callable[[_Run], None]] = {
 }
 
 
-def peaks(case: Case, timeout_s: float = 600.0, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Rows of a `memory` table: what every order holds at most, each in a process of its own; those that pack last.
+def peaks(
+    case: Case, names: Sequence[str] = (), timeout_s: float = 600.0, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Rows of a `memory` table: what orders hold at most, each in a process of its own; all of them without `names`.
 
     peak_bytes: of arrays; allocated_bytes: with the buffers that MLX keeps for reuse, seen between loading, changing
     and stepping; process_bytes: how far the process's own memory rose, which a GPU's is no part of; weight_bytes: of
-    the models that are there at the end, streamed ones counted whole. Raises MeasurementError where an order fails.
+    the models that are there at the end, streamed ones counted whole. Raises InputError for a name that no order of this case has, and
+    MeasurementError where an order fails.
     """
+    known = [*ORDERS, *(OF_PACKED if case.packed else ())]
+    for name in names:
+        if name not in known:
+            raise InputError(f"order {name!r} is not known; known are {', '.join(map(repr, known))}")
     rows: list[dict[str, Any]] = []
-    for name in [*ORDERS, *(OF_PACKED if case.packed else ())]:
+    for name in names or known:
         command = [sys.executable, "-m", "zimage.orders", name, json.dumps(asdict(case))]
         found = json.loads(run_to_end(command, f"the order {name!r}", timeout_s).splitlines()[-1])
         rows += [{"arm": name, "stage": "process", "metric": metric, "bytes": value} for metric, value in found.items()]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zimage.analysis import units
+from zimage.analysis import memory_reading, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
@@ -57,10 +57,13 @@ def findings(tables: Tables) -> list[Finding]:
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
     if by_family:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
+    if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
+        by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
     return [
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
+        *of_memory,
         *by_family,
         *by_arm,
         *_scaling(tables.get("scaling")),

@@ -2,7 +2,7 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, quality_sections, sensitivity_sections
+from zimage.lab import cost_sections, memory_sections, quality_sections, sensitivity_sections
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -17,7 +17,9 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         shown.append(verdicts(frame, id))
     memory = some(tables, "memory")
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
-    if part := by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id):
+    shown += (of_memory := memory_sections.sections(tables, id))
+    part = by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id)
+    if part and not of_memory:
         shown.append(part)
     shown += sensitivity_sections.sections(tables, id)
     if pictures:
@@ -32,7 +34,7 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         profiled = cost_sections.operations(frame, id)
         shown += profiled[:1]
         others = profiled[1:]
-    if staged and memory is not None:
+    if staged and memory is not None and not of_memory:
         shown.append(cost_sections.memory(memory, id))
     if (frame := some(tables, "scaling")) is not None:
         shown.append(cost_sections.scaling(frame, id))
