@@ -151,8 +151,8 @@ def peaks(
 
     peak_bytes: of arrays; allocated_bytes: with the buffers that MLX keeps for reuse, seen between loading, changing
     and stepping; process_bytes: how far the process's own memory rose, which a GPU's is no part of; weight_bytes: of
-    the models that are there at the end, streamed ones counted whole. Raises InputError for a name that no order of this case has, and
-    MeasurementError where an order fails.
+    the models that are there at the end, streamed ones counted whole. Raises InputError for a name that no order of
+    this case has, and MeasurementError where an order fails.
     """
     known = [*ORDERS, *(OF_PACKED if case.packed else ())]
     for name in names:

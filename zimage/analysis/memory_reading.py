@@ -181,9 +181,9 @@ def _least(memory: pd.DataFrame, ablation: pd.DataFrame | None) -> list[tuple[st
 def _orders(memory: pd.DataFrame) -> list[tuple[str, tuple[str, ...]]]:
     """What the hungriest order holds beside that which only loads and steps."""
     peaks = peaks_of_orders(memory)
-    if PLAIN_ORDER not in peaks or len(peaks) < 2:
+    worst = max(peaks, key=lambda order: peaks[order], default=PLAIN_ORDER)
+    if PLAIN_ORDER not in peaks or worst == PLAIN_ORDER:
         return []
-    worst = max(peaks, key=lambda order: peaks[order])
     times = units.significant(peaks[worst] / peaks[PLAIN_ORDER])
     numbers = (f"{units.size(peaks[worst])} against {units.size(peaks[PLAIN_ORDER])}",)
     return [(f"of the orders '{worst}' holds the most, {times} times '{PLAIN_ORDER}'", numbers)]
