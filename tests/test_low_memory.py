@@ -117,7 +117,7 @@ def test_blocks_on_disk_take_no_memory_between_steps(folder: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_reading_ahead_holds_no_more_than_it_says(ahead: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a block runs, `ahead` others are being read and no more, and weights of 1 + ahead blocks are held at most."""
+    """While a block runs, `ahead` others are being read and no more: weights of 1 + ahead blocks are held at most."""
     model = low_memory.streamed(folder, None, 0, ahead)
     reading: list[list[int]] = []
     take = low_memory.BlockReader.take
@@ -256,7 +256,7 @@ def test_new_weights_are_not_made_of_blocks_on_disk(change: Callable[[Transforme
     """What would have to read all blocks is refused, in one line that says what to do, and nothing is read."""
     model = low_memory.streamed(folder)
     before = mx.get_active_memory()
-    with pytest.raises(InputError, match="stay on disk; .* convert its source") as caught:
+    with pytest.raises(InputError, match=r"stay on disk; .* convert its source") as caught:
         change(model)
     assert "\n" not in str(caught.value)
     assert mx.get_active_memory() - before < 0.01 * block_bytes(model)

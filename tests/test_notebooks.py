@@ -159,6 +159,48 @@ def test_every_loader_gives_the_model(ran: Callable[[Path], Run]) -> None:
     assert (rows["peak_bytes"] >= 0.9 * rows["result_bytes"]).all()
 
 
+def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None:
+    """memory records what the published model needs, peaks beside predictions, arms that hold less, and orders."""
+    run = ran(ROOT / "notebooks" / "memory.ipynb")
+    footprint = run.table("footprint")
+    published = footprint[footprint["model"] == "synthetic:turbo"]
+    assert set(published["arm"]) == set(run.parameters["published"]) and published["measured_bytes"].isna().all()
+    here = footprint[footprint["model"] == "digits"]
+    assert list(here["arm"]) == [backend.default_dtype(), "4bit"] and here["error"].abs().max() < 0.5
+    memory = run.table("memory")
+    peaks = memory[memory["stage"] == "step"].set_index("arm")["bytes"]
+    assert list(peaks.index) == [
+        "plain",
+        "chunk_feed_forward",
+        "submit_early",
+        "streamed 0/1",
+        "4bit",
+        "4bit streamed 0/1",
+    ]
+    assert peaks["4bit streamed 0/1"] < peaks["streamed 0/1"] < peaks["plain"]
+    orders = memory[(memory["stage"] == "process") & (memory["metric"] == "peak_bytes")].set_index("arm")["bytes"]
+    assert orders["pack while loading, step"] < orders["load, step"]
+    errors = run.table("quality").set_index("arm")["value"]
+    assert set(errors[["submit_early", "streamed 0/1", "4bit streamed 0/1"]]) == {0.0}
+    assert errors["chunk_feed_forward"] < 1e-3 < errors["4bit"] < 0.2
+    check_samples(run.table("ablation"), run.table("samples"), floors=1)
+
+
+@WITHOUT_KERNEL
+def test_memory_takes_a_model_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synthetic source is written to be streamed, without packings where its widths take none; nothing is left."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    given = {"source": "synthetic:tiny", "height": 32, "width": 32, "caption_tokens": 3, "modes": "[]"}
+    given |= {"sizes": "[[32, 64, 2, 3]]", "streams": "[[0.0, 1]]", "unload": '["stream, step"]'}
+    path = ROOT / "notebooks" / "memory.ipynb"
+    assert zimage_run(path, tmp_path / "results", **given, **LEAST) == 0
+    (run,) = Store(tmp_path / "results").runs("memory")
+    assert list(run.table("ablation")["arm"]) == ["chunk_feed_forward", "submit_early", "streamed 0/1"]
+    assert [*scratch.rglob("*.safetensors")] == []
+
+
 def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
     """profile_layers records a row for each of the nine stages of the digits model, one for the whole, and memory."""
     run = ran(ROOT / "notebooks" / "profile_layers.ipynb")

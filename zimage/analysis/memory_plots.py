@@ -1,7 +1,7 @@
 """Figures about memory: what a step is predicted to need, and what less of it costs in time."""
 
 from zimage.analysis import memory_reading, reading, tables, units
-from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, finish, log_ticks, plain, whiskers
+from zimage.analysis.drawing import Panel, finish, plain, side_by_side
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -23,36 +23,25 @@ def needs(footprint: pd.DataFrame) -> go.Figure:
             textfont={"color": _ON_SCALE}, showscale=False, hovertemplate="<b>%{y}</b>, %{x}<br>%{text}<extra></extra>",
         )
     )  # fmt: skip
-    finish(figure, height=80 + 30 * max(len(names), 1))
-    figure.update_layout(showlegend=False)
+    finish(figure, height=60 + 30 * max(len(names), 1))
+    figure.update_layout(showlegend=False, margin={"b": 8})
     figure.update_xaxes(side="top", showgrid=False, zeroline=False)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     return figure
 
 
 def trade(memory: pd.DataFrame, ablation: pd.DataFrame) -> go.Figure:
-    """Time ratio of every arm over the most that its step holds, the plain one at 1; times on a logarithmic axis."""
-    held = memory_reading.arms(tables.complete("memory", memory))["peak_bytes"].dropna()
-    times = ablation.dropna(subset=["ratio"]).drop_duplicates("arm").set_index("arm")
-    names = [name for name in held.index if name == memory_reading.PLAIN or name in times.index]
-    scale, unit = units.size_unit(float(held.max()) if len(held) else 1.0)
-    figure = go.Figure()
-    ratios = {name: 1.0 if name == memory_reading.PLAIN else float(times["ratio"][name]) for name in names}
-    order = sorted(names, key=lambda name: held[name])
-    for place, name in enumerate(order):
-        ends = [float(times[end].get(name, float("nan"))) for end in ("ratio_low", "ratio_high")]
-        color = BASELINE_COLOR if name == memory_reading.PLAIN else ARM_COLORS[0]
-        figure.add_scatter(
-            x=[held[name] / scale], y=[ratios[name]], mode="markers+text", text=plain([name]), cliponaxis=False,
-            textposition="top center" if place % 2 else "bottom center", marker={"color": color, "size": 11},
-            error_y=whiskers([ratios[name] - ends[0]], [ends[1] - ratios[name]]),
-            hovertemplate="<b>%{text}</b><br>%{x:.4g} " + unit + ", time ratio %{y:.3f}<extra></extra>",
-        )  # fmt: skip
-    finish(figure, height=380)
-    figure.update_layout(showlegend=False)
-    figure.update_xaxes(title_text=f"held at most in a step ({unit})", rangemode="tozero")
-    low, high = (min(ratios.values(), default=1.0) / 1.4, max(ratios.values(), default=1.0) * 1.4)
-    figure.update_yaxes(
-        title_text="time ratio to plain", title_font={"size": 12}, showgrid=True, **log_ticks(low, high)
-    )
-    return figure
+    """Bars of the most that every arm's step holds, beside its time ratio with the interval; the plain one first."""
+    held = memory_reading.peaks_of_arms(tables.complete("memory", memory))
+    times = {str(row["arm"]): row for row in reading.records(ablation.dropna(subset=["ratio"]))}
+    names = [name for name in held if name == memory_reading.PLAIN or name in times]
+    one = {"ratio": 1.0, "ratio_low": float("nan"), "ratio_high": float("nan")}
+    found = [times.get(name, one) for name in names]
+    scale, unit = units.size_unit(max(held.values(), default=1.0))
+    sizes, texts = [held[name] / scale for name in names], [units.size(held[name]) for name in names]
+    ratios, low, high = ([row[key] for row in found] for key in ("ratio", "ratio_low", "ratio_high"))
+    panels: list[Panel] = [
+        (f"held at most in a step ({unit})", names, sizes, [], [], texts),
+        ("time ratio", names, ratios, low, high, [units.ratio(value) for value in ratios]),
+    ]
+    return side_by_side(panels, memory_reading.PLAIN)

@@ -11,13 +11,13 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
 
     Without `compared` the verdicts are left to an overview of several runs.
     """
-    shown: list[Section] = []
+    of_memory = memory_sections.sections(tables, id)
+    shown = [*of_memory]
     others: list[Section] = []
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(frame, id))
     memory = some(tables, "memory")
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
-    shown += (of_memory := memory_sections.sections(tables, id))
     part = by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id)
     if part and not of_memory:
         shown.append(part)

@@ -13,12 +13,12 @@ def sections(tables: Tables, id: str) -> list[Section]:
     if footprint is None:
         return []
     found = []
-    if memory is not None:
-        found += arms(memory, ablation, some(tables, "quality"), id) + orders(memory, id)
     if len(memory_reading.predicted(footprint)):
         found.append(needs(footprint, id))
     if len(memory_reading.measured(footprint)):
         found.append(measured(footprint, memory))
+    if memory is not None:
+        found += arms(memory, ablation, some(tables, "quality"), id) + orders(memory, id)
     return found
 
 
@@ -26,7 +26,10 @@ def needs(footprint: pd.DataFrame, id: str) -> Section:
     """What a step of the published model is predicted to need."""
     rows = memory_reading.predicted(footprint)
     models, kinds = (", ".join(dict.fromkeys(rows[name])) for name in ("model", "kind"))
-    note = f"One step of {models}, weights included, predicted for {kinds} before anything is allocated."
+    note = (
+        f"One plain step of {models}, weights included, predicted for {kinds} before anything is allocated. It hands "
+        "over all its work at once, of which much is alive then; submit_early holds less."
+    )
     alt = "Predicted peak memory: " + "; ".join(
         f"{row['arm']}, {memory_reading.size_name(row)} {units.size(row['predicted_bytes'])}"
         for row in reading.records(rows)
@@ -71,7 +74,8 @@ def arms(memory: pd.DataFrame, ablation: pd.DataFrame | None, quality: pd.DataFr
     note = "Arrays that the arm needs itself, between steps and at the worst moment of one."
     charts = []
     if ablation is not None:
-        alt = "Time ratio over peak memory: " + "; ".join(f"{n} {units.size(v)}" for n, v in held["peak_bytes"].items())
+        peaks = memory_reading.peaks_of_arms(memory).items()
+        alt = "Peak memory and time ratio: " + "; ".join(f"{name} {units.size(peak)}" for name, peak in peaks)
         charts.append(chart(memory_plots.trade(memory, ablation), f"{id}-trade", alt))
     return [Section(title, note, charts, Table(title, heads, cells), stacked=True)]
 
