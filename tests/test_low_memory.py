@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.checkpoints import CONFIG, write_config, write_sharded, write_single
 from tests.checkpoints import tensors as seeded
+from tests.sources.test_layouts import comfy
 from tests.synthetic import synthetic
 from zimage import arms, inputs, low_memory, saving, transforms, weights
 from zimage.config import TransformerConfig
@@ -21,6 +22,7 @@ from zimage.transformer import Transformer, weight_bytes
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from safetensors.numpy import save_file
 
 DEEP = TransformerConfig.tiny(n_layers=6, n_refiner_layers=1, dim=96, n_heads=3)  # can be packed by 32
 Folder = Callable[..., Path]
@@ -93,6 +95,16 @@ def test_sharded_and_single_checkpoints_are_streamed(tmp_path: Path) -> None:
         write_config(source, config)
         for dtype in ("float32", "bfloat16"):
             assert same(low_memory.streamed(source, dtype)(*given), weights.load_transformer(source, dtype)(*given))
+
+
+def test_fused_tensors_of_other_layouts_are_streamed(tmp_path: Path) -> None:
+    """A single file in ComfyUI's layout, whose three projections are one tensor, streams as it loads."""
+    config = replace(CONFIG, n_layers=3)
+    write_config(tmp_path, config)
+    path = tmp_path / "z_image.safetensors"
+    save_file(comfy(seeded(config)), path)
+    given = example(config)
+    assert same(low_memory.streamed(path, None, 1)(*given), weights.load_transformer(path)(*given))
 
 
 def test_blocks_on_disk_take_no_memory_between_steps(folder: Path) -> None:
@@ -342,14 +354,16 @@ def test_transforms_go_block_by_block(transform: Callable[[Transformer], Transfo
 
 
 def test_an_order_holds_what_it_leaves_lying_about() -> None:
-    """Of the digits' orders, keeping the plain model beside the fused one holds more than dropping it, in words too."""
+    """Keeping the plain model beside the fused one holds more than never having both; other names are refused."""
     from zimage import orders
 
     case = orders.Case("digits", "", "", "float32", 8, 8, 1, 1, 0, "cpu")
-    rows = orders.peaks(case, ["load, step", "load, fuse, step", "load, fuse block by block, step"])
+    names = ["load, step", "load, fuse, step", "load, fuse block by block, step"]
+    rows = orders.peaks(case, names)
     peaks = {row["arm"]: row["bytes"] for row in rows if row["metric"] == "peak_bytes"}
     whole = weight_bytes(weights.load_transformer("digits", "float32"))
-    assert whole < peaks["load, step"] < peaks["load, fuse block by block, step"] < peaks["load, fuse, step"]
+    plain, kept, gradual = (peaks[name] for name in names)
+    assert whole < plain < kept and whole < gradual < kept
     assert {row["stage"] for row in rows} == {"process"}
     with pytest.raises(InputError, match="order 'load, pack, step' is not known; known are 'load, step', "):
         orders.peaks(case, ["load, pack, step"])

@@ -390,14 +390,16 @@ class Transformer(nn.Module):
             steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
         steps += refining
         for i, block in enumerate(self.layers):
-            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
-            if following is not None and following.streamed:  # nothing of it is there yet
-                following = None
             joined = self.joined and not block.streamed
-            run = _joined_block(block, geo, following) if joined else _main_block(block, geo)
+            run = _joined_block(block, geo, self._following(i)) if joined else _main_block(block, geo)
             steps.append(Stage(f"layers.{i}", run, block))
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
+
+    def _following(self, number: int) -> TransformerBlock | None:
+        """The main block after that of this number, where its weights are there."""
+        following: list[TransformerBlock] = self.layers[number + 1 : number + 2]
+        return next((block for block in following if not block.streamed), None)
 
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
