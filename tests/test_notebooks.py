@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
-from zimage import arms, backend, cli, sources
+from zimage import arms, backend, cli, practices, sources
 from zimage.analysis import cost
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
@@ -302,6 +302,65 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
     assert set(errors.index) == every
     assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
     assert len(families(ablation)) == 3
+
+
+def test_every_detail_is_compared_or_left_out_with_its_reason(ran: Callable[[Path], Run]) -> None:
+    """details has a row for each, and says of each that changes the output by how much; of the others by none."""
+    run = ran(ROOT / "notebooks" / "details.ipynb")
+    ablation = run.table("ablation").set_index("arm")
+    assert set(ablation.index) == {*practices.ALL, *run.parameters["variables"]}
+    left = ablation[ablation["ratio"].isna()]
+    assert {"captions_512"} <= set(left.index) and left["reason"].str.startswith("left out: ").all()
+    timed = ablation.dropna(subset=["ratio"])
+    assert (timed["noise_floor"] > 0).all() and set(ablation["baseline"]) == {"plain", "plain process"}
+    check_samples(timed[timed["baseline"] == "plain"].reset_index(), of_this_process(run), floors=1)
+    quality = run.table("quality")
+    errors = quality[(quality["metric"] == "relative_l2_error") & (quality["baseline"] == "plain")].set_index("arm")
+    assert set(errors.index) == {*timed.index} & {*practices.OUTPUT, *practices.EXECUTION}
+    compiled = errors.index.str.startswith("compile_")
+    waits = errors.index.isin(practices.EXECUTION) & ~compiled
+    assert (errors.loc[waits, "value"] == 0).all()
+    assert (errors.loc[compiled, "value"] < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+    assert errors.loc["zero_pad_tokens", "value"] > 0.1 and errors.loc["bf16_positions", "value"] == 0
+    drifted = quality[quality["metric"] == "drift_relative_l2"].groupby("arm")["value"].last()
+    assert drifted["bf16_latents"] > 0 and drifted["bf16_positions"] == 0
+    assert "plain" in set(quality.loc[quality["baseline"] == "float32", "arm"])
+
+
+def of_this_process(run: Run) -> pd.DataFrame:
+    """The samples of a run of details but for those of the comparison between processes, which come last."""
+    samples = run.table("samples")
+    others = samples.loc[samples["arm"].isin(["plain process", *run.parameters["variables"]]), "trial"]
+    return samples[samples["trial"] < others.min()]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("details", "['bf16_timestep', 'f']", "'f' is not known"),
+        ("details", "['all', 'bf16_timestep']", "each once"),
+        ("details", "[]", "one at least"),
+        ("variables", "['PATH=/']", "a variable of MLX is"),
+        ("transforms", "['f']", "'f' is not known"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_details_refuses_before_it_measures(name: str, given: str, words: str, tmp_path: Path) -> None:
+    """Names and variables that are none, and a detail asked for twice, end the run in one line."""
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **{name: given}, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("details")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
+@WITHOUT_KERNEL
+def test_some_details_on_the_fast_step(tmp_path: Path) -> None:
+    """Details are compared beside other transforms, and those that these rule out are left out with the reason."""
+    given = {"details": '["norms_in_dtype", "bf16_timestep"]', "transforms": '["fast"]', **LEAST}
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
+    (run,) = Store(tmp_path).runs("details")
+    reasons = run.table("ablation").set_index("arm")["reason"]
+    assert "computes residual_norm_modulate by a kernel" in reasons["norms_in_dtype"]
 
 
 @pytest.mark.parametrize(

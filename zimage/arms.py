@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs, step_caching, tuning
+from zimage import backend, details, execution, fusing, half, inputs, step_caching, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.layers import clone
@@ -18,13 +18,11 @@ from zimage.rounding import INPUT_MODES
 from zimage.transformer import State, Transformer
 from zimage.transforms import (
     blocks,
-    compile_blocks,
     fuse_gate_up,
     fuse_qkv,
     join_blocks,
     keep_captions,
     quantize_input,
-    submit_early,
 )
 from zimage.weights import load_transformer
 
@@ -68,10 +66,10 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
     "join_blocks": join_blocks,
-    "compile_blocks": compile_blocks,
-    "submit_early": submit_early,
     "keep_captions": keep_captions,
     "chunk_feed_forward": chunk_feed_forward,
+    **execution.TRANSFORMS,
+    **details.TRANSFORMS,
     # These three reuse within a trajectory, as `scheduler.sample` has it, and leave a step alone as it is.
     "tea_cache_flux": step_caching.tea_cache,
     "reuse_by_timestep": step_caching.reuse_by_timestep,

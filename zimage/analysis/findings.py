@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zimage.analysis import memory_reading, units
+from zimage.analysis import detail_texts, memory_reading, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
@@ -60,6 +60,10 @@ def findings(tables: Tables) -> list[Finding]:
     if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
+    grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
+    if grouped:
+        by_arm = [replace(one, short="") for one in by_arm]
+    by_family += grouped
     return [
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
@@ -124,7 +128,7 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     verdict = verdict_of(row)
     if units.missing(row.get("ratio")):
         text = f"the time of {arm} against {baseline}{where} was not measured"
-        return Finding(text, verdict, (), text)
+        return Finding(text, verdict, tuple(filter(None, [_text(row.get("reason"))])), text)
     if verdict == "equivalent":
         text = f"{arm} is equivalent in time to {baseline}{where}"
     elif verdict in ("faster", "slower"):
