@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from zimage.analysis import units
 from zimage.analysis.cost import UNATTRIBUTED
+from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
     arms,
     best_scope,
@@ -273,14 +274,18 @@ def _arms(tables: Tables) -> list[Finding]:
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
         if any(map(_is_way, rows)):  # `ways` says it in short
             narrow, wide = narrow + wide, []
-        found += [replace(one, short="") for one in narrow]
+        if not has_ladder(tables.get("gains")):  # which has the narrow scopes as rungs
+            found += [replace(one, short="") for one in narrow]
+        gone = clause(tables.get("gains"), arm)
         held, drawn = _memory(tables.get("memory"), arm, baseline), _quality(tables.get("quality"), arm, baseline)
         more = [*held, *drawn]
         brief = [text for text, _ in (*held[:1], *drawn)]  # a sentence has room for one size: the weights come first
         full = tuple(text + detail for text, detail in more)
         if wide:
             last = wide.pop()
-            wide.append(replace(last, evidence=(*last.evidence, *full), short=", ".join([last.short, *brief])))
+            told = ": ".join(filter(None, [last.short, gone]))
+            evidence = (*last.evidence, *filter(None, [gone]), *full)
+            wide.append(replace(last, evidence=evidence, short=", ".join([told, *brief])))
         elif more:
             wide.append(Finding(f"{arm}: {full[0]}", "", full[1:], f"{arm}: {', '.join(brief)}"))
         found += wide

@@ -19,10 +19,10 @@ from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
-from zimage.lab import claims
+from zimage.lab import claims, gain_sections
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
 from zimage.lab.store import Run, Store
 from zimage.machine import MOMENTARY, concerns
 
@@ -261,7 +261,7 @@ def _group(
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
         if len(compared) > 1:
-            section = verdicts(pd.concat(compared), f"{id}-all")
+            section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
             overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
     parts = []
