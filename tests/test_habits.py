@@ -24,7 +24,10 @@ ROWS = (
     {"transformer", "layers"},
     {"transforms", "fusing", "half", "tuning", "step_caching"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity", "scopes", "ladder"},
+    {
+        *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
+        *("sensitivity", "scopes", "ladder"),
+    },
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

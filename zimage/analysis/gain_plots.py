@@ -4,8 +4,7 @@ from typing import Any
 
 from zimage.analysis import tables, units
 from zimage.analysis.drawing import ARM_COLORS, BAND, INK, finish, plain, whiskers
-from zimage.analysis.gains import NAMES, by_ladder, is_known
-from zimage.analysis.reading import records
+from zimage.analysis.gains import NAMES, by_ladder, is_known, rungs
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -20,7 +19,7 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
     differ from 0.
     """
     frame = tables.complete("gains", frame)
-    frame = frame[frame["scope"].isin(list(NAMES))].dropna(subset=["saved_s"])
+    frame = frame[frame["scope"].isin(list(NAMES))].dropna(subset=["arm", "saved_s"])
     columns = ["saved_s", "saved_low_s", "saved_high_s", "floor_s"]
     ends = [abs(v) for v in frame[columns].to_numpy().ravel().tolist() if not units.missing(v)]
     scale, unit = units.time_unit(max(ends, default=float("nan")))
@@ -35,7 +34,7 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
         most = max(most, len(arms))
         room = _ROOM / len(arms)
         for number, arm in enumerate(arms):
-            rows = sorted(records(frame[frame["arm"] == arm]), key=lambda row: scopes.index(row["scope"]))
+            rows = rungs(frame, arm, scopes)
             middle = room * (number - (len(arms) - 1) / 2)
             places = [row_of[ladder[0], row["scope"]] + middle for row in rows]
             _draw(figure, rows, places, ARM_COLORS[every.index(arm) % len(ARM_COLORS)], scale, room)

@@ -6,8 +6,8 @@ that of one block. Negative is time lost.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zimage.analysis import tables, units
@@ -80,13 +80,21 @@ def by_ladder(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], list[str]]]:
     shared = set(LADDERS[0]) & set(LADDERS[1])
     found: list[tuple[tuple[str, ...], list[str]]] = [(ladder, []) for ladder in LADDERS]
     rest: list[str] = []
-    for arm in dict.fromkeys(frame["arm"]):
-        own = set(frame.loc[frame["arm"] == arm, "scope"]) - shared
-        place = next((place for place, ladder in enumerate(LADDERS) if own & set(ladder)), None)
+    for arm in dict.fromkeys(frame["arm"].dropna()):
+        places = range(len(LADDERS))
+        place = next((place for place in places if _has(frame, arm, set(LADDERS[place]) - shared)), None)
         (rest if place is None else found[place][1]).append(arm)
     kept = [(ladder, arms) for ladder, arms in found if arms] or [(LADDERS[0], [])]
     kept[-1][1].extend(rest)
     return [(ladder, arms) for ladder, arms in kept if arms]
+
+
+def rungs(frame: pd.DataFrame, arm: str, ladder: Sequence[str]) -> list[dict[str, Any]]:
+    """An arm's rows with an estimate in the scopes of a ladder, from the narrowest on."""
+    rows = [row for row in records(frame[frame["arm"] == arm]) if row["scope"] in ladder]
+    return sorted(
+        (row for row in rows if not units.missing(row["saved_s"])), key=lambda row: ladder.index(row["scope"])
+    )
 
 
 def the_step(ablation: pd.DataFrame) -> pd.DataFrame:
@@ -120,10 +128,17 @@ class Loss:
         return self.low_s > 0 or self.high_s < 0
 
 
-def losses(frame: pd.DataFrame, arm: str) -> list[Loss]:
-    """From scope to scope what an arm's saving is less; intervals combined as independent."""
-    rows = _of(frame, arm)
-    return [_loss(before, after) for before, after in zip(rows, rows[1:], strict=False)]
+def losses(rows: Sequence[Mapping[str, Any]]) -> list[Loss]:
+    """What of the first row's saving is gone at each later one that was still there at the row before.
+
+    Intervals are combined as independent. Of a saving that had grown since the product only what goes beyond that is
+    lost of the product's.
+    """
+    found = []
+    for before, after in zip(rows, rows[1:], strict=False):
+        steps = [_loss(before, after), _loss(rows[0], after)]
+        found.append(replace(min(steps, key=lambda loss: loss.time_s), to=steps[0].to))
+    return found
 
 
 def clause(frame: pd.DataFrame | None, arm: str) -> str:
@@ -141,11 +156,11 @@ def clause(frame: pd.DataFrame | None, arm: str) -> str:
     if product["saved_s"] < 0:
         return f"{what} costs {units.seconds(-product['saved_s'])} a block"
     text = f"{what} saves {units.seconds(product['saved_s'])} a block"
-    lost = [loss for loss in losses(frame, arm) if loss.known and loss.time_s > 0]
+    lost = [loss for loss in losses(rows) if loss.known and loss.time_s > 0]
     kept = [row["scope"] for row in rows[1:] if is_known(row) and row["saved_s"] > 0]
     if lost:
         worst = max(lost, key=lambda loss: loss.time_s)
-        rest = f"of which {worst.to} takes back {units.seconds(worst.time_s)}"
+        rest = f"of which {units.seconds(worst.time_s)} are lost in {worst.to}"
     elif kept:
         rest = f"and none of that is known to be lost up to the {kept[-1].replace('_', '-')}"
     else:
@@ -154,10 +169,12 @@ def clause(frame: pd.DataFrame | None, arm: str) -> str:
 
 
 def _of(frame: pd.DataFrame, arm: str) -> list[dict[str, Any]]:
-    """An arm's rows with an estimate, from the narrowest scope on."""
-    rows = [row for row in records(frame[frame["arm"] == arm]) if row["scope"] in NAMES]
-    rows = [row for row in rows if not units.missing(row["saved_s"])]
-    return sorted(rows, key=lambda row: list(NAMES).index(row["scope"]))
+    """An arm's rows with an estimate on the ladder of its product, from the narrowest scope on."""
+    return rungs(frame, arm, next((ladder for ladder in LADDERS if _has(frame, arm, ladder[:1])), LADDERS[0]))
+
+
+def _has(frame: pd.DataFrame, arm: str, scopes: Iterable[str]) -> bool:
+    return bool(frame.loc[frame["arm"] == arm, "scope"].isin(list(scopes)).any())
 
 
 def _loss(before: Mapping[str, Any], after: Mapping[str, Any]) -> Loss:

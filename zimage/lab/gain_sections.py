@@ -37,7 +37,7 @@ def sections(tables: Tables, id: str) -> list[Section]:
         ]
         for row in rows
     ]
-    said = {str(arm): gains.clause(frame, str(arm)) for arm in dict.fromkeys(frame["arm"])}
+    said = {str(arm): gains.clause(frame, str(arm)) for arm in dict.fromkeys(frame["arm"].dropna())}
     alt = "Time saved a block, from the product to the step: "
     alt += "; ".join(f"{arm}, {text}" for arm, text in said.items() if text)
     note = (
