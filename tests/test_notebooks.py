@@ -223,9 +223,9 @@ def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) ->
     assert len(canaries) == len(samples[samples["kind"] == "sample"]) / 4 and (canaries["position"] == -1).all()
 
 
-def test_the_fusion_is_followed_from_the_product_to_the_step(ran: Callable[[Path], Run]) -> None:
+def test_the_fusion_is_followed_from_the_product_to_the_step(swept: Callable[[Command], Sweep]) -> None:
     """qkv_fusion compares every arm in the scopes that it has, says what each saves there, and computes the same."""
-    run = ran(ROOT / "notebooks" / "qkv_fusion.ipynb")
+    (run,) = swept(quick(ROOT / "experiments" / "qkv_fusion.yaml")).store.runs("qkv_fusion")
     ablation = run.table("ablation")
     arms_asked, scopes_asked = run.parameters["arms"], run.parameters["scopes"]
     families = ladder.families(arms_asked, scopes_asked)

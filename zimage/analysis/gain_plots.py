@@ -1,10 +1,12 @@
 """The way of a gain from the product to the step: what every arm saves, scope by scope."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from zimage.analysis import tables, units
 from zimage.analysis.drawing import ARM_COLORS, BAND, INK, finish, plain, whiskers
 from zimage.analysis.gains import NAMES, by_ladder, is_known, rungs
+from zimage.analysis.reading import records
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -41,11 +43,46 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
     finish(figure, height=110 + (max(row_of.values(), default=0) + 1) * max(30, 15 * most))
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
     figure.update_xaxes(title_text=f"time saved a block ({unit}), right of 0 is less time", zeroline=False, nticks=7)
-    figure.update_yaxes(
-        type="linear", range=[max(row_of.values(), default=0) + 0.6, -0.6], showgrid=False, tickmode="array",
-        tickvals=[*row_of.values()], ticktext=[NAMES[scope] for _, scope in row_of],
-    )  # fmt: skip
+    _rows(figure, [NAMES[scope] for _, scope in row_of], [*row_of.values()])
     return figure
+
+
+def cases(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
+    """Time ratios of the step: a row a `case`, in it the arms of an `ablation` in colours of their own.
+
+    Hollow is what is inconclusive; the band is +-delta about 1, left of which is less time.
+    """
+    frame = tables.complete("ablation", frame).dropna(subset=["arm", "ratio"])
+    names, arms = list(dict.fromkeys(frame["case"])), list(dict.fromkeys(frame["arm"]))
+    room = _ROOM / max(len(arms), 1)
+    figure = go.Figure()
+    for number, arm in enumerate(arms):
+        color, middle = ARM_COLORS[number % len(ARM_COLORS)], room * (number - (len(arms) - 1) / 2)
+        for symbol, wanted in (("circle", True), ("circle-open", False)):
+            own = frame[(frame["arm"] == arm) & ((frame["verdict"] != "inconclusive") == wanted)]
+            words = [f"{row['verdict']}, {units.ratio(row['ratio'])}" for row in records(own)]
+            figure.add_scatter(
+                x=own["ratio"].tolist(), y=[names.index(case) + middle for case in own["case"]], mode="markers",
+                name=plain([arm])[0], legendgroup=arm, showlegend=wanted,
+                marker={"color": color, "symbol": symbol, "size": 9, "line": {"width": 2, "color": color}},
+                error_x=whiskers(own["ratio"] - own["ratio_low"], own["ratio_high"] - own["ratio"], color),
+                customdata=[*zip(plain(own["case"]), plain(words), strict=True)],
+                hovertemplate="<b>%{fullData.name}</b>, %{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+            )  # fmt: skip
+    finish(figure, height=110 + max(len(names), 1) * max(34, 15 * len(arms)))
+    figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
+    figure.add_vline(x=1, line={"color": INK, "width": 1.5})
+    figure.update_xaxes(title_text="step time ratio, left of 1 is less time", zeroline=False, nticks=7)
+    _rows(figure, plain(names), [*range(len(names))])
+    return figure
+
+
+def _rows(figure: go.Figure, labels: Sequence[str], places: Sequence[int]) -> None:
+    """A vertical axis of rows from the top, with a label each."""
+    figure.update_yaxes(
+        type="linear", range=[max(places, default=0) + 0.6, -0.6], showgrid=False, tickmode="array",
+        tickvals=[*places], ticktext=[*labels],
+    )  # fmt: skip
 
 
 def _draw(

@@ -141,6 +141,15 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> list[Loss]:
     return found
 
 
+def largest_loss(frame: pd.DataFrame, arm: str) -> Loss | None:
+    """The largest known loss of what an arm is known to save in its product; None where there is no such."""
+    rows = _of(tables.complete("gains", frame), arm)
+    if not rows or rows[0]["scope"] not in PRODUCTS or not is_known(rows[0]) or rows[0]["saved_s"] < 0:
+        return None
+    known = [loss for loss in losses(rows) if loss.known and loss.time_s > 0]
+    return max(known, key=lambda loss: loss.time_s, default=None)
+
+
 def clause(frame: pd.DataFrame | None, arm: str) -> str:
     """Where an arm's gain in its product goes, in one clause; "" for an arm without a product or a table without rungs.
 
@@ -156,10 +165,9 @@ def clause(frame: pd.DataFrame | None, arm: str) -> str:
     if product["saved_s"] < 0:
         return f"{what} costs {units.seconds(-product['saved_s'])} a block"
     text = f"{what} saves {units.seconds(product['saved_s'])} a block"
-    lost = [loss for loss in losses(rows) if loss.known and loss.time_s > 0]
+    worst = largest_loss(frame, arm)
     kept = [row["scope"] for row in rows[1:] if is_known(row) and row["saved_s"] > 0]
-    if lost:
-        worst = max(lost, key=lambda loss: loss.time_s)
+    if worst is not None:
         rest = f"of which {units.seconds(worst.time_s)} are lost in {worst.to}"
     elif kept:
         rest = f"and none of that is known to be lost up to the {kept[-1].replace('_', '-')}"

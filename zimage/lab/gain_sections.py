@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from zimage.analysis import gain_plots, gains, reading, units
 from zimage.analysis.findings import Tables, verdict_of
-from zimage.lab.sections import Cell, Head, Section, Table, chart, some, verdicts
+from zimage.lab.sections import DELTA, Cell, Head, Section, Table, chart, some, verdicts
 
 import pandas as pd
 
@@ -68,15 +68,20 @@ def overview(several: Sequence[Tables], compared: pd.DataFrame, id: str) -> Sect
     if not all(gains.has_ladder(some(tables, "gains")) for tables in several if some(tables, "ablation") is not None):
         return verdicts(compared, id)
     step = gains.the_step(compared)
-    order = {arm: place for place, arm in enumerate(dict.fromkeys(step["arm"]))}
-    section = verdicts(step.sort_values("arm", key=lambda arms: arms.map(order), kind="stable"), id)
-    table = by_case(step)
-    return replace(section, title="The step, over all runs", table=replace(table, label="The step, over all runs"))
-
-
-def by_case(step: pd.DataFrame) -> Table:
-    """A row a case, a column an arm: its ratio with the interval, and the verdict. Burst comparisons."""
     burst = step[step["regime"].fillna("burst") == "burst"]
+    title = "The step, over all runs"
+    note = (
+        "Time of a step of each arm divided by that of its baseline, run by run. The band is the margin of "
+        f"{units.percent(DELTA, 0)} within which two count as equivalent; a hollow point is inconclusive."
+    )
+    alt = "Time ratio of the step: " + "; ".join(
+        f"{row['arm']}, {row['case']}: {units.ratio(row['ratio'])}, {verdict_of(row)}" for row in reading.records(burst)
+    )
+    return Section(title, note, [chart(gain_plots.cases(burst, DELTA), f"{id}-cases", alt)], by_case(burst, title))
+
+
+def by_case(burst: pd.DataFrame, label: str) -> Table:
+    """A row a case, a column an arm: the step's verdict, its ratio and the interval."""
     arms = list(dict.fromkeys(burst["arm"]))
     found = {(row["case"], row["arm"]): row for row in reading.records(burst)}
     heads = [Head("Run"), *(Head(str(arm)) for arm in arms)]
@@ -92,7 +97,7 @@ def by_case(step: pd.DataFrame) -> Table:
                     text += f" ({units.ratio(row['ratio_low'])} to {units.ratio(row['ratio_high'])})"
             cells.append(Cell(text, "free"))
         rows.append(cells)
-    return Table("", heads, rows)
+    return Table(label, heads, rows)
 
 
 def _interval(low: float, high: float) -> str:
