@@ -22,9 +22,9 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
     """
     frame = tables.complete("gains", frame)
     frame = frame[frame["scope"].isin(list(NAMES))].dropna(subset=["arm", "saved_s"])
-    columns = ["saved_s", "saved_low_s", "saved_high_s", "floor_s"]
-    ends = [abs(v) for v in frame[columns].to_numpy().ravel().tolist() if not units.missing(v)]
-    scale, unit = units.time_unit(max(ends, default=float("nan")))
+    columns = ["saved_s", "saved_low_s", "saved_high_s"]
+    ends = [0.0, *(v for v in frame[columns].to_numpy().ravel().tolist() if not units.missing(v))]
+    scale, unit = units.time_unit(max(map(abs, ends)))
     figure = go.Figure()
     row_of: dict[tuple[str, str], int] = {}  # what is drawn in which row, by ladder and scope
     every = list(dict.fromkeys(frame["arm"]))
@@ -42,7 +42,9 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
             _draw(figure, rows, places, ARM_COLORS[every.index(arm) % len(ARM_COLORS)], scale, room)
     finish(figure, height=110 + (max(row_of.values(), default=0) + 1) * max(30, 15 * most))
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
+    pad = 0.06 * (max(ends) - min(ends)) or scale  # a noise floor may reach beyond what is drawn
     figure.update_xaxes(title_text=f"time saved a block ({unit}), right of 0 is less time", zeroline=False, nticks=7)
+    figure.update_xaxes(range=[(min(ends) - pad) / scale, (max(ends) + pad) / scale])
     _rows(figure, [NAMES[scope] for _, scope in row_of], [*row_of.values()])
     return figure
 
