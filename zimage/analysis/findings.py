@@ -32,6 +32,7 @@ Tables = Mapping[str, pd.DataFrame]
 WAYS = (*FLOATING, *PACKED)  # to compute one product
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
 _SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
+_REGIMES = {"sustained": ", sustained", "fresh processes": ", in fresh processes"}
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
 
 
@@ -117,8 +118,7 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     """One row of an ablation table as a finding, its interval included."""
     arm, baseline, scope = str(row["arm"]), _text(row.get("baseline")) or "the baseline", _text(row.get("scope"))
     where = _SCOPES.get(scope, f" ({scope})" if scope else "")
-    if (regime := _text(row.get("regime"))) == "sustained":
-        where += f", {regime}"
+    where += _REGIMES.get(_text(row.get("regime")), "")
     verdict = verdict_of(row)
     if units.missing(row.get("ratio")):
         text = f"the time of {arm} against {baseline}{where} was not measured"

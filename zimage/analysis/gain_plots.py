@@ -12,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 _ROOM = 0.72  # of a row that its arms share
+_LEGEND = {"xref": "paper"}  # beside the labels, which a wide legend would push away
 
 
 def ladder(frame: pd.DataFrame) -> go.Figure:
@@ -41,6 +42,7 @@ def ladder(frame: pd.DataFrame) -> go.Figure:
             places = [row_of[ladder[0], row["scope"]] + middle for row in rows]
             _draw(figure, rows, places, ARM_COLORS[every.index(arm) % len(ARM_COLORS)], scale, room)
     finish(figure, height=110 + (max(row_of.values(), default=0) + 1) * max(30, 15 * most))
+    figure.update_layout(legend=_LEGEND)
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
     pad = 0.06 * (max(ends) - min(ends)) or scale  # a noise floor may reach beyond what is drawn
     figure.update_xaxes(title_text=f"time saved a block ({unit}), right of 0 is less time", zeroline=False, nticks=7)
@@ -72,6 +74,7 @@ def cases(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
                 hovertemplate="<b>%{fullData.name}</b>, %{customdata[0]}<br>%{customdata[1]}<extra></extra>",
             )  # fmt: skip
     finish(figure, height=110 + max(len(names), 1) * max(34, 15 * len(arms)))
+    figure.update_layout(legend=_LEGEND)
     figure.add_vrect(x0=1 - delta, x1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
     figure.add_vline(x=1, line={"color": INK, "width": 1.5})
     figure.update_xaxes(title_text="step time ratio, left of 1 is less time", zeroline=False, nticks=7)
