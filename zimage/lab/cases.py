@@ -2,7 +2,7 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, detail_sections, memory_sections, quality_sections, sensitivity_sections
+from zimage.lab import cost_sections, detail_sections, gain_sections, memory_sections, quality_sections, sensitivity_sections
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -15,7 +15,8 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     shown = [*of_memory]
     others: list[Section] = []
     if compared and (frame := some(tables, "ablation")) is not None:
-        shown.append(verdicts(frame, id))
+        shown.append(verdicts(gain_sections.narrowed(tables, frame), id))
+    shown += gain_sections.sections(tables, id)
     shown += detail_sections.details(tables)
     memory = some(tables, "memory")
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
@@ -59,6 +60,7 @@ def _folds(tables: Tables, id: str) -> list[Section]:
     folds: list[Section] = []
     if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
         folds.append(part)
+    folds += gain_sections.folds(tables, id)
     if (frame := some(tables, "modules")) is not None:
         folds.append(cost_sections.modules(frame))
     if (frame := some(tables, "power")) is not None:
