@@ -24,7 +24,11 @@ ROWS = (
     {"transformer", "layers"},
     {"transforms", "fusing", "half", "tuning", "step_caching", "details", "execution"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"},
+    {"low_memory"},
+    {
+        *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
+        *("sensitivity", "scopes", "ladder", "orders"),
+    },
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},

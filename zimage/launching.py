@@ -44,6 +44,23 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
     return _calls[key][1]
 
 
+def by_rows(call: Callable[[mx.array], mx.array], x: mx.array, rows: int) -> mx.array:
+    """`call` of x [..., D], computed at once for `rows` rows at a time, so that only two such parts' temporaries exist.
+
+    `call` takes and gives [1, any number of rows, any width], each row for itself. A part waits on the device while the
+    next is being built. Where x has no more rows, this is `call(x)`.
+    """
+    flat = x.reshape(1, -1, x.shape[-1])
+    if flat.shape[1] <= rows:
+        return call(x)
+    parts: list[mx.array] = []
+    for first in range(0, flat.shape[1], rows):
+        parts.append(call(flat[:, first : first + rows]))
+        mx.async_eval(parts[-1])  # type: ignore[no-untyped-call]
+        mx.eval(parts[-2:-1])
+    return mx.concatenate(parts, axis=1).reshape(*x.shape[:-1], -1)
+
+
 _LOOK_S = 1e-4
 _LOOKS = 15  # a block of the published shape that is on the device meanwhile takes longer than all of them
 

@@ -112,6 +112,7 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x), [B, L, D] -> [B, L, D]."""
 
     swiglu = staticmethod(kernels.swiglu)  # `fusing` puts a kernel in its place
+    rows_at_once: int | None = None  # `low_memory.chunk_feed_forward` sets it
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -123,8 +124,13 @@ class FeedForward(nn.Module):
         """The two halves of SwiGLU's input, each [B, L, hidden_dim]."""
         return self.w1(x), self.w3(x)
 
+    def forward(self, x: mx.array) -> mx.array:
+        """The output for all of x at once."""
+        y: mx.array = self.w2(self.swiglu(*self.gate_and_up(x)))
+        return y
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(self.swiglu(*self.gate_and_up(x)))
+        return self.forward(x) if self.rows_at_once is None else launching.by_rows(self.forward, x, self.rows_at_once)
 
 
 class TransformerBlock(nn.Module):
@@ -132,6 +138,7 @@ class TransformerBlock(nn.Module):
 
     residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
     compiled = False  # `transforms.compile_blocks` sets it
+    streamed = False  # of `low_memory.StreamedBlock` it is True: its arrays are not in memory
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
         super().__init__()
@@ -188,8 +195,13 @@ class TransformerBlock(nn.Module):
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
-        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiles else self.forward
         return call(x, rotation, mask, temb)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it runs compiled: not where parts of it are computed at once, which no compiled function can do."""
+        return self.compiled and self.feed_forward.rows_at_once is None
 
     def joined(
         self,
@@ -210,7 +222,7 @@ class TransformerBlock(nn.Module):
         normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
         its = None if following is None else following.modulation(temb)
         weight = None if following is None else following.attention_norm1.weight
-        call = launching.compiled(self, "forward_joined") if self.compiled else self.forward_joined
+        call = launching.compiled(self, "forward_joined") if self.compiles else self.forward_joined
         found = call(x, normed, rotation, mask, modulation[1:], weight, None if its is None else its[0])
         ahead = None if following is None or its is None else Ahead(following, found[0], its, found[1])
         return found[0], ahead
@@ -381,11 +393,16 @@ class Transformer(nn.Module):
             steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
         steps += refining
         for i, block in enumerate(self.layers):
-            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
-            run = _joined_block(block, geo, following) if self.joined else _main_block(block, geo)
+            joined = self.joined and not block.streamed
+            run = _joined_block(block, geo, self._following(i)) if joined else _main_block(block, geo)
             steps.append(Stage(f"layers.{i}", run, block))
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
+
+    def _following(self, number: int) -> TransformerBlock | None:
+        """The main block after that of this number, where its weights are there."""
+        following: list[TransformerBlock] = self.layers[number + 1 : number + 2]
+        return next((block for block in following if not block.streamed), None)
 
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None

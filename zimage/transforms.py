@@ -298,6 +298,7 @@ def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int
 
 def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:
     """The model with the module called `part` of every block in its fused form."""
+    require_loaded(model, "fuse")
     new = clone(model)
     for path, block in blocks(new):
         if isinstance(block[part], fused):
@@ -329,6 +330,7 @@ def quantize(model: Transformer, recipe: Asked) -> Transformer:
     `zimage.recipes`. Raises InputError for other names and bad recipes, for layers that are quantized already, where
     a layer's sizes do not allow its packing, and where the parts of a fused layer are to be packed differently.
     """
+    require_loaded(model, "quantize")
     wanted = recipes.packing(model.config, recipes.read(recipe))
     quantized = clone(model)
     chosen = {}
@@ -438,8 +440,21 @@ def float16(model: Transformer, *examples: Sequence[Any], most_error: float = 0.
     return half.float16(model, examples, most_error)
 
 
+def require_loaded(model: Transformer, doing: str) -> None:
+    """Raise InputError for a model with blocks on disk (`low_memory.streamed`): no new weights can be made of those."""
+    if any(block.streamed for _, block in blocks(model)):
+        raise InputError(
+            f"blocks of this model stay on disk; {doing} a loaded model, or convert its source (zimage convert) and "
+            "stream what that gives"
+        )
+
+
 def require_unscaled(model: Transformer, doing: str) -> None:
-    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be."""
+    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be.
+
+    And for one whose weights are not in memory, as `require_loaded`.
+    """
+    require_loaded(model, doing)
     if any(isinstance(block, RoundedTransformerBlock) for _, block in blocks(model)):
         raise InputError(f"a float16 model's weights are scaled to compute in it; {doing} the model it was made from")
 
