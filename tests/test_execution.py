@@ -87,7 +87,7 @@ def execution_compiles() -> bool:
     return len(traced) == 1
 
 
-@pytest.mark.parametrize("other", ["submit_early", "eval_every_stage", "keep_captions", "fast"])
+@pytest.mark.parametrize("other", ["submit_early", "eval_every_stage", "keep_captions", "chunk_feed_forward", "fast"])
 def test_a_compiled_step_goes_with_no_queue_of_its_own(other: str) -> None:
     """With a step in parts, barriers or kept captions, before or after, the call is refused in one line."""
     for names in (["compile_step", other], [other, "compile_step"]):

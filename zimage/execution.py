@@ -46,8 +46,8 @@ def compile_operations(model: Transformer) -> Transformer:
 def compile_step(model: Transformer) -> Transformer:
     """The model whose whole call is compiled by MLX; `stages` are as ever.
 
-    Traced at the first call of each set of shapes. A call raises InputError where the model hands over parts of a step,
-    keeps captions or reuses steps, which it decides in Python.
+    Traced at the first call of each set of shapes. A call raises InputError where the model computes something before
+    the step's end: hands over parts, waits, keeps captions, reuses steps, streams weights.
     """
     new = clone(model)
     new.compiled = True

@@ -371,6 +371,13 @@ class Transformer(nn.Module):
         self.freeze()
 
     @property
+    def _computes_within(self) -> bool:
+        """Whether a call computes, keeps or loads something in Python before its end."""
+        blocks = [*self.noise_refiner, *self.context_refiner, *self.layers]
+        parts = any(block.streamed or block.feed_forward.rows_at_once is not None for block in blocks)
+        return parts or self.submission is not None or self.kept_captions is not None
+
+    @property
     def dtype(self) -> mx.Dtype:
         """The dtype of the residual stream."""
         return self.x_pad_token.dtype
@@ -407,10 +414,10 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
-        if self.compiled and (self.submission is not None or self.kept_captions is not None):
+        if self.compiled and self._computes_within:
             raise InputError(
-                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
-                "captions; leave compile_step or those transforms out, fast among them"
+                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself, stream "
+                "weights or keep captions; leave compile_step or those transforms out, fast among them"
             )
         call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
         return call(latents, timestep, caption_features, patch_size)

@@ -2,7 +2,14 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, detail_sections, gain_sections, memory_sections, quality_sections, sensitivity_sections
+from zimage.lab import (
+    cost_sections,
+    detail_sections,
+    gain_sections,
+    memory_sections,
+    quality_sections,
+    sensitivity_sections,
+)
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
