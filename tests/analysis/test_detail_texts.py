@@ -27,6 +27,7 @@ def tables() -> dict[str, pd.DataFrame]:
     errors = {"with_all_ones_mask": 0.0, "bf16_timestep": 0.004, "zero_pad_tokens": 0.45}
     rows = [{"arm": arm, "metric": "relative_l2_error", "baseline": "plain", "value": v} for arm, v in errors.items()]
     rows += [{**row, "baseline": "float32", "value": 0.9} for row in rows]
+    rows.append({"arm": "plain", "metric": "relative_l2_error", "baseline": "float32", "value": 0.003})
     rows.append({"arm": "bf16_timestep", "metric": "drift_relative_l2", "baseline": "plain", "step": 2, "value": 0.01})
     rows.append({"arm": "bf16_timestep", "metric": "digit_accuracy", "value": 0.75})
     quality = pd.DataFrame(rows).assign(weights_kind="trained")
@@ -47,7 +48,11 @@ def test_details_are_told_together() -> None:
     ]
     evidence = [*found.values()]
     assert evidence[0] == ("more time: with_all_ones_mask", "equivalent: bf16_timestep", "undecided: zero_pad_tokens")
-    assert evidence[2] == ("zero_pad_tokens 0.450, bf16_timestep 0.00400", "no bit changes: with_all_ones_mask")
+    assert evidence[2] == (
+        "zero_pad_tokens 0.450, bf16_timestep 0.00400",
+        "the plain model is 0.00300 away from float32",
+        "no bit changes: with_all_ones_mask",
+    )
     assert evidence[4] == ("wired_limit: Metal alone has it",)
 
 

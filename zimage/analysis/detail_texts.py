@@ -106,7 +106,10 @@ def _changes(quality: pd.DataFrame | None, rows: Mapping[str, Any]) -> Text | No
         text = f"{most} changes the velocity the most, by {units.percent(errors[most])} of its length ({kinds} weights)"
     some = sorted((name for name in errors if errors[name] > 0), key=lambda name: -errors[name])
     evidence = [f"{name} {units.significant(errors[name])}" for name in some]
-    return text, tuple(filter(None, (", ".join(evidence), f"no bit changes: {', '.join(none)}" if none else "")))
+    own = quality[(quality["metric"] == ERROR) & (quality["baseline"] == "float32") & (quality["arm"] == "plain")]
+    yardstick = [f"the plain model is {units.significant(v)} away from float32" for v in own["value"].dropna() if v > 0]
+    unchanged = [f"no bit changes: {', '.join(none)}"] if none else []
+    return text, tuple(filter(None, [", ".join(evidence), *yardstick, *unchanged]))
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
