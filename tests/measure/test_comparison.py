@@ -325,7 +325,7 @@ def test_the_text_names_what_was_dropped_and_what_it_changed() -> None:
 
 
 def test_arms_compared_one_after_the_other_share_the_level() -> None:
-    """An arm that is one of five has the level, interval and p of five arms compared at once, and needs as many quads."""
+    """An arm that is one of five has the level, interval and p of five arms compared at once."""
     one = compared(Clock(seed=4), 1.02, of=5, max_quads=20)
     arms = {f"arm {i}": Clock(seed=4).arm("arm") for i in range(5)}
     many = compare_many(Clock().arm("baseline"), arms, seed=0, max_quads=10)

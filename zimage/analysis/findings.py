@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zimage.analysis import units
+from zimage.analysis import pareto, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
@@ -55,10 +55,12 @@ def findings(tables: Tables) -> list[Finding]:
     out.
     """
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
-    if by_family:  # which say in short what else each of many arms would
+    front = [Finding(said[0], "", said[1], said[0]) for said in [pareto.summary(tables.get("pareto"))] if said]
+    if by_family or front:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
     return [
+        *front,
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
         *by_family,

@@ -26,9 +26,13 @@ classic Pareto set.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from zimage.analysis import tables
+from zimage.analysis.reading import records
 from zimage.errors import MeasurementError
+
+import pandas as pd
 
 Category = Literal["front", "indistinguishable", "dominated"]
 CATEGORIES: tuple[Category, ...] = ("front", "indistinguishable", "dominated")
@@ -157,3 +161,71 @@ def _check(points: Sequence[Point], margins: Margins) -> None:
                 )
     if not all(margin >= 0 for margin in margins.each):
         raise MeasurementError(f"margins must be 0 or more, found {margins.each}")
+
+
+def rows(points: Sequence[Point], paired: Mapping[tuple[str, str], Ratio] | None = None) -> list[dict[str, Any]]:
+    """Rows of a `pareto` table, the front first and in each category the fastest first; raises as `classify` does."""
+    places = classify(points, paired=paired)
+    ordered = sorted(points, key=lambda p: (CATEGORIES.index(places[p.name].category), p.time.value))
+    found = []
+    for point in ordered:
+        row: dict[str, Any] = {"arm": point.name, "bytes": int(point.bytes.value)}
+        for name, quantity in (("time_ratio", point.time), ("error", point.error)):
+            ends = (quantity.low, quantity.high) if math.isfinite(quantity.high) else (None, None)
+            row |= {name: quantity.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        place = places[point.name]
+        found.append({**row, "category": place.category, "dominated_by": place.dominated_by})
+    return found
+
+
+def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One `pareto` table of the arms of several runs that were compared with the same baseline at the same size.
+
+    An arm that several have is taken from the first of them. What was dominated in its own run stays so, as more points
+    cannot change that and the run may have known its errors in pairs; all others are classified among all.
+    """
+    table = pd.concat([usable(frame) for frame in frames], ignore_index=True).drop_duplicates("arm", ignore_index=True)
+    points = [
+        Point(
+            row["arm"],
+            Quantity.of(row["time_ratio"], row["time_ratio_low"], row["time_ratio_high"]),
+            Quantity.exact(row["bytes"]),
+            Quantity.of(row["error"], row["error_low"], row["error_high"]),
+        )
+        for row in records(table)
+    ]
+    places = classify(points)
+    own = table["category"] == "dominated"
+    table["dominated_by"] = table["dominated_by"].where(own, table["arm"].map(lambda arm: places[arm].dominated_by))
+    table["category"] = table["category"].where(own, table["arm"].map(lambda arm: places[arm].category))
+    order = table["category"].map(CATEGORIES.index)
+    return table.assign(order=order).sort_values(["order", "time_ratio"]).drop(columns="order").reset_index(drop=True)
+
+
+def usable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a `pareto` table that are points: of a known category, time and memory above 0, and finite."""
+    frame = tables.complete("pareto", frame)
+    good = frame["category"].isin(CATEGORIES) & frame["arm"].notna()
+    for name in ("time_ratio", "bytes", "error"):
+        values = pd.to_numeric(frame[name], errors="coerce")
+        good &= values.lt(math.inf) & (values.ge(0) if name == "error" else values.gt(0))
+    return frame[good].reset_index(drop=True)
+
+
+def summary(frame: pd.DataFrame | None) -> tuple[str, tuple[str, ...]] | None:
+    """What a `pareto` table says in one sentence, and what stands behind it; None where it holds no point."""
+    if frame is None or (points := usable(frame)).empty:
+        return None
+    named = {category: list(points.loc[points["category"] == category, "arm"]) for category in CATEGORIES}
+    front, unsure, out = (named[category] for category in CATEGORIES)
+    text = f"of {len(points)} arms {len(front)} {'is' if len(front) == 1 else 'are'} on the front of time, memory and "
+    text += f"error: {', '.join(front)}"
+    evidence = []
+    if unsure:
+        evidence.append(f"indistinguishable from it: {', '.join(unsure)}")
+    if out:
+        by = points.set_index("arm")["dominated_by"]
+        evidence.append("dominated: " + ", ".join(f"{arm} by {by[arm]}" for arm in out))
+    if unknown := int(points[["time_ratio_high", "error_high"]].isna().any(axis=1).sum()):
+        evidence.append(f"{unknown} without an interval, which nothing can surely dominate")
+    return text, tuple(evidence)

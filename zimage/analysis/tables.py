@@ -62,6 +62,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "additivity": _schema(
         what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT, weights_kind=_TEXT,
     ),
+    "pareto": _schema(
+        baseline=_TEXT, time_ratio=_FLOAT, time_ratio_low=_FLOAT, time_ratio_high=_FLOAT, bytes=_INT, error=_FLOAT,
+        error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT, weights_kind=_TEXT,
+    ),
     "power": _schema(
         scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,
         memory_clock_hz=_FLOAT, temperature_c=_FLOAT, throttle=_TEXT,
@@ -80,6 +84,7 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "scaling": ("height", "width", "use"),
     "sensitivity": ("unit", "kind"),
     "additivity": ("what", "metric"),
+    "pareto": ("category",),
     "power": ("scope",),
 }
 

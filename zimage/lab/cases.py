@@ -2,7 +2,7 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, quality_sections, sensitivity_sections
+from zimage.lab import cost_sections, pareto_sections, quality_sections, sensitivity_sections
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -13,6 +13,8 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     """
     shown: list[Section] = []
     others: list[Section] = []
+    if (frame := some(tables, "pareto")) is not None and (part := pareto_sections.front(frame, id)) is not None:
+        shown.append(part)
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(frame, id))
     memory = some(tables, "memory")

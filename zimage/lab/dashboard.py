@@ -19,7 +19,7 @@ from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
-from zimage.lab import claims
+from zimage.lab import claims, pareto_sections
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
@@ -260,6 +260,8 @@ def _group(
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
+        fronts = [(c.run.parameters, c.run.device, c.tables["pareto"]) for c in cases if "pareto" in c.tables]
+        overview += pareto_sections.pools(fronts, id)
         if len(compared) > 1:
             section = verdicts(pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
