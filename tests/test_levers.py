@@ -72,7 +72,9 @@ def test_the_notebook_places_every_arm(swept: Callable[[Command], Sweep]) -> Non
     assert (table["time_ratio"][ablation.index] == ablation["ratio"]).all()
     assert tuple(table.loc["float32", ["time_ratio", "error"]]) == (1, 0)
     sizes = run.table("memory").pivot_table(index="arm", columns="metric", values="bytes")
-    assert (table["bytes"] == sizes["peak_bytes"][table.index]).all() and (sizes["peak_bytes"] > sizes["weight_bytes"]).all()
+    assert (table["bytes"] == sizes["peak_bytes"][table.index]).all() and (
+        sizes["peak_bytes"] > sizes["weight_bytes"]
+    ).all()
     assert sizes["weight_bytes"]["4bit"] < sizes["weight_bytes"]["8bit"] < sizes["weight_bytes"]["float32"]
     errors = table["error"]
     assert 0 < errors["8bit"] < errors["4bit"] < errors["4bit + reuse_every_2nd"]

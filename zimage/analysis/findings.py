@@ -5,10 +5,10 @@ only called so when its interval lies above every other, and a missing table is 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zimage.analysis import pareto, units
+from zimage.analysis import pareto, scaling_words, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
@@ -55,7 +55,7 @@ def findings(tables: Tables) -> list[Finding]:
     out.
     """
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
-    front = [Finding(said[0], "", said[1], said[0]) for said in [pareto.summary(tables.get("pareto"))] if said]
+    front = _said([said] if (said := pareto.summary(tables.get("pareto"))) else [])
     if by_family or front:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
@@ -66,9 +66,15 @@ def findings(tables: Tables) -> list[Finding]:
         *by_family,
         *by_arm,
         *_scaling(tables.get("scaling")),
+        *_said(scaling_words.said(tables)),
         *_power(tables.get("power")),
         *_loading(tables.get("loading")),
     ]
+
+
+def _said(found: Sequence[tuple[str, tuple[str, ...]]]) -> list[Finding]:
+    """Observations whose text is all that there is to say of them in short."""
+    return [Finding(text, "", evidence, text) for text, evidence in found]
 
 
 def sentence(clauses: list[str], device: str, weights: str | None) -> str:

@@ -53,7 +53,18 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "scaling": _schema(
         height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, use=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT,
-        time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT,
+        time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT, tokens=_INT, steps=_INT,
+        images_per_hour=_FLOAT, sustained_s=_FLOAT, sustained_low_s=_FLOAT, sustained_high_s=_FLOAT,
+        sustained_images_per_hour=_FLOAT,
+    ),
+    "axes": _schema(
+        axis=_TEXT, height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, beside_height=_INT, beside_width=_INT,
+        beside_batch=_INT, beside_caption_tokens=_INT, tokens=_INT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT,
+        predicted_ratio=_FLOAT, verdict=_TEXT,
+    ),
+    "crossover": _schema(
+        method=_TEXT, tokens=_FLOAT, tokens_low=_FLOAT, tokens_high=_FLOAT, side_px=_FLOAT, attention_s=_FLOAT,
+        linear_s=_FLOAT, note=_TEXT,
     ),
     "sensitivity": _schema(
         unit=_TEXT, kind=_TEXT, quantization=_TEXT, step=_INT, bytes_saved=_INT, velocity_error=_FLOAT,
@@ -82,6 +93,8 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "loading": ("round",),
     "modules": ("path",),
     "scaling": ("height", "width", "use"),
+    "axes": ("axis",),
+    "crossover": ("method",),
     "sensitivity": ("unit", "kind"),
     "additivity": ("what", "metric"),
     "pareto": ("category",),

@@ -38,6 +38,10 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         shown.append(cost_sections.memory(memory, id))
     if (frame := some(tables, "scaling")) is not None:
         shown.append(cost_sections.scaling(frame, id))
+        shown += [part for part in [cost_sections.images(frame)] if part is not None]
+    for name, section in (("axes", cost_sections.axes), ("crossover", cost_sections.crossover)):
+        if (frame := some(tables, name)) is not None:
+            shown.append(section(frame, id))
     if (frame := some(tables, "loading")) is not None:
         shown.append(loading(frame, id))
     return shown, [*others, *_folds(tables, id)]
