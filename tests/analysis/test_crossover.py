@@ -38,7 +38,7 @@ def test_by_flops_alone_it_is_a_property_of_the_config(config: TransformerConfig
 
 
 def test_rates_move_the_crossing_from_that_of_flops() -> None:
-    """A FLOP of attention that takes twice as long halves the tokens, whatever the noise of rounds; with an interval."""
+    """A FLOP of attention that takes twice as long halves the tokens, whatever the noise, with an interval."""
     rng, chosen = np.random.default_rng(0), SIZES[:1] + SIZES[2:]
     points = [(s, (seconds(s, 1e-15, 2e-15) * np.exp(0.001 * rng.standard_normal(10))).tolist()) for s in chosen]
     found = crossover.by_rates(points, TURBO)
@@ -50,7 +50,7 @@ def test_rates_move_the_crossing_from_that_of_flops() -> None:
 
 
 def test_what_times_do_not_tell_is_no_number() -> None:
-    """Attention without a time never overtakes; linear layers without one leave it open; neither has tokens in a row."""
+    """Attention without a time never overtakes; linear layers without one leave it open."""
     never = crossover.by_rates([(size, [seconds(size, 1e-15, 0)] * 6) for size in SIZES], TURBO)
     assert (never.tokens, never.note) == (math.inf, "never")
     untold = crossover.by_rates([(size, [1e-3 + 1e-8 * i**4] * 6) for i, size in enumerate(SIZES[:3])], TURBO)
@@ -68,7 +68,7 @@ def test_what_times_do_not_tell_is_no_number() -> None:
     ("tokens", "note"), [([4000, 20000], ""), ([1000, 4000, 8000], "extrapolated"), ([16000, 30000], "extrapolated")]
 )
 def test_operations_cross_between_or_beyond_their_sizes(tokens: list[int], note: str) -> None:
-    """Where attention grows with the square and the rest with the tokens the crossing is found exactly, noise or none."""
+    """Where attention grows with the square and the rest with the tokens the crossing is found, noise or none."""
     rng = np.random.default_rng(1)
     noise = np.exp(0.002 * rng.standard_normal((2, len(tokens), 10)))
     measured = [
@@ -89,7 +89,7 @@ def test_operations_that_never_cross_say_so() -> None:
 
 
 def test_a_blocks_operations_are_told_apart() -> None:
-    """Linear layers, fused or not, and attention are summed by round; the modulation and elementwise work are neither."""
+    """Linear layers, fused or not, and attention are summed by round; modulation and elementwise work are neither."""
     plain, fused = crossover.kinds_of(TURBO), crossover.kinds_of(TURBO, ("qkv", "gate_up"))
     linear = {name for name, kind in plain.items() if kind == "matmul"}
     assert linear == {"to_q", "to_k", "to_v", "to_out", "w1", "w3", "w2"} and plain["sdpa"] == "attention"
@@ -147,11 +147,13 @@ def test_sizes_that_differ_in_one_thing_are_put_beside_each_other() -> None:
 
 
 def test_ratios_are_those_of_one_round_and_of_one_image() -> None:
-    """A drift that all sizes of a round share leaves ratios alone; a batch's is an image's; verdicts follow intervals."""
+    """A drift that all sizes of a round share leaves ratios alone; a batch's is an image's."""
     rng, drift = np.random.default_rng(2), np.linspace(1, 3, 12)
     slow = {Size(2048, 512): 1.05}
     times = {
-        size: (seconds(size, 1e-15, 2e-15) * slow.get(size, 1) * drift * np.exp(1e-4 * rng.standard_normal(12))).tolist()
+        size: (
+            seconds(size, 1e-15, 2e-15) * slow.get(size, 1) * drift * np.exp(1e-4 * rng.standard_normal(12))
+        ).tolist()
         for size in ASKED
     }
     predictor = roofline.calibrate([(size, seconds(size, 1e-15, 2e-15)) for size in SIZES], TURBO)

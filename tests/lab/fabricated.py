@@ -160,6 +160,42 @@ def scaling() -> pd.DataFrame:
     )  # fmt: skip
 
 
+def axes() -> pd.DataFrame:
+    """One thing at a time: a shape that is the same, one that is not, a batch and a caption, with predictions."""
+    rows = [
+        ("resolution", (1024, 1024, 1, 32), (512, 512, 1, 32), 3.2, 3.25, "slower"),
+        ("aspect", (512, 2048, 1, 32), (1024, 1024, 1, 32), 1.001, 1.0, "equivalent"),
+        ("aspect", (2048, 512, 1, 32), (1024, 1024, 1, 32), 1.03, 1.0, "slower"),
+        ("batch", (512, 512, 8, 32), (512, 512, 1, 32), 0.86, 0.9, "faster"),
+        ("caption", (1024, 1024, 1, 512), (1024, 1024, 1, 32), 1.14, 1.13, "slower"),
+    ]
+    names = ("height", "width", "batch", "caption_tokens")
+    return pd.DataFrame(
+        [
+            {"axis": axis, **dict(zip(names, size, strict=True)),
+             **{f"beside_{n}": v for n, v in zip(names, beside, strict=True)}, "tokens": 4128, "ratio": ratio,
+             "ratio_low": 0.996 * ratio, "ratio_high": 1.004 * ratio, "predicted_ratio": predicted, "verdict": verdict}
+            for axis, size, beside, ratio, predicted, verdict in rows
+        ]
+    ).assign(arm="baseline")  # fmt: skip
+
+
+def crossover() -> pd.DataFrame:
+    """A crossing by every method, and the block's times that one of them comes from."""
+    found = [("FLOPs alone", 23040, None), ("calibrated rates", 31000, 0.05), ("operations of a block", 18000, 0.03)]
+    answers = [
+        {"method": method, "tokens": n, "side_px": 16 * n**0.5, "note": "extrapolated" if "block" in method else "",
+         "tokens_low": wide and n * (1 - wide), "tokens_high": wide and n * (1 + wide)}
+        for method, n, wide in found
+    ]  # fmt: skip
+    times = [
+        {"method": "operations of a block", "tokens": n, "attention_s": 8.3e-11 * n**2, "linear_s": 1.5e-6 * n,
+         "note": "measured"}
+        for n in (1056, 4128, 9248, 16416)
+    ]  # fmt: skip
+    return pd.DataFrame([*answers, *times]).assign(arm="baseline")
+
+
 def pareto() -> pd.DataFrame:
     """Arms as the notebook pareto records them: some on the front, some not to be told from it, two dominated."""
     arms = {  # time ratio and how far its interval reaches, GB, error and how far its interval reaches

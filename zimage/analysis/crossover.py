@@ -33,7 +33,8 @@ class Crossing:
     """At how many tokens of an item attention and the linear layers take as long, by one method.
 
     tokens is infinite where attention never does, and NaN where the times do not tell; the ends are None where there
-    are too few rounds for an interval. note: "extrapolated" where it lies beyond what was measured, "not told", "never".
+    are too few rounds for an interval. note: "extrapolated" where it lies beyond what was measured, "not told" and
+    "never" for the two others.
     """
 
     method: str

@@ -220,7 +220,7 @@ def crossover(frame: pd.DataFrame, id: str) -> Section:
     heads = [Head("By"), *(Head(name, True) for name in ("Tokens", "Interval", "Square image")), Head("")]
     cells = [
         [
-            Cell(str(row["method"])),
+            Cell(_text(row["method"])),
             Cell(units.MISSING if units.missing(row["tokens"]) else f"{row['tokens']:,.0f}", "num"),
             Cell(_ends(row["tokens_low"], row["tokens_high"], "{:,.0f}".format), "num"),
             Cell(units.MISSING if units.missing(row["side_px"]) else f"{row['side_px']:,.0f} px", "num"),
