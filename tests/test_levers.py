@@ -1,13 +1,18 @@
 """Arms made from their names: what is shared, what is packed, and what is refused before anything is loaded."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tests.sweeping import ROOT, Command, Sweep, quick
-from zimage import inputs, levers, load_transformer, sources
+from tests.sweeping import LEAST, ROOT, Command, Sweep, quick
+from zimage import cli, inputs, levers, load_transformer, sources
 from zimage.analysis import pareto
+from zimage.analysis.findings import findings
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
+from zimage.lab import notebook as notebooks
+from zimage.lab.store import Store
 from zimage.levers import Lever
 from zimage.transformer import Transformer, weight_bytes
 
@@ -58,6 +63,41 @@ def test_arms_that_cannot_be_are_refused(names: Any, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         levers.named(names, config, "float32")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_notebook_takes_other_models(tmp_path: Path) -> None:
+    """Synthetic weights in bfloat16, in a batch, one draw: every arm is placed, none surely, and nothing is trained."""
+    given = {
+        "source": "synthetic:small",
+        "dtype": "bfloat16",
+        "height": 32,
+        "width": 64,
+        "batch": 2,
+        "caption_tokens": 3,
+    }
+    given |= {"arms": json.dumps(["float32", "8bit + fuse_qkv", "4bit"])}
+    path = ROOT / "notebooks" / "pareto.ipynb"
+    known = notebooks.read(path, ROOT).parameters
+    asked = {name: value for name, value in (LEAST | given).items() if name in known}
+    line = [text for name, value in asked.items() for text in ("-p", name, f"{value}")]
+    assert cli.main(["run", str(path), *line, "--results", str(tmp_path)]) == 0
+    (run,) = Store(tmp_path).runs("pareto")
+    table = run.table("pareto").set_index("arm")
+    assert set(table.index) == {"bfloat16", "float32", "8bit + fuse_qkv", "4bit"}
+    assert set(table["weights_kind"]) == {"synthetic"} and set(table["baseline"]) == {"bfloat16"}
+    assert table["error_low"].isna().all() and not (table["category"] == "dominated").any()
+    assert table["error"]["float32"] == 0 < table["error"]["bfloat16"]
+    assert "nothing can surely dominate" in findings({"pareto": run.table("pareto")})[0].evidence[-1]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_notebook_refuses_before_it_loads(tmp_path: Path) -> None:
+    """An arm that is not known ends the run with one line, before anything is measured."""
+    path = ROOT / "notebooks" / "pareto.ipynb"
+    assert cli.main(["run", str(path), "-p", "arms", '["8bit + fat"]', "--results", str(tmp_path)]) == 1
+    (run,) = Store(tmp_path).runs("pareto")
+    assert "transform 'fat' is not known" in run.meta["error"] and set(run.tables()) <= {"environment"}
 
 
 def test_the_notebook_places_every_arm(swept: Callable[[Command], Sweep]) -> None:
