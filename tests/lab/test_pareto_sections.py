@@ -109,6 +109,7 @@ def test_runs_of_the_same_make_one_front(tmp_path: Path) -> None:
     fabricated.add_experiment(tmp_path, "e", "Which?", ["a1", "b2", "c3"])
     page = Page(dashboard.build(Store(tmp_path))[0])
     assert "All arms of 2 runs" in page.text
+    assert "arms=" + " to ".join(parts["a1"]["arm"].iloc[[0, -1]]) + " (6)" in page.text  # all of them name no case
     figure = page.figures()["g0-pool-0-by-time"]
     told = {arm_of(data): data[1] for trace in figure["data"] for data in trace["customdata"]}
     where = {arm: key for key, part in reversed(parts.items()) for arm in part["arm"]}

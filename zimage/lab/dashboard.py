@@ -35,6 +35,7 @@ WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where 
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
+IN_A_LABEL = 4  # items of a list
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 # Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
 OF_THE_MODEL = ("quantization", "transforms")
@@ -154,7 +155,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     groups: dict[str, list[Case]] = {}
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
-        label = _parameters(run, swept) if len({_parameters(r, swept) for r in siblings}) > 1 else ""
+        label = _parameters(run, swept, IN_A_LABEL) if len({_parameters(r, swept) for r in siblings}) > 1 else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}
@@ -182,14 +183,17 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
         problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
 
 
-def _parameters(run: Run, names: Iterable[str]) -> str:
+def _parameters(run: Run, names: Iterable[str], most: int | None = None) -> str:
+    """Parameters as text; of lists of more than `most` the first and the last."""
     known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
-    return ", ".join(f"{name}={_in_words(run.parameters.get(name))}" for name in known)
+    return ", ".join(f"{name}={_in_words(run.parameters.get(name), most)}" for name in known)
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: Any, most: int | None) -> str:
     if value in (None, []):
         return "none"
+    if isinstance(value, list) and most is not None and len(value) > most:
+        return f"{value[0]} to {value[-1]} ({len(value)})"
     return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
