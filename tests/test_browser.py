@@ -159,6 +159,15 @@ def test_parameters_switch_the_view(results: Path, show: Callable[..., View]) ->
     assert view.complaints == []
 
 
+def test_a_point_leads_to_its_run(tmp_path: Path, show: Callable[..., View]) -> None:
+    """A click on an arm of the front opens the executed notebook of the run it was measured in."""
+    fabricated.add_run(tmp_path, "e", "a1", {"pareto": fabricated.pareto()})
+    view = show(dashboard.build(Store(tmp_path))[0])
+    with view.page.expect_request("**/a1/notebook.ipynb"):
+        view.page.locator("[data-figure=g0-c0-by-time] .scatterlayer .point").last.click(force=True)
+    assert view.complaints == []
+
+
 def test_folded_charts_are_drawn_when_unfolded(results: Path, show: Callable[..., View]) -> None:
     """The samples' chart appears, in full width, when its section is opened."""
     page = show(results / "quickstart/index.html").page

@@ -27,7 +27,7 @@ ROWS = (
     {"low_memory"},
     {
         *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
-        *("sensitivity", "scopes", "ladder", "orders"),
+        *("sensitivity", "scopes", "ladder", "orders", "levers"),
     },
     {"analysis"},
     {"lab"},

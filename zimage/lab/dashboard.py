@@ -19,7 +19,7 @@ from zimage.analysis import over_runs, units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
-from zimage.lab import claims, gain_sections
+from zimage.lab import claims, gain_sections, pareto_sections
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.labels import OF_THE_MODEL, of_parameters
@@ -36,6 +36,7 @@ WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where 
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
+IN_A_LABEL = 4  # items of a list
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
@@ -154,7 +155,8 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     groups: dict[str, list[Case]] = {}
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
-        label = of_parameters(run, swept) if len({of_parameters(r, swept) for r in siblings}) > 1 else ""
+        differ = len({of_parameters(r, swept) for r in siblings}) > 1
+        label = of_parameters(run, swept, IN_A_LABEL) if differ else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}
@@ -255,6 +257,8 @@ def _group(
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
+        fronts = [(c.run.parameters, c.run.device, c.tables["pareto"]) for c in cases if "pareto" in c.tables]
+        overview += pareto_sections.pools(fronts, id)
         if len(compared) > 1:
             section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
@@ -419,7 +423,10 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "a step of ", "predicted ")
+    words = (
+        *("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "attention ", "an ", "a ", "from "),
+        "predicted ",
+    )
     return text[0].upper() + text[1:] if text.startswith(words) else text
 
 
