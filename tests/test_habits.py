@@ -27,7 +27,7 @@ ROWS = (
     {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"},
     {"analysis"},
     {"lab"},
-    {"cli", "__main__"},
+    {"options", "compare_commands", "cli", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.

@@ -18,12 +18,16 @@ from zimage import __version__
 from zimage.analysis import units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
+from zimage.analysis.matching import OF_THE_MODEL
+from zimage.analysis.trends import Trend
+from zimage.analysis.trends import findings as findings_of_trend
 from zimage.errors import StoreError
-from zimage.lab import claims
+from zimage.lab import claims, trends
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
+from zimage.lab.trend_sections import across_versions
 from zimage.machine import MOMENTARY, concerns
 
 import jinja2
@@ -36,8 +40,6 @@ IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
-# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms")
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
 
@@ -58,6 +60,7 @@ class Case:
     label: str
     tables: dict[str, pd.DataFrame]
     findings: list[Finding]
+    trend: Trend | None = None  # across versions, where the store has several
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,13 @@ def findings(store: Store, experiment: str, keys: Collection[str] | None = None)
 
 def weights_kind(run: Run) -> str:
     """`trained`, `synthetic`, or "" where the run did not say."""
-    kind = _mapping(run, "weights").get("kind")
+    kind = run.mapping("weights").get("kind")
     return kind if kind in ("trained", "synthetic") else ""
 
 
 def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Experiment:
-    runs, problems = store.scan(name)
+    every, problems = store.scan(name)
+    runs = every
     try:
         asked = store.experiment(name)
         runs, swept = store.current(name), store.swept(name)
@@ -164,7 +168,9 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
             except StoreError as error:
                 problems.append(str(error))
         with _reported(run, problems):
-            one = Case(run, label, tables, findings_of(tables))
+            trend = trends.of(run, every)
+            found = [*findings_of(tables), *(findings_of_trend(trend) if trend else [])]
+            one = Case(run, label, tables, found, trend)
             groups.setdefault(run.notebook, []).append(one)
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
@@ -245,7 +251,7 @@ def _doubts(page: Experiment) -> list[str]:
     """What the machine was doing when the runs behind the page started that makes their times doubtful."""
     found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
     for one in page.cases:
-        facts = {name: str(value) for name, value in _mapping(one.run, "environment").items()}
+        facts = {name: str(value) for name, value in one.run.mapping("environment").items()}
         for concern in concerns(facts)[:1]:
             found.setdefault(concern.topic, []).append(concern.words)
     return [
@@ -275,6 +281,8 @@ def _group(
                 for p in one.run.pictures()
             ]
             sections, folds = case(one.tables, shown, key, compared=not overview)
+            if one.trend is not None:
+                sections.append(across_versions(one.trend, key))
         parts.append(
             {
                 "id": key,
@@ -283,6 +291,7 @@ def _group(
                 "folds": folds,
                 "run": one.run.key[:12],
                 "links": _links(one.run),
+                "trend": one.trend is not None,
             }
         )
     title = _stem(notebook) if several else "Results"
@@ -327,7 +336,7 @@ def _recorded(runs: Iterable[Run], part: str) -> dict[str, list[str]]:
     """Every value of every fact that runs recorded in a part of their meta, each once."""
     values: dict[str, dict[str, None]] = {}
     for run in runs:
-        for name, value in _mapping(run, part).items():
+        for name, value in run.mapping(part).items():
             values.setdefault(name, {})[str(value)] = None
     return {name: list(several) for name, several in values.items()}
 
@@ -397,12 +406,6 @@ def _stem(notebook: str) -> str:
     words = [ACRONYMS.get(word, word) for word in Path(notebook).stem.split("_")]
     text = " ".join(words).strip()
     return text[:1].upper() + text[1:] or "Notebook"
-
-
-def _mapping(run: Run, name: str) -> dict[str, Any]:
-    """A part of run.json that is a mapping where it was recorded at all."""
-    part = run.meta.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _one_line(text: object) -> str:

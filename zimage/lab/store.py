@@ -102,6 +102,11 @@ class Run:
         """The short name of the device it ran on."""
         return str(self.meta["device"])
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A part of run.json that is a mapping where it was recorded at all."""
+        part = self.meta.get(name)
+        return part if isinstance(part, dict) else {}
+
     def tables(self) -> list[str]:
         """Names of the tables this run recorded, in the order of the schemas."""
         return [name for name in SCHEMAS if (self.path / "tables" / f"{name}.parquet").is_file()]
