@@ -182,11 +182,12 @@ def _common(a: Recorded, b: Recorded) -> tuple[list[_Both], list[Alone]]:
     """The rows that both runs have, and what of them is not compared."""
     common: list[_Both] = []
     missing: list[Alone] = []
-    arms = [_arms(run) for run in (a, b)]
+    shared = [table for table in KEYS if _has(table, a) and _has(table, b)]
+    arms = [{key[0] for table in shared for key in _by_key(table, run.tables)} for run in (a, b)]
     for own, other, side, rest, run in ((arms[0], arms[1], "A", "B", a), (arms[1], arms[0], "B", "A", b)):
         missing += [Alone(f"{arm} of {run.name}", f"only {side} has this arm, {rest} has not") for arm in own - other]
     for table in KEYS:
-        if not (_has(table, a) and _has(table, b)):
+        if table not in shared:
             missing += _without_table(table, a, b)
             continue
         left, right = (_by_key(table, run.tables) for run in (a, b))
@@ -259,11 +260,6 @@ def _by_key(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, .
 
 def _text(name: str, value: Any) -> str:
     return value if isinstance(value, str) else BURST if name == "regime" else ""
-
-
-def _arms(run: Recorded) -> set[str]:
-    """The arms that any table has something to compare about."""
-    return {key[0] for table in KEYS for key in _by_key(table, run.tables)}
 
 
 def _failed(a: Recorded, b: Recorded) -> Alone:

@@ -6,6 +6,7 @@ as context, since no clock links two runs.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class Trend:
     points: list[Point]
     steps_s: list[dict[str, float]]  # of every run, by arm
     since_first: dict[tuple[str, ...], Change]  # from the first to the last version of every ratio that has two
+    earlier: int = 0  # versions before these
 
     @property
     def span(self) -> str:
@@ -67,12 +69,15 @@ def history(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
     return sorted(newest.values(), key=lambda one: (*(_number(one, name) for name in ("mlx", "zimage")), one.started))
 
 
-def trend(runs: Sequence[Recorded]) -> Trend | None:
-    """What changed along a history, as `history` gives it; None where no ratio or step is known of two versions."""
+def trend(runs: Sequence[Recorded], earlier: int = 0) -> Trend | None:
+    """What changed along a history, as `history` gives it, from which the `earlier` first runs were left out.
+
+    None where no ratio or step is known of two versions.
+    """
     versions, before = _labels(runs), dict[tuple[str, ...], tuple[Interval, float | None]]()
     rows = [comparing.ratios(run.tables) for run in runs]
-    counts = pd.Series([key for found in rows for key in found], dtype=object).value_counts()
-    together = max(1, int((counts - 1).sum()))
+    measured = Counter(about for found in rows for about in found)
+    together = max(1, sum(count - 1 for count in measured.values()))
     ends: dict[tuple[str, ...], list[tuple[Interval, float | None]]] = {}
     points = []
     for run, version, found in zip(runs, versions, rows, strict=True):
@@ -86,10 +91,11 @@ def trend(runs: Sequence[Recorded]) -> Trend | None:
             points.append(Point(version, run.name, run.started, about, ratio, floor, change))
     several = {about: values for about, values in ends.items() if len(values) > 1}
     steps = [comparing.steps_s(run.tables) for run in runs]
-    if not several and not any(sum(arm in step for step in steps) > 1 for arm in {a for s in steps for a in s}):
+    timed = Counter(arm for step in steps for arm in step)
+    if max([*measured.values(), *timed.values()], default=0) < 2:
         return None
     whole = {about: _changed(values[0], values[-1], len(several)) for about, values in several.items()}
-    return Trend(list(runs), versions, points, _baselines(steps, points), whole)
+    return Trend(list(runs), versions, points, _baselines(steps, points), whole, earlier)
 
 
 def findings(found: Trend) -> list[Finding]:
@@ -100,7 +106,7 @@ def findings(found: Trend) -> list[Finding]:
             return []
         alike = all(one.verdict == "equivalent" for one in found.since_first.values())
         text = f"no time ratio is known to have changed from {found.span}"
-        return [Finding(text, "equivalent" if alike else "inconclusive", (_counted(found),), text)]
+        return [Finding(text, "equivalent" if alike else "inconclusive", (_counted(found),))]
     wide = best(found)
     told = []
     for about, one in changed:
@@ -145,7 +151,7 @@ def _labels(runs: Sequence[Recorded]) -> list[str]:
 
 
 def _number(run: Recorded, part: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", run.facts.get(part, "")))
+    return tuple(int(digits) for digits in re.findall("[0-9]{1,9}", run.facts.get(part, "")))
 
 
 def _baselines(steps: list[dict[str, float]], points: Sequence[Point]) -> list[dict[str, float]]:

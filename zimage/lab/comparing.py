@@ -8,11 +8,12 @@ from typing import Any
 
 from zimage.analysis import comparing, matching, reading, units
 from zimage.analysis.claims import in_words
-from zimage.analysis.combining import Change
+from zimage.analysis.combining import WORSE, Change
 from zimage.analysis.comparing import Compared, Pair, Row
 from zimage.analysis.matching import Recorded
 from zimage.errors import StoreError
 from zimage.lab.store import Run, Store
+from zimage.machine import doubts
 
 _VERSIONS = ("python", "numpy")  # of all recorded versions, those that an environment lacks and that could matter
 _TABLES = ("ablation", "memory", "quality", "samples", "stages")
@@ -68,7 +69,7 @@ def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
         except StoreError as error:
             unreadable[name] = str(error)
     digests, versions = run.mapping("digests"), run.mapping("versions")
-    facts = {"device": run.device} | {name: str(value) for name, value in run.mapping("environment").items()}
+    facts = run.facts | {"device": run.device}
     facts |= {name: str(versions[name]) for name in _VERSIONS if name in versions}
     facts |= {"sources": str(digests["sources"])[:12]} if "sources" in digests else {}
     failure = "" if run.completed else " ".join(str(run.meta.get("error") or "no error was kept").split())
@@ -83,7 +84,8 @@ def compare(a: Side, b: Side) -> Compared:
     found = comparing.compare(a.runs, b.runs)
     if found.rows or found.worse:
         return found
-    reasons = list(dict.fromkeys(f"{one.what}: {one.reason}" for one in found.left_out))
+    left_out = sorted(found.left_out, key=lambda one: " against " not in one.reason)  # the nearest miss first
+    reasons = list(dict.fromkeys(f"{one.what}: {one.reason}" for one in left_out))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     because = f"{reasons[0]}{more}" if reasons else "their runs recorded no time ratios, bytes or quality"
     raise StoreError(f"{a.asked} and {b.asked} have nothing to compare: {because}")
@@ -106,6 +108,8 @@ def content(a: Side, b: Side, found: Compared) -> dict[str, Any]:
 def lines(a: Side, b: Side, found: Compared) -> list[str]:
     """The comparison for a terminal: both sides, how they differ, the verdicts run by run, and what is left out."""
     said = [f"A  {a.what}, {_counted(a)}", f"B  {b.what}, {_counted(b)}", *_differing(found)]
+    for letter, runs in (("A", [pair.a.facts for pair in found.pairs]), ("B", [pair.b.facts for pair in found.pairs])):
+        said += [f"{letter}  {doubt}" for doubt in doubts(runs)]
     for pair in found.pairs:
         said += ["", *_pair_lines(pair)]
     if found.left_out:
@@ -117,12 +121,18 @@ def lines(a: Side, b: Side, found: Compared) -> list[str]:
     return [*said, *(["regressions:", *regressions] if regressions else []), summary(found)]
 
 
+def inputs_line(run: Recorded) -> str:
+    """A run's parameters but for those of the effort, long ones cut short."""
+    texts = {name: str(value) for name, value in run.parameters.items() if name not in matching.OF_THE_EFFORT}
+    return " ".join(f"{name}={text if len(text) <= 40 else f'{text[:40]}...'}" for name, text in texts.items())
+
+
 def summary(found: Compared) -> str:
     """How many were compared, and how many of them are worse."""
     counts: dict[str, int] = {}
     for row in found.rows:
         counts[row.change.verdict] = counts.get(row.change.verdict, 0) + 1
-    told = ", ".join(f"{number} {word}" for word, number in counts.items())
+    told = ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word not in WORSE))
     verdict = f"{found.worse} regression{'s' * (found.worse > 1)}" if found.worse else "no regression"
     return f"{len(found.rows)} compared ({told or 'none'}), {len(found.left_out)} not: {verdict}"
 
@@ -185,9 +195,10 @@ def _differing(found: Compared) -> list[str]:
 
 def _pair_lines(pair: Pair) -> list[str]:
     kind = f", {pair.a.kind} weights" if pair.a.kind else ""
-    inputs = " ".join(f"{name}={value}" for name, value in pair.a.parameters.items())
     head = f"{pair.a.name} -> {pair.b.name}{kind}" + (": one and the same run" if pair.same else "")
-    said = [head, f"  {Path(pair.a.notebook).stem} with {inputs}", *(f"  {note}" for note in pair.notes)]
+    said = [head, f"  {Path(pair.a.notebook).stem} with {inputs_line(pair.a)}", *(f"  {note}" for note in pair.notes)]
+    if not pair.rows:
+        said.append("  its tables hold no time ratios, bytes or quality that both have")
     cells = [_cells(row) for row in pair.rows]
     widths = [max((len(line[place]) for line in cells), default=0) for place in range(3)]
     said += ["  " + "  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip()

@@ -28,7 +28,7 @@ from zimage.lab.files import write_atomically
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
 from zimage.lab.store import Run, Store
 from zimage.lab.trend_sections import across_versions
-from zimage.machine import MOMENTARY, concerns
+from zimage.machine import MOMENTARY, doubts
 
 import jinja2
 import pandas as pd
@@ -39,6 +39,7 @@ WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where 
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
+VERSIONS_ON_A_PAGE = 12  # of a trend
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
@@ -167,8 +168,10 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
                 tables[table] = run.table(table)
             except StoreError as error:
                 problems.append(str(error))
+        trend = None
         with _reported(run, problems):
-            trend = trends.of(run, every)
+            trend = trends.of(run, every, VERSIONS_ON_A_PAGE)
+        with _reported(run, problems):
             found = [*findings_of(tables), *(findings_of_trend(trend) if trend else [])]
             one = Case(run, label, tables, found, trend)
             groups.setdefault(run.notebook, []).append(one)
@@ -232,7 +235,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
-        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *_doubts(page)],
+        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *doubts([one.run.facts for one in page.cases])],
         "findings": lines,
         "most": ON_A_PAGE,
         "problems": problems,
@@ -245,19 +248,6 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     return _render(
         "experiment.html", title=f"{page.question or page.name} · zimage", page=content, plotly_inline=inline
     )
-
-
-def _doubts(page: Experiment) -> list[str]:
-    """What the machine was doing when the runs behind the page started that makes their times doubtful."""
-    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
-    for one in page.cases:
-        facts = {name: str(value) for name, value in one.run.mapping("environment").items()}
-        for concern in concerns(facts)[:1]:
-            found.setdefault(concern.topic, []).append(concern.words)
-    return [
-        f"Times may be off: at the start of {len(words)} of {_runs(len(page.cases), words[0])}."
-        for words in found.values()
-    ]
 
 
 def _group(

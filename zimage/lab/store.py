@@ -102,6 +102,11 @@ class Run:
         """The short name of the device it ran on."""
         return str(self.meta["device"])
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it recorded of its machine."""
+        return {name: str(value) for name, value in self.mapping("environment").items()}
+
     def mapping(self, name: str) -> dict[str, Any]:
         """A part of run.json that is a mapping where it was recorded at all."""
         part = self.meta.get(name)

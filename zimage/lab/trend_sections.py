@@ -25,11 +25,12 @@ def across_versions(found: Trend, id: str) -> Section:
         charts.append(chart(trend_plots.steps(found), f"{id}-trend-steps", alt))
     left = len(trends.best(found)) - len(drawn)
     note = (
-        "The newest run of each version on this device, superseded ones too. Ratios are to each run's own baseline; a "
-        "change is judged from the version before, intervals combined as independent; a ratio also rises where only the "
-        "baseline got faster. The time of a step is context: no clock links two runs."
+        "The newest run of each version on this device, superseded ones too. Ratios are to each run's own baseline, so "
+        "that one also rises where only the baseline got faster; a change is judged from the version before, intervals "
+        "combined as independent. The time of a step is context: no clock links two runs."
     )
     note += f" The {len(drawn)} ratios that changed most are drawn; {left} more are in the table." if left else ""
+    note += f" {found.earlier} earlier versions are left out here; `zimage trend` has them." if found.earlier else ""
     return Section("Across versions", note, charts, _table(found), folded=bool(charts))
 
 

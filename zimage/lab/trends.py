@@ -7,18 +7,22 @@ from typing import Any
 from zimage.analysis import comparing, trends, units
 from zimage.analysis.matching import differences
 from zimage.analysis.trends import Point, Trend
-from zimage.lab.comparing import recorded
+from zimage.lab.comparing import inputs_line, recorded
 from zimage.lab.store import Run, Store
 
 
-def of(run: Run, runs: Iterable[Run]) -> Trend | None:
-    """The trend that `run` is a point of, among all `runs` of its experiment; None where there is only its version."""
+def of(run: Run, runs: Iterable[Run], last: int | None = None) -> Trend | None:
+    """The trend that `run` is a point of, among all `runs` of its experiment; None where there is only its version.
+
+    last: how many versions at most, the newest.
+    """
     known = {f"{one.experiment}/{one.key}": one for one in runs}
     bare = [recorded(one, ()) for one in known.values()]
     found = trends.history(recorded(run, ()), bare)
     if len(found) < 2:
         return None
-    return trends.trend([recorded(known[one.name], trends.TABLES) for one in found])
+    earlier = 0 if last is None else max(0, len(found) - last)
+    return trends.trend([recorded(known[one.name], trends.TABLES) for one in found[earlier:]], earlier)
 
 
 def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
@@ -69,9 +73,8 @@ def lines(experiment: str, found: Sequence[Trend]) -> list[str]:
     said: list[str] = []
     for one in found:
         last = one.runs[-1]
-        inputs = " ".join(f"{name}={value}" for name, value in last.parameters.items())
         kind = f", {last.kind} weights" if last.kind else ""
-        said += [*([""] if said else []), f"{last.notebook} with {inputs}", f"  on {last.device}{kind}"]
+        said += [*([""] if said else []), f"{last.notebook} with {inputs_line(last)}", f"  on {last.device}{kind}"]
         width = max(map(len, one.versions))
         for about in one.about():
             said.append(f"  {trends.name(about)}")
