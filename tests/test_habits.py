@@ -35,6 +35,7 @@ WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
+    *("lab.comparing", "lab.rerunning", "lab.trends", "compare_commands", "options"),
     *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
     "adapters",
 )

@@ -46,7 +46,7 @@ def side(asked: str, store: Store) -> Side:
     for name in names:
         readable, unreadable = found.scan(name)
         problems += unreadable
-        current = {run.key for run in _current(found, name, readable)}
+        current = {run.key for run in found.current_or(name, readable)}
         runs += [run for run in readable if (run.key in current if key is None else run.key == key)]
     kept = [recorded(run) for run in runs]
     problems += [reason for run in kept for reason in run.unreadable.values()]
@@ -166,13 +166,6 @@ def _place(asked: str, store: Store) -> tuple[Store, list[str], str | None]:
     below = [inner for inner in sorted(path.iterdir()) if inner.is_dir() and Store(inner).experiments()]
     hint = f"; name one of the stores in it, such as {below[0]}" if below else ""
     raise StoreError(f"{asked}: no runs in this folder{hint}")
-
-
-def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:
-    try:
-        return store.current(name)
-    except StoreError:  # experiment.json is unreadable, and `scan` has said so
-        return runs
 
 
 def _counted(one: Side) -> str:

@@ -220,6 +220,13 @@ class Store:
         asked = set(self._asked(experiment))
         return [run for run in self.runs(experiment) if not asked or run.key in asked]
 
+    def current_or(self, experiment: str, runs: list[Run]) -> list[Run]:
+        """`current`, or `runs` where experiment.json is unreadable, which `scan` has said then."""
+        try:
+            return self.current(experiment)
+        except StoreError:
+            return runs
+
     def table(self, experiment: str, name: str) -> pd.DataFrame:
         """Table `name` of the completed current runs, stacked; empty if none recorded it."""
         schema = SCHEMAS.get(name)
