@@ -47,7 +47,7 @@ def load_transformer(
 
     source: whatever `describe` finds: a diffusers folder (its root or its transformer/), one .safetensors file,
     "ollama:NAME[:TAG]", "org/name" in the Hugging Face cache, "digits" (ships with the package), or "synthetic:turbo",
-    "synthetic:small", "synthetic:tiny" (seeded, no files).
+    "synthetic:block" (one block of each kind), "synthetic:small", "synthetic:tiny" (seeded, no files).
     dtype: "bfloat16", "float32", or None for what suits the device; a checkpoint that is quantized keeps its own then.
     quantization: a name or recipe that `transforms.quantize` takes, or None.
     lora: adapters as (file, scale) pairs; merged into floating-point weights before they are packed, and kept beside
