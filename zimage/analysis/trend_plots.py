@@ -22,7 +22,7 @@ def ratios(found: Trend, delta: float = 0.01) -> go.Figure:
         color = ARM_COLORS[place]
         values = [point.ratio.value for point in points]
         figure.add_scatter(
-            x=plain(wrapped([point.version for point in points])),
+            x=wrapped([point.version for point in points]),
             y=values,
             mode="lines+markers",
             name=plain([trends.name(about)])[0],
@@ -36,7 +36,7 @@ def ratios(found: Trend, delta: float = 0.01) -> go.Figure:
             customdata=[[f"{units.ratio(p.ratio.low)} to {units.ratio(p.ratio.high)}"] for p in points],
             hovertemplate="<b>%{x}</b><br>ratio %{y:.3f}, %{customdata[0]}<extra></extra>",
         )
-    _finish(figure, found.versions, "time ratio to the baseline")
+    _finish(figure, found.versions, "time ratio to the baseline", 360)
     figure.add_hrect(y0=1 - delta, y1=1 + delta, fillcolor=BAND, line_width=0, layer="below")
     figure.add_hline(y=1, line={"color": INK, "width": 1.5})
     return figure
@@ -50,7 +50,7 @@ def steps(found: Trend) -> go.Figure:
     for place, arm in enumerate(list(dict.fromkeys(arm for step in times for arm in step))[:MOST]):
         known = [(version, step[arm]) for version, step in zip(found.versions, times, strict=True) if arm in step]
         figure.add_scatter(
-            x=plain(wrapped([version for version, _ in known])),
+            x=wrapped([version for version, _ in known]),
             y=[time_s / scale for _, time_s in known],
             mode="lines+markers",
             name=plain([f"{arm}, a step"])[0],
@@ -58,7 +58,7 @@ def steps(found: Trend) -> go.Figure:
             marker={"color": ARM_COLORS[place], "size": 9, "symbol": "circle-open"},
             hovertemplate=f"<b>%{{x}}</b><br>%{{y:.3g}} {unit}<extra></extra>",
         )
-    _finish(figure, found.versions, f"time of a step ({unit})")
+    _finish(figure, found.versions, f"time of a step ({unit})", 260)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -74,15 +74,15 @@ def drawn(found: Trend) -> list[tuple[str, ...]]:
 
 
 def wrapped(versions: Sequence[str]) -> list[str]:
-    """Names of versions, a part a line."""
-    return [version.replace(", ", ",\n") for version in versions]
+    """Names of versions as labels, a part a line."""
+    return [version.replace(", ", "<br>") for version in plain(versions)]
 
 
-def _finish(figure: go.Figure, versions: Sequence[str], title: str) -> None:
-    finish(figure, height=340)
+def _finish(figure: go.Figure, versions: Sequence[str], title: str, height: int) -> None:
+    finish(figure, height=height)
     figure.update_layout(margin={"l": 8, "r": 24, "t": 36, "b": 40})
     figure.update_xaxes(
-        type="category", categoryorder="array", categoryarray=plain(wrapped(versions)), showgrid=False, zeroline=False,
-        range=[-0.5, len(versions) - 0.5],
+        type="category", categoryorder="array", categoryarray=wrapped(versions), range=[-0.5, len(versions) - 0.5],
+        showgrid=False, zeroline=False, tickangle=None,  # plotly leaves out labels that have no room
     )  # fmt: skip
     figure.update_yaxes(type="linear", title_text=title, title_font={"size": 12}, showgrid=True, nticks=7)

@@ -142,12 +142,17 @@ def _labels(runs: Sequence[Recorded]) -> list[str]:
     """A name for every version: what it differs in from others; sources only where nothing else tells."""
     parts = ["mlx", "zimage", "commit"]
     varying = [part for part in parts if len({run.facts.get(part, UNKNOWN) for run in runs}) > 1]
-    texts = [[f"{_PARTS[part]}{run.facts.get(part, UNKNOWN)}" for part in varying] for run in runs]
+    texts = [[f"{_PARTS[part]}{_short(part, run.facts.get(part, UNKNOWN))}" for part in varying] for run in runs]
     if len({tuple(text) for text in texts}) < len(runs):
         texts = [
             [*t, f"{_PARTS['sources']}{r.facts.get('sources', UNKNOWN)[:7]}"] for t, r in zip(texts, runs, strict=True)
         ]
     return [", ".join(text) for text in texts]
+
+
+def _short(part: str, value: str) -> str:
+    """A commit as git shortens it, with what follows its digits, such as a sign of changes."""
+    return re.sub("^([0-9a-f]{7})[0-9a-f]*", r"\1", value) if part == "commit" else value
 
 
 def _number(run: Recorded, part: str) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def across_versions(found: Trend, id: str) -> Section:
     )
     note += f" The {len(drawn)} ratios that changed most are drawn; {left} more are in the table." if left else ""
     note += f" {found.earlier} earlier versions are left out here; `zimage trend` has them." if found.earlier else ""
-    return Section("Across versions", note, charts, _table(found), folded=bool(charts))
+    return Section("Across versions", note, charts, _table(found), folded=bool(charts), stacked=True)
 
 
 def _table(found: Trend) -> Table:
