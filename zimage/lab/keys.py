@@ -143,10 +143,10 @@ def device_facts(device: str = "auto", python: str = "") -> dict[str, str]:
     if answer.returncode != 0 or not isinstance(facts, dict) or "device" not in facts:
         said = [line for line in answer.stderr.strip().splitlines() if line.strip()]
         reason = said[-1] if said else f"exit status {answer.returncode}"
-        asked, advice = (
-            (f"{python}: its zimage", "install zimage for it") if python else ("the device", "run zimage doctor")
-        )
-        raise BackendError(f"{asked} cannot be asked ({reason.removeprefix('zimage: ')}); {advice}")
+        asked, doctor = "the device", "zimage doctor"
+        if python:
+            asked, doctor = f"{python}: its zimage", f"{python} -m zimage doctor"
+        raise BackendError(f"{asked} cannot be asked ({reason.removeprefix('zimage: ')}); run {doctor}")
     return {str(name): str(value) for name, value in facts.items()}
 
 
