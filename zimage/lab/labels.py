@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from zimage.analysis.matching import OF_THE_MODEL
 from zimage.lab.store import Run
-
-# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms")
 
 
 def of_parameters(run: Run, names: Iterable[str], most: int | None = None) -> str:
