@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, ladder, practices, sources
-from zimage.analysis import cost
+from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
 from zimage.lab import notebook as notebooks
@@ -251,6 +251,28 @@ def test_predictions_are_tested_on_other_sizes(ran: Callable[[Path], Run]) -> No
     assert list(table["use"]).count("calibration") == 3 and set(table["use"]) == {"calibration", "held out"}
     assert np.allclose(table["error"], table["predicted_s"] / table["time_s"] - 1)
     assert (table["mfu"] > 0).all() and (table["flops"] > 0).all()
+
+
+def test_scaling_changes_one_thing_at_a_time(ran: Callable[[Path], Run]) -> None:
+    """scaling records a shape of as many tokens, batches, images an hour, sustained times, and the crossing."""
+    run = ran(ROOT / "notebooks" / "scaling.ipynb")
+    table, alone, crossings = (run.table(name) for name in ("scaling", "axes", "crossover"))
+    assert set(alone["axis"]) == {"resolution", "aspect", "batch"}  # a caption of the digits model has one token
+    (shape,) = alone[alone["axis"] == "aspect"].to_dict("records")
+    assert (shape["height"], shape["width"], shape["beside_height"], shape["beside_width"]) == (8, 32, 16, 16)
+    assert shape["predicted_ratio"] == 1 and shape["ratio"] > 0
+    hour = 3600 * table["batch"] / (run.parameters["steps"] * table["time_s"])
+    assert np.allclose(table["images_per_hour"], hour)
+    held = table.dropna(subset=["sustained_s"])
+    assert list(held["height"]) == [size[0] for size in run.parameters["sustained_sizes"]]
+    assert (held["sustained_low_s"] <= held["sustained_s"]).all() and (held["sustained_images_per_hour"] > 0).all()
+    samples = run.table("samples")
+    assert set(samples["regime"]) == {"burst", "sustained"} and "canary" in set(samples["kind"])
+    assert set(crossings["method"]) == {"FLOPs alone", "calibrated rates", "operations of a block"}
+    timed = crossings[crossings["note"] == "measured"]
+    assert len(timed) == len(run.parameters["block_sizes"]) and (timed[["attention_s", "linear_s"]] > 0).all(axis=None)
+    config = sources.describe("digits").config
+    assert crossings.set_index("method")["tokens"]["FLOPs alone"] == crossover.by_flops(config).tokens
 
 
 def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) -> None:
@@ -600,6 +622,19 @@ def test_the_profile_refuses_before_it_measures(parameter: str, value: str, word
     (run,) = Store(tmp_path).runs("profile_layers")
     assert words in run.meta["error"]
     assert "stages" not in run.tables()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [({"steps": 0}, "steps must be 1"), ({"sustained_s": -1.0}, "sustained_s 0 or more"),
+     ({"sustained_sizes": "[[9, 9, 1, 1]]"}, "sustained_sizes among the sizes")],
+)  # fmt: skip
+@WITHOUT_KERNEL
+def test_scaling_refuses_before_it_measures(parameters: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """No steps, a negative time and sustained sizes that are none of the sizes end the run before a model is loaded."""
+    assert zimage_run(ROOT / "notebooks" / "scaling.ipynb", tmp_path, **{**LEAST, **parameters}) == 1
+    (run,) = Store(tmp_path).runs("scaling")
+    assert words in run.meta["error"] and set(run.tables()) <= {"environment"}
 
 
 @WITHOUT_KERNEL
