@@ -17,30 +17,21 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
-    {"measure", "backend", "blas", "choices", "doctor", "machine", "sensors", "trust"},
+    {"measure", "backend", "blas", "choices", "doctor", "machine", "practices", "sensors", "trust"},
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files", "mixing"},
     {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
     {"transformer", "layers"},
-    {"transforms", "fusing", "half", "tuning", "step_caching"},
+    {"transforms", "fusing", "half", "tuning", "step_caching", "details", "execution"},
     {"saving", "weights"},
     {"low_memory"},
     {
-        "orders",
-        "loaders",
-        "pipeline",
-        "digits",
-        "scheduler",
-        "inputs",
-        "arms",
-        "operations",
-        "peers",
-        "quality",
-        "sensitivity",
+        *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
+        *("sensitivity", "scopes", "ladder", "orders", "levers"),
     },
     {"analysis"},
     {"lab"},
-    {"cli", "__main__"},
+    {"options", "compare_commands", "cli", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
@@ -48,7 +39,9 @@ WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
+    *("lab.comparing", "lab.rerunning", "lab.trends", "compare_commands", "options"),
     *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
+    "practices",
     "adapters",
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
-from zimage import arms, backend, cli, sources
-from zimage.analysis import cost
+from zimage import arms, backend, cli, ladder, practices, sources
+from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
 from zimage.lab import notebook as notebooks
@@ -246,6 +246,28 @@ def test_predictions_are_tested_on_other_sizes(ran: Callable[[Path], Run]) -> No
     assert (table["mfu"] > 0).all() and (table["flops"] > 0).all()
 
 
+def test_scaling_changes_one_thing_at_a_time(ran: Callable[[Path], Run]) -> None:
+    """scaling records a shape of as many tokens, batches, images an hour, sustained times, and the crossing."""
+    run = ran(ROOT / "notebooks" / "scaling.ipynb")
+    table, alone, crossings = (run.table(name) for name in ("scaling", "axes", "crossover"))
+    assert set(alone["axis"]) == {"resolution", "aspect", "batch"}  # a caption of the digits model has one token
+    (shape,) = alone[alone["axis"] == "aspect"].to_dict("records")
+    assert (shape["height"], shape["width"], shape["beside_height"], shape["beside_width"]) == (8, 32, 16, 16)
+    assert shape["predicted_ratio"] == 1 and shape["ratio"] > 0
+    hour = 3600 * table["batch"] / (run.parameters["steps"] * table["time_s"])
+    assert np.allclose(table["images_per_hour"], hour)
+    held = table.dropna(subset=["sustained_s"])
+    assert list(held["height"]) == [size[0] for size in run.parameters["sustained_sizes"]]
+    assert (held["sustained_low_s"] <= held["sustained_s"]).all() and (held["sustained_images_per_hour"] > 0).all()
+    samples = run.table("samples")
+    assert set(samples["regime"]) == {"burst", "sustained"} and "canary" in set(samples["kind"])
+    assert set(crossings["method"]) == {"FLOPs alone", "calibrated rates", "operations of a block"}
+    timed = crossings[crossings["note"] == "measured"]
+    assert len(timed) == len(run.parameters["block_sizes"]) and (timed[["attention_s", "linear_s"]] > 0).all(axis=None)
+    config = sources.describe("digits").config
+    assert crossings.set_index("method")["tokens"]["FLOPs alone"] == crossover.by_flops(config).tokens
+
+
 def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) -> None:
     """Every row of `ablation` is a trial of its own whose kept samples are four a quad, and then come noise floors."""
     assert not samples.duplicated(["arm", "scope", "trial", "quad", "position"]).any()
@@ -258,18 +280,62 @@ def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) ->
     assert len(canaries) == len(samples[samples["kind"] == "sample"]) / 4 and (canaries["position"] == -1).all()
 
 
-def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> None:
-    """qkv_fusion compares fused with separate projections in three scopes and computes the same to rounding."""
-    run = ran(ROOT / "notebooks" / "qkv_fusion.ipynb")
+def test_the_fusion_is_followed_from_the_product_to_the_step(swept: Callable[[Command], Sweep]) -> None:
+    """qkv_fusion compares every arm in the scopes that it has, says what each saves there, and computes the same."""
+    (run,) = swept(quick(ROOT / "experiments" / "qkv_fusion.yaml")).store.runs("qkv_fusion")
     ablation = run.table("ablation")
-    assert list(ablation["scope"]) == ["qkv", "block", "step"]
-    assert (set(ablation["arm"]), set(ablation["baseline"])) == ({"fused_qkv"}, {"separate_qkv"})
+    arms_asked, scopes_asked = run.parameters["arms"], run.parameters["scopes"]
+    families = ladder.families(arms_asked, scopes_asked)
+    wanted = [(one.scope, one.baseline, name) for one in families for name in one.arms]
+    assert [tuple(row) for row in ablation[["scope", "baseline", "arm"]].values] == wanted
     samples = run.table("samples")
-    assert set(samples["arm"]) == {"fused_qkv", "separate_qkv", "copy", "canary"}
-    check_samples(ablation, samples, floors=3)
+    baselines = {one.baseline for one in families}
+    assert set(samples["arm"]) == {*arms_asked, *baselines, "copy", "canary"}
+    check_samples(ablation, samples, floors=len({one.floor for one in families}))
     assert (ablation["noise_floor"] > 0).all()
-    error = run.table("quality").set_index("metric")["value"]["relative_l2_error"]
-    assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
+    saved = run.table("gains")
+    assert [tuple(row) for row in saved[["scope", "baseline", "arm"]].values] == wanted
+    assert np.allclose(saved["saved_s"], saved["time_s"] * (1 - ablation["ratio"]))
+    assert set(saved.loc[saved["scope"] == "step", "blocks"]) == {4}  # three main layers and a noise refiner
+    errors = run.table("quality").set_index("arm")["value"]
+    assert set(errors.index) == set(arms_asked)
+    assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+
+
+@WITHOUT_KERNEL
+def test_packed_products_are_fused_and_claims_stay_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On packed digits the rungs are the same, in fp32 exact to rounding, and no published claim is about the run."""
+    given = {"quantization": "8bit", "arms": '["fused_qkv", "fused_both"]', "scopes": '["qkv", "qkv_norm", "step"]'}
+    assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, **given, **LEAST, sustained_s=0.05) == 0
+    (run,) = Store(tmp_path).runs("qkv_fusion")
+    assert list(run.table("ablation")["scope"]) == ["qkv", "qkv_norm", "step", "step", "step"]
+    assert list(run.table("ablation")["regime"]) == ["burst"] * 4 + ["sustained"]
+    assert len(run.table("gains")) == 4
+    assert (run.table("quality")["value"] < 1e-5).all()
+    said = capsys.readouterr().out
+    assert "not about this model: One fused QKV projection instead of three" in said
+    assert (
+        "it is about source synthetic:turbo or *Z-Image*, dtype bfloat16, height 1024, width 1024, quantization" in said
+    )
+    assert "digits: trained weights" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"arms": '["fused_kv"]'}, "arms: 'fused_kv' is not known; known are fused_qkv"),
+        ({"scopes": '["qkv"]'}, "scopes must hold 'step'"),
+        ({"processes": 3}, "processes must be 0 or at least 8, found 3"),
+        ({"quantization": "9bit"}, "'9bit'"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_qkv_fusion_refuses_before_it_measures(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Arms, scopes, packings and numbers of processes that there are not end the run in one line, nothing measured."""
+    assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, **given, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("qkv_fusion")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
 
 
 def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run]) -> None:
@@ -295,6 +361,65 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
     assert set(errors.index) == every
     assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
     assert len(families(ablation)) == 3
+
+
+def test_every_detail_is_compared_or_left_out_with_its_reason(ran: Callable[[Path], Run]) -> None:
+    """details has a row for each, and says of each that changes the output by how much; of the others by none."""
+    run = ran(ROOT / "notebooks" / "details.ipynb")
+    ablation = run.table("ablation").set_index("arm")
+    assert set(ablation.index) == {*practices.ALL, *run.parameters["variables"]}
+    left = ablation[ablation["ratio"].isna()]
+    assert {"captions_512"} <= set(left.index) and left["reason"].str.startswith("left out: ").all()
+    timed = ablation.dropna(subset=["ratio"])
+    assert (timed["noise_floor"] > 0).all() and set(ablation["baseline"]) == {"plain", "plain process"}
+    check_samples(timed[timed["baseline"] == "plain"].reset_index(), of_this_process(run), floors=1)
+    quality = run.table("quality")
+    errors = quality[(quality["metric"] == "relative_l2_error") & (quality["baseline"] == "plain")].set_index("arm")
+    assert set(errors.index) == {*timed.index} & {*practices.OUTPUT, *practices.EXECUTION}
+    compiled = errors.index.str.startswith("compile_")
+    waits = errors.index.isin(practices.EXECUTION) & ~compiled
+    assert (errors.loc[waits, "value"] == 0).all()
+    assert (errors.loc[compiled, "value"] < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+    assert errors.loc["zero_pad_tokens", "value"] > 0.1 and errors.loc["bf16_positions", "value"] == 0
+    drifted = quality[quality["metric"] == "drift_relative_l2"].groupby("arm")["value"].last()
+    assert drifted["bf16_latents"] > 0 and drifted["bf16_positions"] == 0
+    assert "plain" in set(quality.loc[quality["baseline"] == "float32", "arm"])
+
+
+def of_this_process(run: Run) -> pd.DataFrame:
+    """The samples of a run of details but for those of the comparison between processes, which come last."""
+    samples = run.table("samples")
+    others = samples.loc[samples["arm"].isin(["plain process", *run.parameters["variables"]]), "trial"]
+    return samples[samples["trial"] < others.min()]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("details", "['bf16_timestep', 'f']", "'f' is not known"),
+        ("details", "['all', 'bf16_timestep']", "each once"),
+        ("details", "[]", "one at least"),
+        ("variables", "['PATH=/']", "a variable of MLX is"),
+        ("transforms", "['f']", "'f' is not known"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_details_refuses_before_it_measures(name: str, given: str, words: str, tmp_path: Path) -> None:
+    """Names and variables that are none, and a detail asked for twice, end the run in one line."""
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **{name: given}, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("details")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
+@WITHOUT_KERNEL
+def test_some_details_on_the_fast_step(tmp_path: Path) -> None:
+    """Details are compared beside other transforms, and those that these rule out are left out with the reason."""
+    given = {"details": '["norms_in_dtype", "bf16_timestep"]', "transforms": '["fast"]', **LEAST}
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
+    (run,) = Store(tmp_path).runs("details")
+    reasons = run.table("ablation").set_index("arm")["reason"]
+    assert "computes residual_norm_modulate by a kernel" in reasons["norms_in_dtype"]
 
 
 @pytest.mark.parametrize(
@@ -490,6 +615,19 @@ def test_the_profile_refuses_before_it_measures(parameter: str, value: str, word
     (run,) = Store(tmp_path).runs("profile_layers")
     assert words in run.meta["error"]
     assert "stages" not in run.tables()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [({"steps": 0}, "steps must be 1"), ({"sustained_s": -1.0}, "sustained_s 0 or more"),
+     ({"sustained_sizes": "[[9, 9, 1, 1]]"}, "sustained_sizes among the sizes")],
+)  # fmt: skip
+@WITHOUT_KERNEL
+def test_scaling_refuses_before_it_measures(parameters: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """No steps, a negative time and sustained sizes that are none of the sizes end the run before a model is loaded."""
+    assert zimage_run(ROOT / "notebooks" / "scaling.ipynb", tmp_path, **{**LEAST, **parameters}) == 1
+    (run,) = Store(tmp_path).runs("scaling")
+    assert words in run.meta["error"] and set(run.tables()) <= {"environment"}
 
 
 @WITHOUT_KERNEL

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from zimage.contents import Contents
 
@@ -76,6 +76,48 @@ def _until_freed(held: int, waiting: int) -> None:
         time.sleep(_LOOK_S)
 
 
+class Policy(Protocol):
+    """When a step's arrays are handed over; every_stage: also after stages that are no block."""
+
+    @property
+    def every_stage(self) -> bool:
+        """Whether it hears of every stage, or of blocks alone."""
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block computes, and the bytes of weights it unpacks."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """Hand over what is built after every `blocks`-th block, without a bound on what waits."""
+
+    blocks: int
+    every_stage = False
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block computes."""
+        count = 0
+
+        def submit(arrays: Sequence[mx.array], _unpacked_bytes: int = 0) -> None:
+            nonlocal count
+            count += 1
+            if count % self.blocks == 0:
+                mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+
+        return submit
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Wait after every block, or after every stage, until the device has computed it."""
+
+    every_stage: bool
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block or stage computes."""
+        return lambda arrays, _unpacked_bytes=0: mx.eval(arrays)
+
+
 ALIVE = 20  # times the bytes of a block's output that all its temporary arrays take together, about
 
 
@@ -91,6 +133,7 @@ class Submission:
 
     part_bytes: int
     waiting_bytes: int
+    every_stage = False
 
     def start(self) -> Callable[..., None]:
         """A new step: what to call with the arrays that each block computes, and the bytes of weights it unpacks."""

@@ -19,7 +19,7 @@ from zimage.config import (
 )
 from zimage.errors import InputError
 from zimage.kernels import heads, stream
-from zimage.patchify import Geometry, geometry, patchify, unpatchify
+from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -343,9 +343,12 @@ class Transformer(nn.Module):
     weights' dtype. `patch_size` may be left out where the config has one. Raises InputError for inputs of other shapes.
     """
 
-    submission: launching.Submission | None = None  # `transforms.submit_early` sets it
+    submission: launching.Policy | None = None  # `transforms.submit_early` and `execution` set it
     kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
     joined = False  # `transforms.join_blocks` sets it
+    compiled = False  # `execution.compile_step` sets it
+    layout: Layout = PUBLISHED  # `details` sets it, and in what a trajectory's latents are kept between steps
+    latents_dtype: mx.Dtype = mx.float32
 
     def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -378,7 +381,7 @@ class Transformer(nn.Module):
         """The forward pass for inputs of these shapes, as named steps; `__call__` is their fold over a State."""
         patch = self._patch_size(patch_size)
         lengths = self._check(latents, timestep, caption_features)
-        geo = geometry(self.config, (latents.shape[2], latents.shape[3]), patch, lengths)
+        geo = geometry(self.config, (latents.shape[2], latents.shape[3]), patch, lengths, self.layout)
         key = f"{patch}-1"
         steps = [
             Stage("t_embedder", self._embed_timestep, self.t_embedder),
@@ -404,6 +407,18 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
+        if self.compiled and (self.submission is not None or self.kept_captions is not None):
+            raise InputError(
+                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
+                "captions; leave compile_step or those transforms out, fast among them"
+            )
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        return call(latents, timestep, caption_features, patch_size)
+
+    def forward(
+        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None
+    ) -> mx.array:
+        """The velocity [B, C, H, W]."""
         stages = self.stages(latents, timestep, caption_features, patch_size)
         state = self.through(stages, State(latents, timestep, caption_features))
         assert state.velocity is not None
@@ -411,11 +426,15 @@ class Transformer(nn.Module):
 
     def through(self, stages: Sequence[Stage], state: State) -> State:
         """The state after stages of this model, handed to the device in parts where the model does that."""
-        submit = None if self.submission is None else self.submission.start()
+        policy = self.submission
+        submit: Callable[..., None] | None = None if policy is None else policy.start()
         for stage in stages:
             state = stage(state)
-            if submit is not None and isinstance(stage.module, TransformerBlock):
-                submit(state.arrays(), stage.module.unpacked_bytes(self.dtype.size))
+            if policy is None or submit is None:
+                continue
+            block = stage.module if isinstance(stage.module, TransformerBlock) else None
+            if block is not None or policy.every_stage:
+                submit(state.arrays(), 0 if block is None else block.unpacked_bytes(self.dtype.size))
         return state
 
     def _caption_stages(self, geo: Geometry, captions: Captions) -> list[Stage]:
@@ -488,7 +507,8 @@ class Transformer(nn.Module):
     def _embed_captions(self, geo: Geometry) -> Callable[[State], State]:
         def run(state: State) -> State:
             norm, linear = self.cap_embedder
-            caption = linear(norm(_stack(state.caption_features).astype(self.dtype)))
+            rows = _stack(state.caption_features, self.layout.caption_rows)
+            caption = linear(norm(rows.astype(self.dtype)))
             if geo.caption_is_token is not None:
                 missing = geo.caption_length - caption.shape[1]
                 caption = mx.pad(caption, [(0, 0), (0, missing), (0, 0)])
@@ -572,11 +592,11 @@ def _as(mask: mx.array | None, activations: mx.array) -> mx.array | None:
     return mask if mask is None or mask.dtype == mx.bool_ else mask.astype(activations.dtype)
 
 
-def _stack(captions: Captions) -> mx.array:
-    """Captions as one array [B, longest, F], zeros after the shorter ones."""
-    if isinstance(captions, mx.array):
+def _stack(captions: Captions, least: int) -> mx.array:
+    """Captions as one array [B, longest, F] of `least` rows or more, zeros after the shorter ones."""
+    if isinstance(captions, mx.array) and captions.shape[1] >= least:
         return captions
-    longest = max(c.shape[0] for c in captions)
+    longest = max(least, *(c.shape[0] for c in captions))
     return mx.stack([mx.pad(c, [(0, longest - c.shape[0]), (0, 0)]) for c in captions])
 
 

@@ -87,13 +87,17 @@ class FusedGateUpFeedForward(FeedForward):
 class MaskedTransformerBlock(TransformerBlock):
     """A block that gives its attention a boolean mask of ones where it would have given none."""
 
+    def ones(self, x: mx.array) -> mx.array:
+        """The mask that hides nothing of x."""
+        return _all_ones(x.shape[1])
+
     def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
-        return super().forward(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
+        return super().forward(x, rotation, self.ones(x) if mask is None else mask, temb)
 
     def forward_joined(
         self, x: mx.array, normed: mx.array, rotation: mx.array, mask: mx.array | None, *others: Any
     ) -> list[mx.array]:
-        return super().forward_joined(x, normed, rotation, _all_ones(x.shape[1]) if mask is None else mask, *others)
+        return super().forward_joined(x, normed, rotation, self.ones(x) if mask is None else mask, *others)
 
 
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
@@ -223,16 +227,16 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
     return new
 
 
-def with_all_ones_mask(model: Transformer) -> Transformer:
+def with_all_ones_mask(model: Transformer, kind: type[MaskedTransformerBlock] = MaskedTransformerBlock) -> Transformer:
     """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
 
-    Its output is the same; the time differs by what a device's attention pays for a mask. Raises InputError for a
-    float16 model.
+    Its output is the same; the time differs by what a device's attention pays for a mask. kind: the blocks that make
+    the mask, a boolean one. Raises InputError for a float16 model.
     """
     require_unscaled(model, "mask")
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
-        new[part] = [as_class(MaskedTransformerBlock, block) for block in new[part]]
+        new[part] = [as_class(kind, block) for block in new[part]]
     return new
 
 

@@ -15,16 +15,21 @@ from typing import Any
 from urllib.parse import quote
 
 from zimage import __version__
-from zimage.analysis import units
+from zimage.analysis import over_runs, units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
+from zimage.analysis.matching import OF_THE_MODEL
+from zimage.analysis.trends import Trend
+from zimage.analysis.trends import findings as findings_of_trend
 from zimage.errors import StoreError
-from zimage.lab import claims
+from zimage.lab import claims, gain_sections, pareto_sections, trends
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
+from zimage.lab.labels import of_parameters
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
 from zimage.lab.store import Run, Store
-from zimage.machine import MOMENTARY, concerns
+from zimage.lab.trend_sections import across_versions
+from zimage.machine import MOMENTARY, doubts
 
 import jinja2
 import pandas as pd
@@ -35,9 +40,9 @@ WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where 
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
+IN_A_LABEL = 4  # items of a list
+VERSIONS_ON_A_PAGE = 12  # of a trend
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
-# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms")
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
 
@@ -58,6 +63,7 @@ class Case:
     label: str
     tables: dict[str, pd.DataFrame]
     findings: list[Finding]
+    trend: Trend | None = None  # across versions, where the store has several
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Experiment:
     runs: list[Run]
     failed: list[Run]
     groups: dict[str, list[Case]]  # by notebook
+    joint: list[tuple[Case, Finding]]  # what several cases say together, with one of them
     problems: list[str]
 
     @property
@@ -88,8 +95,8 @@ class Experiment:
         return " and ".join(devices), " and ".join(dict.fromkeys(filter(None, map(weights_kind, shown))))
 
     def lines(self) -> list[tuple[Case, Finding]]:
-        """Every finding with its case, in the order of the page."""
-        return [(one, finding) for one in self.cases for finding in one.findings]
+        """Every finding with its case, in the order of the page: first what several runs say together."""
+        return [*self.joint, *((one, finding) for one in self.cases for finding in one.findings)]
 
 
 def build(store: Store, experiments: Iterable[str] | None = None, single_file: bool = False) -> list[Path]:
@@ -132,12 +139,13 @@ def findings(store: Store, experiment: str, keys: Collection[str] | None = None)
 
 def weights_kind(run: Run) -> str:
     """`trained`, `synthetic`, or "" where the run did not say."""
-    kind = _mapping(run, "weights").get("kind")
+    kind = run.mapping("weights").get("kind")
     return kind if kind in ("trained", "synthetic") else ""
 
 
 def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Experiment:
-    runs, problems = store.scan(name)
+    every, problems = store.scan(name)
+    runs = every
     try:
         asked = store.experiment(name)
         runs, swept = store.current(name), store.swept(name)
@@ -145,16 +153,17 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         asked, swept = {}, []
     runs = [run for run in runs if keys is None or run.key in keys]
     for parameter in OF_THE_MODEL:
-        if parameter not in swept and len({_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
+        if parameter not in swept and len({of_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
             swept = [*swept, parameter]
     newest: dict[tuple[str, str, str], Run] = {}
     for run in sorted((r for r in runs if r.completed), key=lambda r: str(r.meta["started"])):
-        newest[run.notebook, run.device, _parameters(run, swept)] = run
+        newest[run.notebook, run.device, of_parameters(run, swept)] = run
     chosen = [run for run in runs if run in newest.values()]
     groups: dict[str, list[Case]] = {}
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
-        label = _parameters(run, swept) if len({_parameters(r, swept) for r in siblings}) > 1 else ""
+        differ = len({of_parameters(r, swept) for r in siblings}) > 1
+        label = of_parameters(run, swept, IN_A_LABEL) if differ else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}
@@ -163,12 +172,22 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
                 tables[table] = run.table(table)
             except StoreError as error:
                 problems.append(str(error))
+        trend = None
         with _reported(run, problems):
-            one = Case(run, label, tables, findings_of(tables))
+            trend = trends.of(run, every, VERSIONS_ON_A_PAGE)
+        with _reported(run, problems):
+            found = [*findings_of(tables), *(findings_of_trend(trend) if trend else [])]
+            one = Case(run, label, tables, found, trend)
             groups.setdefault(run.notebook, []).append(one)
+    joint = []
+    for notebook, cases in groups.items():
+        with _reported(cases[0].run, problems):
+            if found := over_runs.step([(one.label, one.tables) for one in cases]):
+                joint += [(replace(cases[0], label=""), finding) for finding in found]
+                groups[notebook] = [replace(c, findings=[replace(f, short="") for f in c.findings]) for c in cases]
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
-    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, problems)
+    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, joint, problems)
 
 
 @contextmanager
@@ -180,17 +199,6 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
     except Exception as error:  # whatever pandas or plotly make of odd values
         problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
-
-
-def _parameters(run: Run, names: Iterable[str]) -> str:
-    known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
-    return ", ".join(f"{name}={_in_words(run.parameters.get(name))}" for name in known)
-
-
-def _in_words(value: Any) -> str:
-    if value in (None, []):
-        return "none"
-    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _experiment_page(page: Experiment, single_file: bool) -> str:
@@ -226,7 +234,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
-        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *_doubts(page)],
+        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *doubts([one.run.facts for one in page.cases])],
         "findings": lines,
         "most": ON_A_PAGE,
         "problems": problems,
@@ -241,27 +249,16 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     )
 
 
-def _doubts(page: Experiment) -> list[str]:
-    """What the machine was doing when the runs behind the page started that makes their times doubtful."""
-    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
-    for one in page.cases:
-        facts = {name: str(value) for name, value in _mapping(one.run, "environment").items()}
-        for concern in concerns(facts)[:1]:
-            found.setdefault(concern.topic, []).append(concern.words)
-    return [
-        f"Times may be off: at the start of {len(words)} of {_runs(len(page.cases), words[0])}."
-        for words in found.values()
-    ]
-
-
 def _group(
     id: str, notebook: str, cases: list[Case], several: bool, inline: bool, problems: list[str]
 ) -> dict[str, Any]:
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
+        fronts = [(c.run.parameters, c.run.device, c.tables["pareto"]) for c in cases if "pareto" in c.tables]
+        overview += pareto_sections.pools(fronts, id)
         if len(compared) > 1:
-            section = verdicts(pd.concat(compared), f"{id}-all")
+            section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
             overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
     parts = []
@@ -275,6 +272,8 @@ def _group(
                 for p in one.run.pictures()
             ]
             sections, folds = case(one.tables, shown, key, compared=not overview)
+            if one.trend is not None:
+                sections.append(across_versions(one.trend, key))
         parts.append(
             {
                 "id": key,
@@ -283,6 +282,7 @@ def _group(
                 "folds": folds,
                 "run": one.run.key[:12],
                 "links": _links(one.run),
+                "trend": one.trend is not None,
             }
         )
     title = _stem(notebook) if several else "Results"
@@ -307,7 +307,7 @@ def _run_list(page: Experiment) -> Section:
             Cell(run.status + ("" if run.key in shown or not run.completed else ", superseded")),
             Cell(units.date(run.meta["started"])),
             Cell(units.seconds(run.meta["duration_s"]), "num"),
-            Cell(_parameters(run, run.parameters), "free"),
+            Cell(of_parameters(run, run.parameters), "free"),
             Cell("", links=tuple(_links(run))),
         ]
         for run in page.runs
@@ -327,7 +327,7 @@ def _recorded(runs: Iterable[Run], part: str) -> dict[str, list[str]]:
     """Every value of every fact that runs recorded in a part of their meta, each once."""
     values: dict[str, dict[str, None]] = {}
     for run in runs:
-        for name, value in _mapping(run, part).items():
+        for name, value in run.mapping(part).items():
             values.setdefault(name, {})[str(value)] = None
     return {name: list(several) for name, several in values.items()}
 
@@ -399,12 +399,6 @@ def _stem(notebook: str) -> str:
     return text[:1].upper() + text[1:] or "Notebook"
 
 
-def _mapping(run: Run, name: str) -> dict[str, Any]:
-    """A part of run.json that is a mapping where it was recorded at all."""
-    part = run.meta.get(name)
-    return part if isinstance(part, dict) else {}
-
-
 def _one_line(text: object) -> str:
     return " ".join(str(text).split()) if text else ""
 
@@ -424,7 +418,10 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "a step of ", "predicted ")
+    words = (
+        *("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "attention ", "an ", "a ", "from "),
+        "predicted ",
+    )
     return text[0].upper() + text[1:] if text.startswith(words) else text
 
 

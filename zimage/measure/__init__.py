@@ -19,17 +19,20 @@ _HOMES = {
     "noise_floor": "floor",
     "prefix": "profile",
     "slope": "profile",
+    "steady": "blocks",
     "sustained": "blocks",
     "timed": "timing",
     "trial": "timing",
     "watch": "memory",
 }
-_MODULES = ("peaks", "power")
+_MODULES = ("peaks", "power", "settings")
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zimage.measure import peaks as peaks
     from zimage.measure import power as power
+    from zimage.measure import settings as settings
+    from zimage.measure.blocks import steady as steady
     from zimage.measure.blocks import sustained as sustained
     from zimage.measure.canary import default_canary as default_canary
     from zimage.measure.comparison import Comparison as Comparison
