@@ -274,6 +274,16 @@ def test_new_weights_are_not_made_of_blocks_on_disk(change: Callable[[Transforme
     assert mx.get_active_memory() - before < 0.01 * block_bytes(model)
 
 
+def test_a_step_in_parts_is_not_compiled_as_a_whole(folder: Path) -> None:
+    """Blocks on disk and feed-forwards in parts refuse `compile_step` in one line, before anything is read."""
+    streamed, plain = low_memory.streamed(folder), weights.load_transformer(folder)
+    for model, names in ((streamed, ["compile_step"]), (plain, ["chunk_feed_forward", "compile_step"])):
+        before = mx.get_active_memory()
+        with pytest.raises(InputError, match="compiled as a whole cannot be handed over in parts"):
+            arms.transformed(model, names)(*example(DEEP))
+        assert mx.get_active_memory() - before < 0.1 * block_bytes(plain)
+
+
 @pytest.mark.parametrize(
     ("source", "given", "words"),
     [
