@@ -326,3 +326,23 @@ def swept(root: Path) -> Path:
     add_run(root, "turbo_sizes", "4d4d4d4d4d4d", {"stages": stages()}, started="2026-10-01T00:00:00+00:00")
     add_experiment(root, "turbo_sizes", "How does a step grow with the picture?", [*keys, "3d3d3d3d3d3d"])
     return root
+
+
+def across_versions(root: Path) -> Path:
+    """One comparison on three versions of MLX, of which only the last is current; the last loses what fusing gained."""
+    parameters = {"source": "digits", "height": 8, "width": 8, "seed": 0, "quads": 40}
+    for place, (mlx, shift) in enumerate((("0.31.2", 0.002), ("0.32.4", 0.0), ("0.33.0", 0.055))):
+        moved = qkv()
+        ends = ["ratio", "ratio_low", "ratio_high"]
+        moved[ends] = moved[ends] + shift
+        moved.loc[moved["ratio_low"] > 1, ["verdict", "reason"]] = "slower", None
+        facts = {"device": DEVICE, "mlx": mlx, "zimage": "0.1.0", "commit": "7cc0d6b00000", "os": "Linux"}
+        timed = samples("separate_qkv", "fused_qkv", time_s=0.0112 * (1 - 0.03 * place))
+        add_run(
+            root, "qkv_fusion", f"{place + 1}f" * 6,
+            {"ablation": moved, "samples": timed.assign(scope="step", regime="burst")},
+            notebook="notebooks/qkv_fusion.ipynb", parameters=parameters, environment=facts,
+            digests={"sources": "5" * 64}, started=f"2026-1{place}-24T04:12:09+00:00",
+        )  # fmt: skip
+    add_experiment(root, "qkv_fusion", "Does one fused QKV projection beat three on this device?", ["3f" * 6])
+    return root

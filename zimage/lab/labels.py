@@ -3,16 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
+from zimage.analysis.matching import OF_THE_MODEL
 from zimage.lab.store import Run
-
-# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms")
 
 
 def of_parameters(run: Run, names: Iterable[str], most: int | None = None) -> str:
     """Those of the run's parameters that have these names, in one line; height and width together are a size.
 
-    most: of lists of more than so many only the ends are told, and how many there are.
+    Of lists of more than `most` items the first and the last.
     """
     known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
     texts = {name: f"{name}={_in_words(run.parameters.get(name), most)}" for name in known}
