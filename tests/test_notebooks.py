@@ -169,20 +169,13 @@ def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None
     assert list(here["arm"]) == [backend.default_dtype(), "4bit"] and here["error"].abs().max() < 0.5
     memory = run.table("memory")
     peaks = memory[memory["stage"] == "step"].set_index("arm")["bytes"]
-    assert list(peaks.index) == [
-        "plain",
-        "chunk_feed_forward",
-        "submit_early",
-        "streamed 0/1",
-        "4bit",
-        "4bit streamed 0/1",
-    ]
+    assert list(peaks.index) == ["plain", "chunked", "submit_early", "streamed 0/1", "4bit", "4bit streamed 0/1"]
     assert peaks["4bit streamed 0/1"] < peaks["streamed 0/1"] < peaks["plain"]
     orders = memory[(memory["stage"] == "process") & (memory["metric"] == "peak_bytes")].set_index("arm")["bytes"]
     assert orders["pack while loading, step"] < orders["load, step"]
     errors = run.table("quality").set_index("arm")["value"]
     assert set(errors[["submit_early", "streamed 0/1", "4bit streamed 0/1"]]) == {0.0}
-    assert errors["chunk_feed_forward"] < 1e-3 < errors["4bit"] < 0.2
+    assert errors["chunked"] < 1e-3 < errors["4bit"] < 0.2
     check_samples(run.table("ablation"), run.table("samples"), floors=1)
 
 
@@ -197,7 +190,7 @@ def test_memory_takes_a_model_without_files(tmp_path: Path, monkeypatch: pytest.
     path = ROOT / "notebooks" / "memory.ipynb"
     assert zimage_run(path, tmp_path / "results", **given, **LEAST) == 0
     (run,) = Store(tmp_path / "results").runs("memory")
-    assert list(run.table("ablation")["arm"]) == ["chunk_feed_forward", "submit_early", "streamed 0/1"]
+    assert list(run.table("ablation")["arm"]) == ["chunked", "submit_early", "streamed 0/1"]
     assert [*scratch.rglob("*.safetensors")] == []
 
 

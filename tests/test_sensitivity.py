@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.sweeping import ROOT, Sweep
+from tests.sweeping import ROOT, Command, Sweep, quick
 from tests.test_weights import arrays, same_bits
 from zimage import mixing, recipe_files, recipes, sensitivity, transforms, weights
 from zimage.analysis import sensitivity_plots
@@ -276,9 +276,9 @@ def test_recipes_are_short(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(swept: Callable[[Path], Sweep]) -> Run:
+def run(swept: Callable[[Command], Sweep]) -> Run:
     """The quick run of the experiment, on digits."""
-    (found,) = swept(ROOT / "experiments" / "sensitivity.yaml").store.runs("sensitivity")
+    (found,) = swept(quick(ROOT / "experiments" / "sensitivity.yaml")).store.runs("sensitivity")
     return found
 
 

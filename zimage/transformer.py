@@ -371,13 +371,6 @@ class Transformer(nn.Module):
         self.freeze()
 
     @property
-    def _computes_within(self) -> bool:
-        """Whether a call computes, keeps or loads something in Python before its end."""
-        blocks = [*self.noise_refiner, *self.context_refiner, *self.layers]
-        parts = any(block.streamed or block.feed_forward.rows_at_once is not None for block in blocks)
-        return parts or self.submission is not None or self.kept_captions is not None
-
-    @property
     def dtype(self) -> mx.Dtype:
         """The dtype of the residual stream."""
         return self.x_pad_token.dtype
@@ -406,6 +399,11 @@ class Transformer(nn.Module):
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
 
+    def _in_parts(self) -> bool:
+        """Whether some block computes a part of itself at once, whoever calls it: from disk, or some rows at a time."""
+        every = [*self.noise_refiner, *self.context_refiner, *self.layers]
+        return any(block.streamed or block.feed_forward.rows_at_once is not None for block in every)
+
     def _following(self, number: int) -> TransformerBlock | None:
         """The main block after that of this number, where its weights are there."""
         following: list[TransformerBlock] = self.layers[number + 1 : number + 2]
@@ -414,10 +412,10 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
-        if self.compiled and self._computes_within:
+        if self.compiled and (self.submission is not None or self.kept_captions is not None or self._in_parts()):
             raise InputError(
-                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself, stream "
-                "weights or keep captions; leave compile_step or those transforms out, fast among them"
+                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
+                "captions; leave compile_step or those transforms out, fast among them"
             )
         call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
         return call(latents, timestep, caption_features, patch_size)

@@ -118,7 +118,7 @@ def _sides(rows: pd.DataFrame, x: str) -> dict[str, str]:
     taken = [(a - _MARK, b - _MARK, a + _MARK, b + _MARK) for a, b in zip(rows[x], rows["up"], strict=True)]
     found: dict[str, str] = {}
     for row in records(rows[rows["category"] == "front"].sort_values([x, "up"], ascending=[True, False])):
-        width = _CHARACTER * len(str(row["arm"]))
+        width = _CHARACTER * (len(str(row["arm"])) + 1)  # and room before the next
         for side in _SIDES:
             bottom = row["up"] + {"top": 0.5, "middle": -0.5, "bottom": -1.5}[side.split()[0]] * _LINE
             left = row[x] + _MARK if side.endswith("right") else row[x] - _MARK - width

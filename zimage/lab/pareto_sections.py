@@ -47,7 +47,7 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
             Cell(units.significant(row["error"]), "num"),
             Cell(_ends(row, "error", units.significant), "num"),
             Cell(
-                "", links=(Link(str(row["run_key"])[:12], links[str(row["arm"])]),) if str(row["arm"]) in links else ()
+                "", links=(Link(str(row["run_key"])[:8], links[str(row["arm"])]),) if str(row["arm"]) in links else ()
             ),
         ]
         for row in records(points)
