@@ -24,7 +24,8 @@ ROWS = (
     {"transformer", "layers"},
     {"transforms", "fusing", "half", "tuning", "step_caching"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"},
+    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"}
+    | {"ablation"},
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},
