@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zimage.analysis import units
+from zimage.analysis import answers, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.reading import (
     arms,
@@ -58,7 +58,11 @@ def findings(tables: Tables) -> list[Finding]:
     if by_family:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
+    answered = [Finding(text, "", evidence, text) for text, evidence in answers.texts(tables)]
+    if answered:
+        by_arm = [replace(one, short="") for one in by_arm]
     return [
+        *answered,
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
         *by_family,

@@ -102,6 +102,20 @@ def quality_by_arm(quality: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(texts, orient="index").fillna(units.MISSING)
 
 
+def pictures_by_arm(quality: pd.DataFrame) -> dict[str, str]:
+    """For every arm whose pictures were held against a baseline's, whether they are known to differ from them.
+
+    By the interval of `frechet_difference`, of a `quality` table.
+    """
+    rows = records(quality[quality["metric"] == "frechet_difference"])
+    return {
+        str(row["arm"]): f"other than {row['baseline']}'s"
+        if row["low"] > 0 or row["high"] < 0
+        else f"no difference to {row['baseline']}'s found in {row['count']:.0f}"
+        for row in rows
+    }
+
+
 def part_of(stage: object) -> str:
     """The part of the forward pass that a stage belongs to, one of PARTS; `other` where the stage has no name."""
     head = stage.split(".", maxsplit=1)[0] if isinstance(stage, str) else ""
