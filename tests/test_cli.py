@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
-from zimage import cli
+from zimage import __version__, cli
 from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
 
@@ -411,6 +411,14 @@ def test_help_is_light() -> None:
     heavy = ["pandas", "numpy", "pydantic", "papermill", "jupyter_client", "mlx.core", "plotly", "rich", "yaml"]
     done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("module", ["zimage", "zimage.cli"])
+def test_python_runs_the_command(module: str) -> None:
+    """`python -m zimage` is the command, where its script is not on the path."""
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"zimage, version {__version__}\n", "")
 
 
 def test_closed_pipe(project: Path) -> None:
