@@ -170,6 +170,22 @@ def list_command(as_json: bool, results: Path) -> None:
 
 
 @cli.command()
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@_as_json
+@_results
+def clean(yes: bool, dry_run: bool, as_json: bool, results: Path) -> int:
+    """Remove failed and superseded runs, after asking; nothing else.
+
+    Superseded is a run that the last sweep did not ask for, where a newer one differs from it in nothing but the code.
+    """
+    from zimage.lab import cleaning
+    from zimage.lab.store import Store
+
+    return cleaning.clean(Store(results), yes, dry_run, as_json)
+
+
+@cli.command()
 @click.argument("what")
 @_as_json
 @_results
