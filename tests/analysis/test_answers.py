@@ -1,8 +1,10 @@
 """What two experiments answer as a whole: only what intervals decide, from tables as they come back from a store."""
 
 from tests.lab import fabricated
+from zimage.analysis import reuse_plots
 from zimage.analysis.answers import Beside, beside_fewer_steps, equivalent_steps, texts
 from zimage.analysis.findings import findings
+from zimage.lab import reuse_sections
 
 import pandas as pd
 import pytest
@@ -134,3 +136,32 @@ def test_other_experiments_have_no_answer() -> None:
     """Tables of other experiments, and empty ones, are left to the findings."""
     assert texts(stored(**fabricated.quantization())) == [] == texts({})
     assert texts(stored(quality=REUSE.iloc[:0], sensitivity=SINGLE.iloc[:0])) == []
+
+
+def test_time_stands_against_error() -> None:
+    """The figure draws plain runs as a line from all steps on, the ways to reuse steps beside it, with intervals."""
+    fewer = fabricated.ablation(
+        ("steps_4", "plain", "trajectory", 0.49, 0.42, 0.56, "faster"),
+        ("steps_6", "plain", "trajectory", 0.76, 0.73, 0.82, "faster"),
+    )
+    times = pd.concat([TIMES, fewer])
+    tables = stored(ablation=times, quality=REUSE)
+    runs, ways = reuse_plots.time_against_error(tables["ablation"], tables["quality"]).data
+    assert list(runs.text) == ["all steps", "steps_6", "steps_4"] and runs.mode.startswith("lines")
+    assert dict(zip(ways.text, ways.x, strict=True)) == {
+        "keep_captions": 0.856, "tea": 0.821, "every_2": 0.65, "timestep": 0.487,
+    }  # fmt: skip
+    assert list(ways.y) == pytest.approx([0, 4.7, 14.1, 6.7])
+    assert ways.error_x.array[-1] == pytest.approx(0.53 - 0.487) and ways.error_y.arrayminus[-1] == pytest.approx(1.0)
+    nothing = stored(ablation=times.iloc[:0], quality=REUSE.iloc[:0])
+    assert reuse_plots.time_against_error(nothing["ablation"], nothing["quality"]).layout.height > 0
+
+
+def test_the_page_has_the_verdicts() -> None:
+    """A run of step_caching has a section with the figure and a row for each way; other runs have none."""
+    (section,) = reuse_sections.sections(stored(quality=REUSE, ablation=TIMES), "c0")
+    assert section.table is not None and len(section.charts) == 1
+    rows = [[cell.text for cell in row] for row in section.table.rows]
+    assert rows[0] == ["timestep", "6.7 %", "4 steps", "11.7 %", "errs less"]
+    assert [row[-1] for row in rows] == ["errs less", "undecided", "errs more"]
+    assert reuse_sections.sections(stored(**fabricated.quantization()), "c0") == []

@@ -15,7 +15,7 @@ import pandas as pd
 Tables = Mapping[str, pd.DataFrame]
 Answer = tuple[str, tuple[str, ...]]  # a statement, and the numbers behind it
 SKIPPED = "skipped_blocks_fraction"
-_PLAIN_RUN = "steps_"  # begins the name of a plain run of fewer steps
+PLAIN_RUN = "steps_"  # begins the name of a plain run of fewer steps
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def beside_fewer_steps(quality: pd.DataFrame) -> dict[str, Beside]:
     steps, found = max(int(row["step"]) for row in errors.values()), {}
     for arm, share in skipped.items():
         count = equivalent_steps(steps, float(share))
-        own, plain = errors.get(str(arm)), errors.get(f"{_PLAIN_RUN}{count}")
-        if str(arm).startswith(_PLAIN_RUN) or own is None or plain is None or own["value"] == 0:
+        own, plain = errors.get(str(arm)), errors.get(f"{PLAIN_RUN}{count}")
+        if str(arm).startswith(PLAIN_RUN) or own is None or plain is None or own["value"] == 0:
             continue
         word = "undecided"
         if not any(units.missing(row[end]) for row in (own, plain) for end in ("low", "high")):

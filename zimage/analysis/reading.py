@@ -36,6 +36,7 @@ _NAMES = {
     "drift_snr_db": "SNR of drifted latents (dB)",
     "frechet_distance": "Fr\u00e9chet distance",
     "frechet_difference": "Fr\u00e9chet distance beyond it",
+    "skipped_blocks_fraction": "blocks skipped",
     "repeat_difference": "difference when computed again",
     "weight_bytes": "weights",
     "peak_bytes": "peak memory",

@@ -2,7 +2,7 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, quality_sections, sensitivity_sections
+from zimage.lab import cost_sections, quality_sections, reuse_sections, sensitivity_sections
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -15,6 +15,7 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     others: list[Section] = []
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(frame, id))
+    shown += reuse_sections.sections(tables, id)
     memory = some(tables, "memory")
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
     if part := by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id):
