@@ -19,10 +19,10 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
     errors = errors[errors["metric"] == DRIFT].set_index("arm")[["value", "low", "high"]].astype(float)
     joined = times[["ratio", "ratio_low", "ratio_high"]].astype(float).join(errors, how="inner")
     rows = joined.dropna(subset=["ratio", "value"]).sort_values("ratio", ascending=False)
-    fewer = [str(arm).startswith(PLAIN_RUN) for arm in rows.index]
+    fewer = pd.Series([str(arm).startswith(PLAIN_RUN) for arm in rows.index], rows.index, dtype=bool)
     itself = pd.DataFrame([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]], index=["all steps"], columns=rows.columns)
     figure = go.Figure()
-    plain_runs, ways = pd.concat([itself, rows[fewer]]), rows[[not one for one in fewer]]
+    plain_runs, ways = pd.concat([itself, rows[fewer]]), rows[~fewer]
     for own, name, mode, color, symbol, place in (
         (plain_runs, "plain runs of fewer steps", "lines+markers+text", BASELINE_COLOR, "circle", "bottom left"),
         (ways, "reusing steps", "markers+text", ARM_COLORS[0], "diamond", "top right"),
