@@ -126,6 +126,17 @@ def test_the_published_tensors_are_built_from_the_config() -> None:
     assert sum(stage.parameters for stage in parts) == 6_154_908_736
 
 
+def test_the_block_is_a_part_of_the_published_model() -> None:
+    """The block config has tensors of the published names and shapes only, one whole block of each kind among them."""
+    published = json.loads((DATA / "published_tensors.json").read_text())
+    built = {
+        name: list(array.shape) for name, array in tree_flatten(Transformer(TransformerConfig.block()).parameters())
+    }
+    assert built.items() <= published.items()
+    for kind in ("noise_refiner", "context_refiner", "layers"):
+        assert {n for n in built if n.startswith(kind)} == {n for n in published if n.startswith(f"{kind}.0.")}
+
+
 def _turbo_inputs() -> tuple[Any, Any, Any]:
     import mlx.core as mx
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.synthetic import synthetic
 from tests.test_transforms import CONFIGS, PLAIN, arrays, error
-from zimage import arms, digits, fusing, half, inputs, operations, transforms
+from zimage import arms, details, digits, fusing, half, inputs, operations, transforms
 from zimage.config import TransformerConfig
 from zimage.digits import quality
 from zimage.errors import InputError
@@ -206,7 +206,8 @@ def test_fusing_before_and_after_is_the_same(fuse: Callable[[Transformer], Trans
 EXACT = [
     name
     for name in arms.TRANSFORMS
-    if name != "wide_dequantize" and name not in arms.NEED_EXAMPLES and not name.startswith("quantize_input")
+    if name not in ("wide_dequantize", *details.TRANSFORMS, *arms.NEED_EXAMPLES)
+    and not name.startswith("quantize_input")
 ]
 
 

@@ -17,15 +17,18 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
-    {"measure", "backend", "blas", "choices", "doctor", "machine", "sensors", "trust"},
+    {"measure", "backend", "blas", "choices", "doctor", "machine", "practices", "sensors", "trust"},
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files", "mixing"},
     {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
     {"transformer", "layers"},
-    {"transforms", "fusing", "half", "tuning", "step_caching"},
+    {"transforms", "fusing", "half", "tuning", "step_caching", "details", "execution"},
     {"saving", "weights"},
-    {"loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality", "sensitivity"}
-    | {"ablation"},
+    {"low_memory"},
+    {
+        *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
+        *("sensitivity", "scopes", "ladder", "orders", "ablation"),
+    },
     {"analysis"},
     {"lab"},
     {"cli", "__main__"},
@@ -37,6 +40,7 @@ WITHOUT_MLX = (
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
     *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
+    "practices",
     "adapters",
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

@@ -12,7 +12,7 @@ from typing import Any
 from tests.synthetic import synthetic
 from tests.test_operations import _states, _tiny
 from tests.test_transforms import CONFIGS, error, every_config, run
-from zimage import arms, inputs, launching, operations, transforms
+from zimage import arms, details, inputs, launching, operations, transforms
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.launching import ALIVE, Submission
@@ -407,10 +407,12 @@ def test_profiles_hand_over_as_the_step_does(monkeypatch: pytest.MonkeyPatch) ->
     assert _handed_over(monkeypatch, lambda: operations.stage_prefix(model, example)[1](4)) == 0
 
 
+ALONE = ("compile_operations", "compile_step")  # not beside kernels; not beside a step in parts
 EXACT: dict[str, Callable[[Transformer], Transformer]] = {
     name: transform
     for name, transform in arms.TRANSFORMS.items()
-    if not name.startswith(("quantize_input", "tea_cache", "reuse_")) and name not in arms.NEED_EXAMPLES
+    if not name.startswith(("quantize_input", "tea_cache", "reuse_"))
+    and name not in (*arms.NEED_EXAMPLES, *details.TRANSFORMS, *ALONE)
 }
 OTHERS: dict[str, Callable[[Transformer], Transformer]] = {
     "quantize": lambda model: transforms.quantize(model, "8bit-g32"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
-from zimage import arms, backend, cli, sources
+from zimage import arms, backend, cli, ladder, practices, sources
 from zimage.analysis import cost
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
@@ -159,6 +159,48 @@ def test_every_loader_gives_the_model(ran: Callable[[Path], Run]) -> None:
     assert (rows["peak_bytes"] >= 0.9 * rows["result_bytes"]).all()
 
 
+def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None:
+    """memory records what the published model needs, peaks beside predictions, arms that hold less, and orders."""
+    run = ran(ROOT / "notebooks" / "memory.ipynb")
+    footprint = run.table("footprint")
+    published = footprint[footprint["model"] == "synthetic:turbo"]
+    assert set(published["arm"]) == set(run.parameters["published"]) and published["measured_bytes"].isna().all()
+    here = footprint[footprint["model"] == "digits"]
+    assert list(here["arm"]) == [backend.default_dtype(), "4bit"] and here["error"].abs().max() < 0.5
+    memory = run.table("memory")
+    peaks = memory[memory["stage"] == "step"].set_index("arm")["bytes"]
+    assert list(peaks.index) == [
+        "plain",
+        "chunk_feed_forward",
+        "submit_early",
+        "streamed 0/1",
+        "4bit",
+        "4bit streamed 0/1",
+    ]
+    assert peaks["4bit streamed 0/1"] < peaks["streamed 0/1"] < peaks["plain"]
+    orders = memory[(memory["stage"] == "process") & (memory["metric"] == "peak_bytes")].set_index("arm")["bytes"]
+    assert orders["pack while loading, step"] < orders["load, step"]
+    errors = run.table("quality").set_index("arm")["value"]
+    assert set(errors[["submit_early", "streamed 0/1", "4bit streamed 0/1"]]) == {0.0}
+    assert errors["chunk_feed_forward"] < 1e-3 < errors["4bit"] < 0.2
+    check_samples(run.table("ablation"), run.table("samples"), floors=1)
+
+
+@WITHOUT_KERNEL
+def test_memory_takes_a_model_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synthetic source is written to be streamed, without packings where its widths take none; nothing is left."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    given = {"source": "synthetic:tiny", "height": 32, "width": 32, "caption_tokens": 3, "modes": "[]"}
+    given |= {"sizes": "[[32, 64, 2, 3]]", "streams": "[[0.0, 1]]", "unload": '["stream, step"]'}
+    path = ROOT / "notebooks" / "memory.ipynb"
+    assert zimage_run(path, tmp_path / "results", **given, **LEAST) == 0
+    (run,) = Store(tmp_path / "results").runs("memory")
+    assert list(run.table("ablation")["arm"]) == ["chunk_feed_forward", "submit_early", "streamed 0/1"]
+    assert [*scratch.rglob("*.safetensors")] == []
+
+
 def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
     """profile_layers records a row for each of the nine stages of the digits model, one for the whole, and memory."""
     run = ran(ROOT / "notebooks" / "profile_layers.ipynb")
@@ -223,18 +265,62 @@ def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) ->
     assert len(canaries) == len(samples[samples["kind"] == "sample"]) / 4 and (canaries["position"] == -1).all()
 
 
-def test_the_fusion_is_compared_in_three_scopes(ran: Callable[[Path], Run]) -> None:
-    """qkv_fusion compares fused with separate projections in three scopes and computes the same to rounding."""
-    run = ran(ROOT / "notebooks" / "qkv_fusion.ipynb")
+def test_the_fusion_is_followed_from_the_product_to_the_step(swept: Callable[[Command], Sweep]) -> None:
+    """qkv_fusion compares every arm in the scopes that it has, says what each saves there, and computes the same."""
+    (run,) = swept(quick(ROOT / "experiments" / "qkv_fusion.yaml")).store.runs("qkv_fusion")
     ablation = run.table("ablation")
-    assert list(ablation["scope"]) == ["qkv", "block", "step"]
-    assert (set(ablation["arm"]), set(ablation["baseline"])) == ({"fused_qkv"}, {"separate_qkv"})
+    arms_asked, scopes_asked = run.parameters["arms"], run.parameters["scopes"]
+    families = ladder.families(arms_asked, scopes_asked)
+    wanted = [(one.scope, one.baseline, name) for one in families for name in one.arms]
+    assert [tuple(row) for row in ablation[["scope", "baseline", "arm"]].values] == wanted
     samples = run.table("samples")
-    assert set(samples["arm"]) == {"fused_qkv", "separate_qkv", "copy", "canary"}
-    check_samples(ablation, samples, floors=3)
+    baselines = {one.baseline for one in families}
+    assert set(samples["arm"]) == {*arms_asked, *baselines, "copy", "canary"}
+    check_samples(ablation, samples, floors=len({one.floor for one in families}))
     assert (ablation["noise_floor"] > 0).all()
-    error = run.table("quality").set_index("metric")["value"]["relative_l2_error"]
-    assert error < (1e-5 if backend.default_dtype() == "float32" else 0.05)
+    saved = run.table("gains")
+    assert [tuple(row) for row in saved[["scope", "baseline", "arm"]].values] == wanted
+    assert np.allclose(saved["saved_s"], saved["time_s"] * (1 - ablation["ratio"]))
+    assert set(saved.loc[saved["scope"] == "step", "blocks"]) == {4}  # three main layers and a noise refiner
+    errors = run.table("quality").set_index("arm")["value"]
+    assert set(errors.index) == set(arms_asked)
+    assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+
+
+@WITHOUT_KERNEL
+def test_packed_products_are_fused_and_claims_stay_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On packed digits the rungs are the same, in fp32 exact to rounding, and no published claim is about the run."""
+    given = {"quantization": "8bit", "arms": '["fused_qkv", "fused_both"]', "scopes": '["qkv", "qkv_norm", "step"]'}
+    assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, **given, **LEAST, sustained_s=0.05) == 0
+    (run,) = Store(tmp_path).runs("qkv_fusion")
+    assert list(run.table("ablation")["scope"]) == ["qkv", "qkv_norm", "step", "step", "step"]
+    assert list(run.table("ablation")["regime"]) == ["burst"] * 4 + ["sustained"]
+    assert len(run.table("gains")) == 4
+    assert (run.table("quality")["value"] < 1e-5).all()
+    said = capsys.readouterr().out
+    assert "not about this model: One fused QKV projection instead of three" in said
+    assert (
+        "it is about source synthetic:turbo or *Z-Image*, dtype bfloat16, height 1024, width 1024, quantization" in said
+    )
+    assert "digits: trained weights" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"arms": '["fused_kv"]'}, "arms: 'fused_kv' is not known; known are fused_qkv"),
+        ({"scopes": '["qkv"]'}, "scopes must hold 'step'"),
+        ({"processes": 3}, "processes must be 0 or at least 8, found 3"),
+        ({"quantization": "9bit"}, "'9bit'"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_qkv_fusion_refuses_before_it_measures(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Arms, scopes, packings and numbers of processes that there are not end the run in one line, nothing measured."""
+    assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, **given, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("qkv_fusion")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
 
 
 def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run]) -> None:
@@ -260,6 +346,65 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
     assert set(errors.index) == every
     assert (errors < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
     assert len(families(ablation)) == 3
+
+
+def test_every_detail_is_compared_or_left_out_with_its_reason(ran: Callable[[Path], Run]) -> None:
+    """details has a row for each, and says of each that changes the output by how much; of the others by none."""
+    run = ran(ROOT / "notebooks" / "details.ipynb")
+    ablation = run.table("ablation").set_index("arm")
+    assert set(ablation.index) == {*practices.ALL, *run.parameters["variables"]}
+    left = ablation[ablation["ratio"].isna()]
+    assert {"captions_512"} <= set(left.index) and left["reason"].str.startswith("left out: ").all()
+    timed = ablation.dropna(subset=["ratio"])
+    assert (timed["noise_floor"] > 0).all() and set(ablation["baseline"]) == {"plain", "plain process"}
+    check_samples(timed[timed["baseline"] == "plain"].reset_index(), of_this_process(run), floors=1)
+    quality = run.table("quality")
+    errors = quality[(quality["metric"] == "relative_l2_error") & (quality["baseline"] == "plain")].set_index("arm")
+    assert set(errors.index) == {*timed.index} & {*practices.OUTPUT, *practices.EXECUTION}
+    compiled = errors.index.str.startswith("compile_")
+    waits = errors.index.isin(practices.EXECUTION) & ~compiled
+    assert (errors.loc[waits, "value"] == 0).all()
+    assert (errors.loc[compiled, "value"] < (1e-5 if backend.default_dtype() == "float32" else 0.05)).all()
+    assert errors.loc["zero_pad_tokens", "value"] > 0.1 and errors.loc["bf16_positions", "value"] == 0
+    drifted = quality[quality["metric"] == "drift_relative_l2"].groupby("arm")["value"].last()
+    assert drifted["bf16_latents"] > 0 and drifted["bf16_positions"] == 0
+    assert "plain" in set(quality.loc[quality["baseline"] == "float32", "arm"])
+
+
+def of_this_process(run: Run) -> pd.DataFrame:
+    """The samples of a run of details but for those of the comparison between processes, which come last."""
+    samples = run.table("samples")
+    others = samples.loc[samples["arm"].isin(["plain process", *run.parameters["variables"]]), "trial"]
+    return samples[samples["trial"] < others.min()]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("details", "['bf16_timestep', 'f']", "'f' is not known"),
+        ("details", "['all', 'bf16_timestep']", "each once"),
+        ("details", "[]", "one at least"),
+        ("variables", "['PATH=/']", "a variable of MLX is"),
+        ("transforms", "['f']", "'f' is not known"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_details_refuses_before_it_measures(name: str, given: str, words: str, tmp_path: Path) -> None:
+    """Names and variables that are none, and a detail asked for twice, end the run in one line."""
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **{name: given}, **LEAST) == 1
+    (run,) = Store(tmp_path).runs("details")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
+@WITHOUT_KERNEL
+def test_some_details_on_the_fast_step(tmp_path: Path) -> None:
+    """Details are compared beside other transforms, and those that these rule out are left out with the reason."""
+    given = {"details": '["norms_in_dtype", "bf16_timestep"]', "transforms": '["fast"]', **LEAST}
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
+    (run,) = Store(tmp_path).runs("details")
+    reasons = run.table("ablation").set_index("arm")["reason"]
+    assert "computes residual_norm_modulate by a kernel" in reasons["norms_in_dtype"]
 
 
 @pytest.mark.parametrize(

@@ -4,33 +4,32 @@ In this process a notebook calls `scopes` on models it has loaded. In another pr
 `measure.Program("zimage.arms:step", {"source": ..., ...})`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from zimage import backend, fusing, half, inputs, step_caching, tuning
+from zimage import backend, details, execution, fusing, half, inputs, step_caching, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
 from zimage.layers import clone
+from zimage.low_memory import chunk_feed_forward
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
-from zimage.transformer import State, Transformer
+from zimage.scopes import SCOPES, Work
+from zimage.transformer import Transformer
 from zimage.transforms import (
     blocks,
-    compile_blocks,
     fuse_gate_up,
     fuse_qkv,
+    fuse_qkv_copied,
     join_blocks,
     keep_captions,
     quantize_input,
-    submit_early,
 )
 from zimage.weights import load_transformer
 
 import mlx.core as mx
 
-Work = Callable[[], Any]  # builds its graph anew and returns the arrays to compute
-FIRST_BLOCK = "layers.0"
 FAST = (  # what makes the fast step, in this order
     *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "join_blocks"),
     *("compile_blocks", "submit_early", "keep_captions"),
@@ -66,10 +65,12 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
+    "fuse_qkv_copied": fuse_qkv_copied,
     "join_blocks": join_blocks,
-    "compile_blocks": compile_blocks,
-    "submit_early": submit_early,
     "keep_captions": keep_captions,
+    "chunk_feed_forward": chunk_feed_forward,
+    **execution.TRANSFORMS,
+    **details.TRANSFORMS,
     # These three reuse within a trajectory, as `scheduler.sample` has it, and leave a step alone as it is.
     "tea_cache_flux": step_caching.tea_cache,
     "reuse_by_timestep": step_caching.reuse_by_timestep,
@@ -139,9 +140,9 @@ def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples:
     return found
 
 
-def scopes(model: Transformer, example: Inputs) -> dict[str, Work]:
-    """The work of every scope for a loaded model and its inputs: "qkv", "block" and "step"."""
-    return {name: scope(model, example) for name, scope in SCOPES.items()}
+def scopes(model: Transformer, example: Inputs, names: Iterable[str] = SCOPES) -> dict[str, Work]:
+    """The work of some of the SCOPES, or all, for a loaded model and its inputs, by their names."""
+    return {name: SCOPES[name](model, example) for name in names}
 
 
 def velocity_errors(
@@ -162,38 +163,6 @@ def velocity_errors(
         }
         for arm, model in models.items()
     ]
-
-
-def _step(model: Transformer, example: Inputs) -> Work:
-    return lambda: model(*example)
-
-
-def _block(model: Transformer, example: Inputs) -> Work:
-    state = _before_first_block(model, example)
-    block = next(stage for stage in model.stages(*example) if stage.name == FIRST_BLOCK)
-    return lambda: block(state).arrays()
-
-
-def _qkv(model: Transformer, example: Inputs) -> Work:
-    state, block = _before_first_block(model, example), model.layers[0]
-    assert state.image is not None and state.caption is not None
-    tokens = block.attention_norm1(mx.concatenate([state.image, state.caption], axis=1))
-    mx.eval(tokens)
-    return lambda: block.attention.project(tokens)
-
-
-SCOPES: dict[str, Callable[[Transformer, Inputs], Work]] = {"qkv": _qkv, "block": _block, "step": _step}
-
-
-def _before_first_block(model: Transformer, example: Inputs) -> State:
-    """The activations that really reach the first main block, computed."""
-    state = State(*example)
-    for stage in model.stages(*example):
-        if stage.name == FIRST_BLOCK:
-            break
-        state = stage(state)
-    mx.eval(state.arrays())
-    return state
 
 
 def require_known(names: Sequence[str]) -> None:

@@ -143,6 +143,11 @@ class TransformerConfig:
         )  # fmt: skip
 
     @classmethod
+    def block(cls) -> Self:
+        """The published shape with one block of each kind, 551 million parameters, for small machines."""
+        return replace(cls.turbo(), n_layers=1, n_refiner_layers=1)
+
+    @classmethod
     def small(cls) -> Self:
         """The turbo architecture at a size for CPUs: 24 million parameters, the same patches and latents."""
         return replace(

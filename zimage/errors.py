@@ -45,3 +45,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"{what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}")
+
+
+def require_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise InputError unless the argument called `name` is an integer from `least` on, and up to `most` if given."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not fits or (most is not None and value > most):  # type: ignore[operator]
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be an integer {span}, found {value!r:.60}")

@@ -7,6 +7,7 @@ the other transforms, but after `transforms.cast` and `float16`: a kernel is che
 
 from collections.abc import Callable, Iterable
 
+from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
 from zimage.kernels.gate import SWIGLU
 from zimage.kernels.heads import QK_NORM_ROPE
@@ -73,8 +74,14 @@ def _with(
 ) -> Transformer:
     """The model whose blocks' `parts` call a kernel in the place of what they call by that name."""
     new = clone(model)
-    for _, block in blocks(new):
+    for path, block in blocks(new):
         for part in parts(block):
+            for name in kernel:
+                if not isinstance(part.__dict__.get(name), Kernel | None):
+                    raise InputError(
+                        f"{path} computes {name} as one of zimage.details or zimage.execution has it, which the kernel "
+                        "would undo; leave one of the two out"
+                    )
             part.__dict__.update(kernel)
     return new
 

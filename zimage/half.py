@@ -118,6 +118,7 @@ def measure(
     """
     found: dict[str, dict[str, Reach]] = {}
     watched = _cast_around_blocks(unfuse(model))
+    watched.compiled = False  # in a compiled step nothing is seen
     watched.joined = False  # what stands in for a block does a block's own work only
     plain = dict(blocks(watched))
 
@@ -291,6 +292,8 @@ def _multiply(path: str, layer: Any, factor: float, dtype: mx.Dtype) -> None:
     for name, array in layer.items():
         if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
             continue
+        if factor == 1 and array.dtype == dtype:
+            continue  # as it is, without a copy
         wide = array.astype(mx.float32) * (1.0 if name == "lora_down" else factor)
         largest: Any = mx.abs(wide).max().item()
         if dtype == mx.float16 and not largest <= LARGEST:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from zimage.contents import Contents
 
@@ -44,6 +44,23 @@ def compiled(module: nn.Module, method: str) -> Callable[..., Any]:
     return _calls[key][1]
 
 
+def by_rows(call: Callable[[mx.array], mx.array], x: mx.array, rows: int) -> mx.array:
+    """`call` of x [..., D], computed at once for `rows` rows at a time, so that only two such parts' temporaries exist.
+
+    `call` takes and gives [1, any number of rows, any width], each row for itself. A part waits on the device while the
+    next is being built. Where x has no more rows, this is `call(x)`.
+    """
+    flat = x.reshape(1, -1, x.shape[-1])
+    if flat.shape[1] <= rows:
+        return call(x)
+    parts: list[mx.array] = []
+    for first in range(0, flat.shape[1], rows):
+        parts.append(call(flat[:, first : first + rows]))
+        mx.async_eval(parts[-1])  # type: ignore[no-untyped-call]
+        mx.eval(parts[-2:-1])
+    return mx.concatenate(parts, axis=1).reshape(*x.shape[:-1], -1)
+
+
 _LOOK_S = 1e-4
 _LOOKS = 15  # a block of the published shape that is on the device meanwhile takes longer than all of them
 
@@ -57,6 +74,48 @@ def _until_freed(held: int, waiting: int) -> None:
         if mx.get_active_memory() - held <= 1.25 * waiting:
             return
         time.sleep(_LOOK_S)
+
+
+class Policy(Protocol):
+    """When a step's arrays are handed over; every_stage: also after stages that are no block."""
+
+    @property
+    def every_stage(self) -> bool:
+        """Whether it hears of every stage, or of blocks alone."""
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block computes, and the bytes of weights it unpacks."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """Hand over what is built after every `blocks`-th block, without a bound on what waits."""
+
+    blocks: int
+    every_stage = False
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block computes."""
+        count = 0
+
+        def submit(arrays: Sequence[mx.array], _unpacked_bytes: int = 0) -> None:
+            nonlocal count
+            count += 1
+            if count % self.blocks == 0:
+                mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+
+        return submit
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Wait after every block, or after every stage, until the device has computed it."""
+
+    every_stage: bool
+
+    def start(self) -> Callable[..., None]:
+        """A new step: what to call with the arrays that each block or stage computes."""
+        return lambda arrays, _unpacked_bytes=0: mx.eval(arrays)
 
 
 ALIVE = 20  # times the bytes of a block's output that all its temporary arrays take together, about
@@ -74,6 +133,7 @@ class Submission:
 
     part_bytes: int
     waiting_bytes: int
+    every_stage = False
 
     def start(self) -> Callable[..., None]:
         """A new step: what to call with the arrays that each block computes, and the bytes of weights it unpacks."""

@@ -7,9 +7,9 @@ from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage.errors import InputError
 
 
-def padded(length: int) -> int:
+def padded(length: int, multiple: int = SEQUENCE_MULTIPLE) -> int:
     """`length` rounded up to the multiple that every item's image and caption are padded to."""
-    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Lengths:
     rows: int  # of image tokens
     columns: int
     captions: tuple[int, ...]  # as given, one an item
+    image_multiple: int = SEQUENCE_MULTIPLE  # that an image's tokens are padded to
 
     @property
     def image_tokens(self) -> int:
@@ -28,7 +29,7 @@ class Lengths:
     @property
     def image(self) -> int:
         """Tokens of an image, padded."""
-        return padded(self.image_tokens)
+        return padded(self.image_tokens, self.image_multiple)
 
     @property
     def items(self) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from zimage.errors import InputError
 from zimage.kernels.heads import rotate
-from zimage.kernels.native import Kernel
 from zimage.kernels.stream import residual
 from zimage.layers import clone
 from zimage.measure import profile
@@ -63,7 +62,7 @@ def operations(block: TransformerBlock) -> list[Operation]:
         found.append(Operation("to_qkv", ("normed",), ("q", "k", "v"), lambda b, x: b.attention.project(x)))
     else:
         found += [_projection("q"), _projection("k"), _projection("v")]
-    if "norm_q" in attention and isinstance(attention.norm_then_rotate, Kernel):
+    if "norm_q" in attention and _replaced(attention, "norm_then_rotate"):
         taken, turn = ("q", "k", "rotation"), lambda b, q, k, r: b.attention.turned(q, k, r)
         found.append(Operation("qk_norm_rope", taken, ("q", "k"), turn, ("qk_norm", "rope")))
     else:
@@ -101,9 +100,14 @@ def fused(model: Transformer) -> tuple[str, ...]:
     return tuple(fusion for name, fusion in _FUSIONS.items() if all(name in names for names in found))
 
 
+def _replaced(module: nn.Module, name: str) -> bool:
+    """Whether a kernel, or another way to compute the same, stands in the place of the module's own operations."""
+    return name in module.__dict__
+
+
 def _between(block: TransformerBlock) -> list[Operation]:
     """From the attention's output to the feed-forward's input."""
-    if isinstance(block.residual_norm_modulate, Kernel):
+    if _replaced(block, "residual_norm_modulate"):
         takes, covers = ("x", "change", "gate_msa", "scale_mlp"), ("attention_residual", "ffn_norm1")
         run = lambda b, x, y, g, s: b.after_attention(x, y, g, s)  # noqa: E731
         return [Operation("attention_residual_norm", takes, ("x", "normed"), run, covers)]
@@ -398,7 +402,7 @@ def _kinds(block: TransformerBlock, modulated: bool) -> dict[str, Any]:
 
     def kind(module: nn.Module) -> Any:
         arrays = {n: (a.shape, a.dtype) for n, a in module.items() if isinstance(a, mx.array)}
-        own = [n for n, v in module.__dict__.items() if isinstance(v, Kernel)]
+        own = [n for n, v in module.__dict__.items() if callable(v)]
         return type(module), arrays, own, module.__dict__.get("mode"), module.__dict__.get("bits")
 
     found = {path: kind(module) for path, module in block.named_modules()}

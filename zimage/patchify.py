@@ -1,11 +1,11 @@
 """Latents to tokens and back, and what each batch's shapes imply: padding, position tables, masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from zimage import rope
-from zimage.config import TransformerConfig
+from zimage.config import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage.lengths import lengths
 
 import mlx.core as mx
@@ -31,6 +31,31 @@ def unpatchify(tokens: mx.array, size: tuple[int, int], patch: int) -> mx.array:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a model pads its tokens and places them; the published one's unless `details` changed it.
+
+    image_multiple: that an image's tokens are padded to, 1 for no padding; caption_rows: every shorter caption is
+    given that many rows, zeros after its own, which are embedded as if they were its own; bf16_positions: a position
+    is rounded to bfloat16, which has eight bits for it.
+    """
+
+    image_multiple: int = SEQUENCE_MULTIPLE
+    caption_rows: int = 0
+    bf16_positions: bool = False
+
+    def place(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions as RoPE takes them."""
+        if not self.bf16_positions:
+            return positions
+        bits = positions.astype(np.float32).view(np.uint32)  # of which bfloat16 is the upper half, rounded to even
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return rounded.astype(np.uint32).view(np.float32).astype(np.int64)
+
+
+PUBLISHED = Layout()
+
+
+@dataclass(frozen=True)
 class Geometry:
     """All that depends on a batch's shapes and not on its values.
 
@@ -50,18 +75,27 @@ class Geometry:
 
 
 @lru_cache(maxsize=64)
-def geometry(config: TransformerConfig, size: tuple[int, int], patch: int, captions: tuple[int, ...]) -> Geometry:
+def geometry(
+    config: TransformerConfig,
+    size: tuple[int, int],
+    patch: int,
+    captions: tuple[int, ...],
+    layout: Layout = PUBLISHED,
+) -> Geometry:
     """The Geometry of a batch of latents of `size` (rows, columns) with captions of the given token counts.
 
     Raises InputError when the latents cannot be cut into patches, a caption is empty, or a position lies beyond
     `axes_lens`.
     """
     found = lengths(config, size, patch, captions)
+    captions = tuple(max(n, layout.caption_rows) for n in captions)
+    found = replace(found, captions=captions, image_multiple=layout.image_multiple)
     longest = found.caption
     # One table serves the batch when the captions are equally long; else each item has its own.
     items = found.items if found.ragged else found.items[:1]
-    caption = rope.table(rope.caption_positions(longest), config)
-    images = [rope.table(rope.image_positions(found.rows, found.columns, n, found.image), config) for n in items]
+    caption = rope.table(layout.place(rope.caption_positions(longest)), config)
+    placed = [layout.place(rope.image_positions(found.rows, found.columns, n, found.image)) for n in items]
+    images = [rope.table(positions, config) for positions in placed]
     joints = [np.concatenate([image, caption], axis=1) for image in images]
     is_token = np.arange(longest)[None, :, None] < np.array(captions)[:, None, None]
     return Geometry(

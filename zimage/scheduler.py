@@ -86,9 +86,10 @@ def sample(
 ) -> mx.array:
     """Latents [B, C, *size] in fp32, denoised from seeded noise by Euler steps; one item for each caption.
 
-    `size` counts latent rows and columns. `on_step(i, latents)` is called after step i, with evaluated latents.
-    `patch_size` may be left out where the model has one. Where the model takes over something from earlier steps, its
-    `report` says what. Raises InputError for bad steps, shift or shapes.
+    They are in bfloat16 where the model keeps them so (`details.bf16_latents`). `size` counts latent rows and columns.
+    `on_step(i, latents)` is called after step i, with evaluated latents. `patch_size` may be left out where the model
+    has one. Where the model takes over something from earlier steps, its `report` says what. Raises InputError for bad
+    steps, shift or shapes.
     """
     latents = None
     for i, taken in enumerate(walk(model, captions, size, steps, shift, seed, patch_size)):
@@ -116,7 +117,7 @@ def walk(
     if not several or len(captions) < 1:
         raise InputError("sample needs at least one caption: an array [B, L, F] or a list of arrays [L_i, F]")
     levels = sigmas(steps, shift)
-    latents = noise(model, len(captions), size, seed)
+    latents = noise(model, len(captions), size, seed).astype(model.latents_dtype)
     model = step_caching.started(model, steps)
     for sigma, next_sigma in zip(levels[:-1], levels[1:], strict=True):
         found = velocity(model, latents, captions, sigma, patch_size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from zimage.caching import OfOneModel, Report, as_tuple
-from zimage.errors import InputError
+from zimage.errors import InputError, require_integer
 from zimage.layers import as_class
 from zimage.transformer import Captions, Stage, State, Transformer, TransformerBlock
 
@@ -301,11 +301,11 @@ def reuse_change(model: Transformer, interval: int = 2, first: int = 0, count: i
     step's own input goes on through it. Raises InputError for numbers out of range.
     """
     blocks = len(model.layers)
-    _require_integer("interval", interval, 1)
-    _require_integer("first", first, 0, blocks - 1)
+    require_integer("interval", interval, 1)
+    require_integer("first", first, 0, blocks - 1)
     if count is None:
         count = blocks - first
-    _require_integer("count", count, 1, blocks - first)
+    require_integer("count", count, 1, blocks - first)
     return _cached(model, EveryNth(interval), (first, first + count))
 
 
@@ -384,7 +384,7 @@ def fitted(pairs: Sequence[tuple[float, float]], degree: int = 4) -> tuple[float
 
     Raises InputError for a degree out of range or fewer different distances than a polynomial of it needs.
     """
-    _require_integer("degree", degree, 0, 10)
+    require_integer("degree", degree, 0, 10)
     x, y = (np.array(values, np.float64) for values in zip(*pairs, strict=True)) if pairs else (np.zeros(0),) * 2
     if len(np.unique(x)) <= degree or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise InputError(
@@ -421,13 +421,6 @@ def _coefficients(polynomial: str | Sequence[float]) -> tuple[float, ...]:
 def _require_threshold(value: object) -> None:
     if not _is_number(value) or value < 0:  # type: ignore[operator]
         raise InputError(f"threshold must be a finite number of at least 0, found {value!r:.60}")
-
-
-def _require_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not fits or (most is not None and value > most):  # type: ignore[operator]
-        span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be an integer {span}, found {value!r:.60}")
 
 
 def _is_number(value: object) -> bool:

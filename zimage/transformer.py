@@ -19,7 +19,7 @@ from zimage.config import (
 )
 from zimage.errors import InputError
 from zimage.kernels import heads, stream
-from zimage.patchify import Geometry, geometry, patchify, unpatchify
+from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -112,6 +112,7 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x), [B, L, D] -> [B, L, D]."""
 
     swiglu = staticmethod(kernels.swiglu)  # `fusing` puts a kernel in its place
+    rows_at_once: int | None = None  # `low_memory.chunk_feed_forward` sets it
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -123,8 +124,13 @@ class FeedForward(nn.Module):
         """The two halves of SwiGLU's input, each [B, L, hidden_dim]."""
         return self.w1(x), self.w3(x)
 
+    def forward(self, x: mx.array) -> mx.array:
+        """The output for all of x at once."""
+        y: mx.array = self.w2(self.swiglu(*self.gate_and_up(x)))
+        return y
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(self.swiglu(*self.gate_and_up(x)))
+        return self.forward(x) if self.rows_at_once is None else launching.by_rows(self.forward, x, self.rows_at_once)
 
 
 class TransformerBlock(nn.Module):
@@ -132,6 +138,7 @@ class TransformerBlock(nn.Module):
 
     residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
     compiled = False  # `transforms.compile_blocks` sets it
+    streamed = False  # of `low_memory.StreamedBlock` it is True: its arrays are not in memory
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
         super().__init__()
@@ -188,8 +195,13 @@ class TransformerBlock(nn.Module):
     def __call__(
         self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
     ) -> mx.array:
-        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiles else self.forward
         return call(x, rotation, mask, temb)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it runs compiled: not where parts of it are computed at once, which no compiled function can do."""
+        return self.compiled and self.feed_forward.rows_at_once is None
 
     def joined(
         self,
@@ -210,7 +222,7 @@ class TransformerBlock(nn.Module):
         normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
         its = None if following is None else following.modulation(temb)
         weight = None if following is None else following.attention_norm1.weight
-        call = launching.compiled(self, "forward_joined") if self.compiled else self.forward_joined
+        call = launching.compiled(self, "forward_joined") if self.compiles else self.forward_joined
         found = call(x, normed, rotation, mask, modulation[1:], weight, None if its is None else its[0])
         ahead = None if following is None or its is None else Ahead(following, found[0], its, found[1])
         return found[0], ahead
@@ -331,9 +343,12 @@ class Transformer(nn.Module):
     weights' dtype. `patch_size` may be left out where the config has one. Raises InputError for inputs of other shapes.
     """
 
-    submission: launching.Submission | None = None  # `transforms.submit_early` sets it
+    submission: launching.Policy | None = None  # `transforms.submit_early` and `execution` set it
     kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
     joined = False  # `transforms.join_blocks` sets it
+    compiled = False  # `execution.compile_step` sets it
+    layout: Layout = PUBLISHED  # `details` sets it, and in what a trajectory's latents are kept between steps
+    latents_dtype: mx.Dtype = mx.float32
 
     def __init__(self, config: TransformerConfig, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -366,7 +381,7 @@ class Transformer(nn.Module):
         """The forward pass for inputs of these shapes, as named steps; `__call__` is their fold over a State."""
         patch = self._patch_size(patch_size)
         lengths = self._check(latents, timestep, caption_features)
-        geo = geometry(self.config, (latents.shape[2], latents.shape[3]), patch, lengths)
+        geo = geometry(self.config, (latents.shape[2], latents.shape[3]), patch, lengths, self.layout)
         key = f"{patch}-1"
         steps = [
             Stage("t_embedder", self._embed_timestep, self.t_embedder),
@@ -378,15 +393,32 @@ class Transformer(nn.Module):
             steps.append(Stage(f"noise_refiner.{i}", _refine_image(block, geo), block))
         steps += refining
         for i, block in enumerate(self.layers):
-            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
-            run = _joined_block(block, geo, following) if self.joined else _main_block(block, geo)
+            joined = self.joined and not block.streamed
+            run = _joined_block(block, geo, self._following(i)) if joined else _main_block(block, geo)
             steps.append(Stage(f"layers.{i}", run, block))
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
 
+    def _following(self, number: int) -> TransformerBlock | None:
+        """The main block after that of this number, where its weights are there."""
+        following: list[TransformerBlock] = self.layers[number + 1 : number + 2]
+        return next((block for block in following if not block.streamed), None)
+
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
+        if self.compiled and (self.submission is not None or self.kept_captions is not None):
+            raise InputError(
+                "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
+                "captions; leave compile_step or those transforms out, fast among them"
+            )
+        call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiled else self.forward
+        return call(latents, timestep, caption_features, patch_size)
+
+    def forward(
+        self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None
+    ) -> mx.array:
+        """The velocity [B, C, H, W]."""
         stages = self.stages(latents, timestep, caption_features, patch_size)
         state = self.through(stages, State(latents, timestep, caption_features))
         assert state.velocity is not None
@@ -394,11 +426,15 @@ class Transformer(nn.Module):
 
     def through(self, stages: Sequence[Stage], state: State) -> State:
         """The state after stages of this model, handed to the device in parts where the model does that."""
-        submit = None if self.submission is None else self.submission.start()
+        policy = self.submission
+        submit: Callable[..., None] | None = None if policy is None else policy.start()
         for stage in stages:
             state = stage(state)
-            if submit is not None and isinstance(stage.module, TransformerBlock):
-                submit(state.arrays(), stage.module.unpacked_bytes(self.dtype.size))
+            if policy is None or submit is None:
+                continue
+            block = stage.module if isinstance(stage.module, TransformerBlock) else None
+            if block is not None or policy.every_stage:
+                submit(state.arrays(), 0 if block is None else block.unpacked_bytes(self.dtype.size))
         return state
 
     def _caption_stages(self, geo: Geometry, captions: Captions) -> list[Stage]:
@@ -471,7 +507,8 @@ class Transformer(nn.Module):
     def _embed_captions(self, geo: Geometry) -> Callable[[State], State]:
         def run(state: State) -> State:
             norm, linear = self.cap_embedder
-            caption = linear(norm(_stack(state.caption_features).astype(self.dtype)))
+            rows = _stack(state.caption_features, self.layout.caption_rows)
+            caption = linear(norm(rows.astype(self.dtype)))
             if geo.caption_is_token is not None:
                 missing = geo.caption_length - caption.shape[1]
                 caption = mx.pad(caption, [(0, 0), (0, missing), (0, 0)])
@@ -555,11 +592,11 @@ def _as(mask: mx.array | None, activations: mx.array) -> mx.array | None:
     return mask if mask is None or mask.dtype == mx.bool_ else mask.astype(activations.dtype)
 
 
-def _stack(captions: Captions) -> mx.array:
-    """Captions as one array [B, longest, F], zeros after the shorter ones."""
-    if isinstance(captions, mx.array):
+def _stack(captions: Captions, least: int) -> mx.array:
+    """Captions as one array [B, longest, F] of `least` rows or more, zeros after the shorter ones."""
+    if isinstance(captions, mx.array) and captions.shape[1] >= least:
         return captions
-    longest = max(c.shape[0] for c in captions)
+    longest = max(least, *(c.shape[0] for c in captions))
     return mx.stack([mx.pad(c, [(0, longest - c.shape[0]), (0, 0)]) for c in captions])
 
 

@@ -87,13 +87,17 @@ class FusedGateUpFeedForward(FeedForward):
 class MaskedTransformerBlock(TransformerBlock):
     """A block that gives its attention a boolean mask of ones where it would have given none."""
 
+    def ones(self, x: mx.array) -> mx.array:
+        """The mask that hides nothing of x."""
+        return _all_ones(x.shape[1])
+
     def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
-        return super().forward(x, rotation, _all_ones(x.shape[1]) if mask is None else mask, temb)
+        return super().forward(x, rotation, self.ones(x) if mask is None else mask, temb)
 
     def forward_joined(
         self, x: mx.array, normed: mx.array, rotation: mx.array, mask: mx.array | None, *others: Any
     ) -> list[mx.array]:
-        return super().forward_joined(x, normed, rotation, _all_ones(x.shape[1]) if mask is None else mask, *others)
+        return super().forward_joined(x, normed, rotation, self.ones(x) if mask is None else mask, *others)
 
 
 @lru_cache(maxsize=64)  # one for all blocks and steps of a size, as libraries have it that build such a mask
@@ -223,16 +227,16 @@ def fuse_qkv_copied(model: Transformer) -> Transformer:
     return new
 
 
-def with_all_ones_mask(model: Transformer) -> Transformer:
+def with_all_ones_mask(model: Transformer, kind: type[MaskedTransformerBlock] = MaskedTransformerBlock) -> Transformer:
     """The model whose attention is always given a mask, one that hides nothing where no caption is padded.
 
-    Its output is the same; the time differs by what a device's attention pays for a mask. Raises InputError for a
-    float16 model.
+    Its output is the same; the time differs by what a device's attention pays for a mask. kind: the blocks that make
+    the mask, a boolean one. Raises InputError for a float16 model.
     """
     require_unscaled(model, "mask")
     new = clone(model)
     for part in ("noise_refiner", "context_refiner", "layers"):
-        new[part] = [as_class(MaskedTransformerBlock, block) for block in new[part]]
+        new[part] = [as_class(kind, block) for block in new[part]]
     return new
 
 
@@ -294,6 +298,7 @@ def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int
 
 def _fuse(model: Transformer, part: str, fused: type[FusedQKVAttention] | type[FusedGateUpFeedForward]) -> Transformer:
     """The model with the module called `part` of every block in its fused form."""
+    require_loaded(model, "fuse")
     new = clone(model)
     for path, block in blocks(new):
         if isinstance(block[part], fused):
@@ -325,6 +330,7 @@ def quantize(model: Transformer, recipe: Asked) -> Transformer:
     `zimage.recipes`. Raises InputError for other names and bad recipes, for layers that are quantized already, where
     a layer's sizes do not allow its packing, and where the parts of a fused layer are to be packed differently.
     """
+    require_loaded(model, "quantize")
     wanted = recipes.packing(model.config, recipes.read(recipe))
     quantized = clone(model)
     chosen = {}
@@ -434,8 +440,21 @@ def float16(model: Transformer, *examples: Sequence[Any], most_error: float = 0.
     return half.float16(model, examples, most_error)
 
 
+def require_loaded(model: Transformer, doing: str) -> None:
+    """Raise InputError for a model with blocks on disk (`low_memory.streamed`): no new weights can be made of those."""
+    if any(block.streamed for _, block in blocks(model)):
+        raise InputError(
+            f"blocks of this model stay on disk; {doing} a loaded model, or convert its source (zimage convert) and "
+            "stream what that gives"
+        )
+
+
 def require_unscaled(model: Transformer, doing: str) -> None:
-    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be."""
+    """Raise InputError for a float16 model: its weights and norms are scaled, and new ones would not be.
+
+    And for one whose weights are not in memory, as `require_loaded`.
+    """
+    require_loaded(model, doing)
     if any(isinstance(block, RoundedTransformerBlock) for _, block in blocks(model)):
         raise InputError(f"a float16 model's weights are scaled to compute in it; {doing} the model it was made from")
 

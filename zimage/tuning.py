@@ -22,7 +22,7 @@ from zimage.measure.floor import NoiseFloor, noise_floor
 from zimage.measure.samples import Timed
 from zimage.measure.timing import timed
 from zimage.transformer import Transformer
-from zimage.transforms import blocks
+from zimage.transforms import blocks, require_loaded
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -116,6 +116,7 @@ def tuned(model: Transformer, *examples: Sequence[Any]) -> Transformer:
     with other numbers of rows a layer is computed as without this. Chosen as `tune` does, for the layers as they are:
     transforms that fuse or pack them come before. Raises as `tune`.
     """
+    require_loaded(model, "tune")
     chosen = tune(model, *examples)
     ways: dict[int, dict[int, Way]] = {}  # by the id of a layer
     for product, layers in products(model, *examples).items():

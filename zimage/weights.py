@@ -9,6 +9,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage import adapters, backend, layers, recipes, transforms
@@ -24,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-__all__ = ["check_values", "convert", "describe", "load_transformer", "require_free", "save_transformer"]
+__all__ = ["Unread", "check_values", "convert", "describe", "load_transformer", "require_free", "save_transformer"]
 
 Lora = Sequence[tuple[str | Path, float]]
 # Streams that read at once, on CUDA only. Into unified memory 12 GB took an H100's host 6.5 s with one, 1.8 with four
@@ -47,7 +48,7 @@ def load_transformer(
 
     source: whatever `describe` finds: a diffusers folder (its root or its transformer/), one .safetensors file,
     "ollama:NAME[:TAG]", "org/name" in the Hugging Face cache, "digits" (ships with the package), or "synthetic:turbo",
-    "synthetic:small", "synthetic:tiny" (seeded, no files).
+    "synthetic:block" (one block of each kind), "synthetic:small", "synthetic:tiny" (seeded, no files).
     dtype: "bfloat16", "float32", or None for what suits the device; a checkpoint that is quantized keeps its own then.
     quantization: a name or recipe that `transforms.quantize` takes, or None.
     lora: adapters as (file, scale) pairs; merged into floating-point weights before they are packed, and kept beside
@@ -104,6 +105,53 @@ def convert(
     with _named(info):
         advance = progress(sum(array.nbytes for array in tensors.values()))
         return save_tensors(tensors, config, directory, info.captions, advance)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A source with files, found well, of which nothing was read yet; it is read as often as wanted.
+
+    target: what floating-point values are cast to; None for not at all.
+    """
+
+    info: SourceInfo
+    target: mx.Dtype | None
+
+    @classmethod
+    def of(cls, source: str | Path, dtype: str | None = None) -> "Unread":
+        """Of a source as `load_transformer` takes it, which must have files. Raises as that does, but for memory."""
+        info = describe(source)
+        if not info.tensors:
+            raise InputError(f"{info.source} has no files to read; write them first: zimage convert {info.source} DIR")
+        _, target = _asked(info, dtype, None)
+        return cls(info, target)
+
+    def model(self) -> Transformer:
+        """A new model of it, not read."""
+        return _lazy(self.info, {}, self.target, ())
+
+    def files(self, path: str) -> list[Path]:
+        """The files that hold the module at `path`, such as "layers.0"."""
+        return self._part(path).files
+
+    def arrays(self, path: str) -> dict[str, mx.array]:
+        """New arrays of the module at `path`, by their names below it, not read before they are used."""
+        found = _stored(self._part(path))
+        return {name.removeprefix(f"{path}."): self._cast(array) for name, array in found.items()}
+
+    def read(self, arrays: Sequence[mx.array]) -> None:
+        """Read these arrays now. Raises WeightsError where a file cannot be read."""
+        with _named(self.info):
+            mx.eval(arrays)
+
+    def _part(self, path: str) -> SourceInfo:
+        tensors = {name: tensor for name, tensor in self.info.tensors.items() if name.startswith(f"{path}.")}
+        return replace(self.info, tensors=tensors)
+
+    def _cast(self, array: mx.array) -> mx.array:
+        if self.target is None or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return array.astype(self.target)
 
 
 def check_values(source: str | Path) -> None:

@@ -13,6 +13,7 @@ from zimage.analysis.claims import (
     claimed,
     in_words,
     judge,
+    of_run,
 )
 
 import pytest
@@ -256,3 +257,48 @@ def test_a_verdict_is_never_both(low: float, width: float, bottom: float, band: 
     found = on_h100(claim(bottom, top), row(low, low, high, None)).verdict
     inside, outside = bottom <= low and high <= top, high < bottom or low > top
     assert found == (SUPPORTED if inside else REFUTED if outside else UNDECIDED)
+
+
+TURBO = {"source": "synthetic:turbo", "height": 1024}
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "measured"),
+    [
+        ((0.91, 0.94), SUPPORTED, "6.0-9.0 % less time"),
+        ((0.99, 1.01), REFUTED, "1.0 % less to 1.0 % more time"),
+        ((0.94, 0.96), UNDECIDED, "4.0-6.0 % less time"),
+    ],
+)
+def test_one_run_judges_as_all_results_do(interval: tuple[float, float], verdict: str, measured: str) -> None:
+    """A run that meets a claim's conditions supports it, refutes it or leaves it undecided, by the same rule."""
+    asked = claim(where={"source": ["synthetic:turbo", "*Z-Image*"], "height": 1024})
+    rows = [row((interval[0] * interval[1]) ** 0.5, *interval, parameters=TURBO)]
+    (said,) = of_run([asked, claim(scope="block")], rows)
+    assert (said["verdict"], said["measured"], said["claimed"]) == (verdict, measured, "5-10 % less time")
+    assert said["verdict"] == on_h100(asked, *rows).verdict
+
+
+def test_a_run_of_another_model_leaves_a_claim_open() -> None:
+    """On digits, and in another size, a claim is not about the run, with what it is about and what was measured."""
+    asked = claim(where={"source": ["synthetic:turbo", "*Z-Image*"], "height": 1024})
+    (said,) = of_run([asked], [row(0.92, 0.91, 0.94, parameters={"source": "digits", "height": 8})])
+    assert (said["verdict"], said["measured"]) == ("not about this model", "6.0-9.0 % less time")
+    assert said["reason"] == (
+        "it is about source synthetic:turbo or *Z-Image*, height 1024; this run does not count, and measured is what "
+        "it shows all the same"
+    )
+    (said,) = of_run([asked], [row(0.92, 0.91, 0.94, parameters=TURBO | {"height": 512})])
+    assert said["verdict"] == "not about this run" and "about height 1024;" in said["reason"]
+
+
+def test_a_run_without_an_interval_says_so() -> None:
+    """Too few quads for an interval are said, not a band from nothing to infinity."""
+    (said,) = of_run([claim()], [row(0.92, 0.0, float("inf"))])
+    assert (said["verdict"], said["measured"]) == (UNDECIDED, "no interval")
+
+
+def test_a_claim_about_another_device_is_not_about_the_run() -> None:
+    """A claim about devices of another name is left, with their name."""
+    (said,) = of_run([claim(devices=("apple-*",))], [row(0.92, 0.91, 0.94)])
+    assert (said["verdict"], said["reason"]) == ("not about this run", "it is about apple-*")

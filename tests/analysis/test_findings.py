@@ -348,3 +348,13 @@ def test_only_bursts_of_whole_families_are_one() -> None:
     assert families(frame.assign(regime="sustained")) == families(frame.assign(ratio=float("nan"))) == []
     assert families(frame[frame["baseline"] == "plain"]) == families(frame[frame["arm"] != "together"]) == []
     assert families(None) == families(frame[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("regime", "words"),
+    [("burst", "per step"), ("sustained", "per step, sustained"), ("fresh processes", "per step, in fresh processes")],
+)
+def test_how_it_was_measured_is_said(regime: str, words: str) -> None:
+    """A finding of sustained blocks or of fresh processes says so, or it would stand there twice with two numbers."""
+    (found,) = findings(one("a", "b", "step", 0.95, 0.94, 0.96, "faster", regime=regime))
+    assert found.text == f"a takes 5.0 % less time than b {words}"

@@ -56,6 +56,27 @@ def test_a_cpus_peak_is_predicted(dtype: str, size: tuple[int, int, int, int]) -
     assert predicted.peak_bytes == pytest.approx(_measured(model, size), rel=0.05)
 
 
+@pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="the model of a CPU")
+@pytest.mark.parametrize("size", [(8, 8, 1, 1), (8, 8, 8, 1), (32, 32, 1, 1)])
+@pytest.mark.parametrize(("dtype", "mode"), [("float32", "8bit"), ("float32", "mxfp4"), ("bfloat16", "4bit")])
+def test_a_cpus_peak_with_packed_weights_is_predicted(dtype: str, mode: str, size: tuple[int, int, int, int]) -> None:
+    """With packed layers, which are unpacked before each product, it is within a quarter, small or large."""
+    model = zimage.load_transformer("digits", dtype, mode)
+    predicted = footprint.step_bytes(model.config, *size, dtype, mode, device="cpu")
+    assert predicted.peak_bytes == pytest.approx(_measured(model, size), rel=0.25)
+
+
+def test_a_plain_block_among_packed_ones_counts_as_one() -> None:
+    """A recipe that leaves one main block as it is has the plain step's activations, and fewer bytes of weights."""
+    recipe = {"default": "4bit", "rules": [{"pattern": "layers.1.*", "quantization": None}]}
+    size = (1024, 1024, 1, 32)
+    plain, mixed, packed = (
+        footprint.step_bytes(TURBO, *size, "float32", how, device="cpu") for how in (None, recipe, "4bit")
+    )
+    assert packed.activation_bytes < mixed.activation_bytes == plain.activation_bytes
+    assert mixed.weight_bytes < plain.weight_bytes
+
+
 def _besides_weights(row: Any) -> tuple[int, int]:
     """Predicted and measured bytes besides the weights. In some rows another model was resident, and is left out."""
     quantization = None if row.arm == "bfloat16" else row.arm

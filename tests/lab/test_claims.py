@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.fabricated import ablation, add_experiment, add_run, qkv
-from zimage import arms, cli
+from zimage import arms, cli, ladder
 from zimage.errors import ExperimentError
 from zimage.lab import claims, dashboard, experiment
 from zimage.lab.store import Store
@@ -162,7 +162,7 @@ def test_what_measures_the_claims_exists() -> None:
         assert any(not one.unmet(run.parameters) for run in planned), one.id
         sources = [code for run in planned if not one.unmet(run.parameters) for code in run.notebook.code]
         assert one.scope in arms.SCOPES or f'"{one.scope}"' in "\n".join(sources), one.id
-        assert f'"{one.baseline}"' in "\n".join(sources), one.id
+        assert one.baseline in ladder.BASELINES or f'"{one.baseline}"' in "\n".join(sources), one.id
 
 
 def store(root: Path) -> Store:

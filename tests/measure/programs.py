@@ -29,6 +29,13 @@ def sleeping(time_s: float, first_s: float = 0.0, log: str = "") -> Work:
     return work
 
 
+def needing(name: str, value: str) -> Work:
+    """Work of a process whose environment has had that variable since before MLX was imported."""
+    if os.environ.get(name) != value:
+        raise ValueError(f"{name} is {os.environ.get(name)!r}")
+    return lambda: mx.ones(3) + 1
+
+
 def raising() -> Work:
     raise ValueError("the first\nthe \x1b[31msecond")
 

@@ -322,3 +322,15 @@ def test_the_text_names_what_was_dropped_and_what_it_changed() -> None:
     text = "10 quads, 3 dropped (2 after arm, 1 after baseline), noise floor 0.4 %; inconclusive if none were dropped"
     assert str(dropped).endswith(f", {text}")
     assert str(plain).endswith(", 10 quads, noise floor 0.4 %")
+
+
+def test_arms_compared_one_after_the_other_share_the_level() -> None:
+    """An arm that is one of five has the level, interval and p of five arms compared at once."""
+    one = compared(Clock(seed=4), 1.02, of=5, max_quads=20)
+    arms = {f"arm {i}": Clock(seed=4).arm("arm") for i in range(5)}
+    many = compare_many(Clock().arm("baseline"), arms, seed=0, max_quads=10)
+    assert one.level == many["arm 0"].level == 0.05 / 20
+    alone = compared(Clock(seed=4), 1.02, max_quads=20)
+    assert one.p == pytest.approx(min(1, 5 * alone.p)) and one.high - one.low > alone.high - alone.low
+    with pytest.raises(MeasurementError, match="of must be an integer of at least 1, found 0"):
+        compared(Clock(), of=0)

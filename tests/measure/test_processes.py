@@ -89,6 +89,26 @@ def test_what_a_program_prints_disturbs_nothing(size: int) -> None:
         assert [resident() > 0 for _ in range(2)] == [True, True]
 
 
+def test_a_program_has_its_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables are there from the start, in the place of this process's, and named where it fails."""
+    monkeypatch.setenv("MLX_OF_A_TEST", "1")
+    needed = {"name": "MLX_OF_A_TEST", "value": "2"}
+    arm = Program(f"{PROGRAMS}:needing", needed, {"MLX_OF_A_TEST": "2"})
+    assert str(arm).startswith(f"MLX_OF_A_TEST=2 {PROGRAMS}:needing(")
+    with Resident(arm, warm_up=0, timeout_s=TIMEOUT_S) as resident:
+        assert resident() > 0
+    assert "MLX_OF_A_TEST is '1'" in refused(Program(f"{PROGRAMS}:needing", needed))
+    assert os.environ["MLX_OF_A_TEST"] == "1"
+
+
+@pytest.mark.parametrize("wrong", [{"A": 1}, {1: "a"}, {"": "a"}, {"A=B": "a"}, {"A": "a\0b"}, ["A"], "A=1"])
+def test_what_is_no_environment_is_refused(wrong: Any) -> None:
+    """Names and values that no process can have are refused before any process starts."""
+    with pytest.raises(MeasurementError, match=r"the environment of a:b must be texts by name") as caught:
+        Program("a:b", {}, wrong)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("arm", "calls", "words"),
     [

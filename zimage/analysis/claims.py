@@ -130,6 +130,41 @@ def judge(claim: Claim, device: str | None, rows: Sequence[Measured]) -> Judgeme
     return Judgement(claim, device, verdict, _reason(verdict, cases), interval, cases)
 
 
+def of_run(claims: Iterable[Claim], rows: Sequence[Measured]) -> list[dict[str, str]]:
+    """What one run says of the claims whose comparison it has: each one's verdict, with what was measured and why.
+
+    A run that does not meet a claim's conditions says nothing of it, whatever it measured: it is `not about this model`
+    where its source is another one, else `not about this run`.
+    """
+    said = []
+    for claim in claims:
+        compared = [one for one in rows if claim.compares(one.row)]
+        if not compared:
+            continue
+        judged = judge(claim, compared[0].device, compared)
+        cases = judged.cases or tuple(_case(claim, one) for one in compared)
+        ends = [case.interval for case in cases if case.interval is not None and math.isfinite(case.interval[1])]
+        measured = in_words(min(low for low, _ in ends), max(high for _, high in ends)) if ends else "no interval"
+        verdict, reason = judged.verdict, judged.reason
+        if verdict == NOT_MEASURED:
+            unmet = claim.unmet(compared[0].parameters)
+            verdict = f"not about this {'model' if 'source' in unmet else 'run'}"
+            if unmet:
+                wanted = ", ".join(f"{name} {_wanted(value)}" for name, value in unmet.items())
+                reason = f"it is about {wanted}; this run does not count, and measured is what it shows all the same"
+        said.append(
+            {
+                "claim": claim.statement,
+                "claimed": claimed(claim),
+                "measured": measured,
+                "verdict": verdict,
+                "reason": reason,
+                "source": claim.source,
+            }
+        )
+    return said
+
+
 def claimed(claim: Claim) -> str:
     """The claimed band in words: `5-10 % less time`; an open end reads `at least 5 % less time`."""
     low, high = claim.low, claim.high

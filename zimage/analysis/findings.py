@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zimage.analysis import answers, units
+from zimage.analysis import answers, detail_texts, memory_reading, units
 from zimage.analysis.cost import UNATTRIBUTED
+from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
     arms,
     best_scope,
@@ -31,6 +32,7 @@ Tables = Mapping[str, pd.DataFrame]
 WAYS = (*FLOATING, *PACKED)  # to compute one product
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
 _SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
+_REGIMES = {"sustained": ", sustained", "fresh processes": ", in fresh processes"}
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
 
 
@@ -57,14 +59,21 @@ def findings(tables: Tables) -> list[Finding]:
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
     if by_family:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
+    if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
+        by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
     answered = [Finding(text, "", evidence, text) for text, evidence in answers.texts(tables)]
     if answered:
         by_arm = [replace(one, short="") for one in by_arm]
+    grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
+    if grouped:
+        by_arm = [replace(one, short="") for one in by_arm]
+    by_family += grouped
     return [
         *answered,
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
+        *of_memory,
         *by_family,
         *by_arm,
         *_scaling(tables.get("scaling")),
@@ -120,12 +129,11 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     """One row of an ablation table as a finding, its interval included."""
     arm, baseline, scope = str(row["arm"]), _text(row.get("baseline")) or "the baseline", _text(row.get("scope"))
     where = _SCOPES.get(scope, f" ({scope})" if scope else "")
-    if (regime := _text(row.get("regime"))) == "sustained":
-        where += f", {regime}"
+    where += _REGIMES.get(_text(row.get("regime")), "")
     verdict = verdict_of(row)
     if units.missing(row.get("ratio")):
         text = f"the time of {arm} against {baseline}{where} was not measured"
-        return Finding(text, verdict, (), text)
+        return Finding(text, verdict, tuple(filter(None, [_text(row.get("reason"))])), text)
     if verdict == "equivalent":
         text = f"{arm} is equivalent in time to {baseline}{where}"
     elif verdict in ("faster", "slower"):
@@ -277,14 +285,18 @@ def _arms(tables: Tables) -> list[Finding]:
         wide = [time_finding(row) for row in rows if row["scope"] == widest]
         if any(map(_is_way, rows)):  # `ways` says it in short
             narrow, wide = narrow + wide, []
-        found += [replace(one, short="") for one in narrow]
+        if not has_ladder(tables.get("gains")):  # which has the narrow scopes as rungs
+            found += [replace(one, short="") for one in narrow]
+        gone = clause(tables.get("gains"), arm)
         held, drawn = _memory(tables.get("memory"), arm, baseline), _quality(tables.get("quality"), arm, baseline)
         more = [*held, *drawn]
         brief = [text for text, _ in (*held[:1], *drawn)]  # a sentence has room for one size: the weights come first
         full = tuple(text + detail for text, detail in more)
         if wide:
             last = wide.pop()
-            wide.append(replace(last, evidence=(*last.evidence, *full), short=", ".join([last.short, *brief])))
+            told = ": ".join(filter(None, [last.short, gone]))
+            evidence = (*last.evidence, *filter(None, [gone]), *full)
+            wide.append(replace(last, evidence=evidence, short=", ".join([told, *brief])))
         elif more:
             wide.append(Finding(f"{arm}: {full[0]}", "", full[1:], f"{arm}: {', '.join(brief)}"))
         found += wide

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from zimage import recipes
 from zimage.analysis import cost, footprint
@@ -121,6 +122,35 @@ def fits(
     step = Footprint(info.loaded_bytes(item, packing), alive)
     verdict, reason = footprint.verdict(needed(step, models), on.recommended_bytes, on.total_bytes, models)
     return Fit(verdict, reason, step, models, shown, on)
+
+
+def footprints(
+    source: str | Path,
+    precisions: Sequence[str],
+    sizes: Sequence[Sequence[int]],
+    dtype: str | None = None,
+    device: Device | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of a `footprint` table: what a step of `source` is predicted to need at each precision and size.
+
+    precisions: names of dtypes, or of quantizations, whose floating-point values are of `dtype`; each row's `arm`.
+    sizes: (height, width, batch, caption tokens). Raises as `fits`.
+    """
+    info = describe(source)
+    on = Device.here() if device is None else device
+    rows = []
+    for precision in precisions:
+        for height, width, batch, caption_tokens in sizes:
+            name, packing = (precision, None) if precision in cost.BYTES else (dtype, precision)
+            step = fits(info, height, width, batch, caption_tokens, name, packing, device=on).step
+            rows.append(
+                {
+                    "arm": precision, "model": info.source, "kind": on.kind, "height": height, "width": width,
+                    "batch": batch, "caption_tokens": caption_tokens, "weight_bytes": step.weight_bytes,
+                    "predicted_bytes": step.peak_bytes,
+                }
+            )  # fmt: skip
+    return rows
 
 
 def _described(source: str | Path | TransformerConfig) -> SourceInfo:

@@ -43,6 +43,7 @@ _NAMES = {
     "active_bytes": "active memory",
     "cache_bytes": "buffer cache",
     "process_bytes": "process memory",
+    "allocated_bytes": "with buffers kept for reuse",
     "psnr_db": "PSNR (dB)",
     "ssim": "SSIM",
 }

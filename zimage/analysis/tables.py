@@ -40,10 +40,18 @@ SCHEMAS: dict[str, pa.Schema] = {
         baseline=_TEXT, scope=_TEXT, regime=_TEXT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT, p_value=_FLOAT,
         verdict=_TEXT, reason=_TEXT, verdict_without_drops=_TEXT, quads=_INT, dropped_quads=_INT, noise_floor=_FLOAT,
     ),
+    "gains": _schema(
+        baseline=_TEXT, scope=_TEXT, blocks=_INT, time_s=_FLOAT, saved_s=_FLOAT, saved_low_s=_FLOAT,
+        saved_high_s=_FLOAT, floor_s=_FLOAT,
+    ),
     "quality": _schema(
         step=_INT, metric=_TEXT, baseline=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, count=_INT, weights_kind=_TEXT,
     ),
     "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
+    "footprint": _schema(
+        model=_TEXT, kind=_TEXT, height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, weight_bytes=_INT,
+        predicted_bytes=_INT, measured_bytes=_INT, error=_FLOAT,
+    ),
     "loading": _schema(
         round=_INT, time_s=_FLOAT, result_bytes=_INT, peak_bytes=_INT, bandwidth_bytes_per_s=_FLOAT,
     ),
@@ -73,8 +81,10 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "stages": ("stage", "view"),
     "operations": ("stage", "operation"),
     "ablation": ("scope",),
+    "gains": ("scope",),
     "quality": ("metric",),
     "memory": ("stage", "metric"),
+    "footprint": ("model", "kind", "height", "width", "predicted_bytes"),
     "loading": ("round",),
     "modules": ("path",),
     "scaling": ("height", "width", "use"),

@@ -1,6 +1,6 @@
 """QK norm and RoPE: from the projections' output to what attention takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from zimage import trust
 from zimage.kernels.native import Arguments, Kernel, Launch, float_bits, normal
@@ -21,10 +21,18 @@ def rotate(x: mx.array, rotation: mx.array) -> mx.array:
 
 
 def norm_then_rotate(
-    q: mx.array, k: mx.array, q_norm: Norm, k_norm: Norm, rotation: mx.array
+    q: mx.array,
+    k: mx.array,
+    q_norm: Norm,
+    k_norm: Norm,
+    rotation: mx.array,
+    rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm,
 ) -> tuple[mx.array, mx.array]:
-    """Queries [B, L, N, head_dim] and keys [B, L, N_kv, head_dim], normed over each head, then rotated."""
-    q, k = mx.fast.rms_norm(q, *q_norm), mx.fast.rms_norm(k, *k_norm)
+    """Queries [B, L, N, head_dim] and keys [B, L, N_kv, head_dim], normed over each head, then rotated.
+
+    rms_norm: how a norm is computed, from x, weight and eps.
+    """
+    q, k = rms_norm(q, *q_norm), rms_norm(k, *k_norm)
     return rotate(q, rotation), rotate(k, rotation)
 
 

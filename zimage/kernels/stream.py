@@ -1,6 +1,6 @@
 """The residual stream: what a layer adds to it, and its norm and modulation before the next."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from zimage import trust
 from zimage.kernels.native import Arguments, Kernel, Launch, float_bits, normal, whole_groups
@@ -28,19 +28,20 @@ def residual_norm_modulate(
     after: Norm | None,
     before: Norm | None,
     scale: mx.array | None,
+    rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm,
 ) -> tuple[mx.array | None, mx.array | None]:
     """The stream x [B, L, D] after a layer's normed `change` with its gate, and the next layer's input.
 
     after: the norm of the change, None with it where nothing is added and the stream stays as it is, which None stands
     for; before: the next layer's norm, with the modulation's scale, or None where no input is wanted. gate and scale
-    are [B, 1, D], or None in a block without modulation.
+    are [B, 1, D], or None in a block without modulation. rms_norm: how a norm is computed, from x, weight and eps.
     """
     stream = None
     if change is not None and after is not None:
-        stream = residual(x, mx.fast.rms_norm(change, *after), gate)
+        stream = residual(x, rms_norm(change, *after), gate)
     if before is None:
         return stream, None
-    return stream, modulate(mx.fast.rms_norm(x if stream is None else stream, *before), scale)
+    return stream, modulate(rms_norm(x if stream is None else stream, *before), scale)
 
 
 def _sum_over_group(at: str) -> str:

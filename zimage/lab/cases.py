@@ -2,7 +2,15 @@
 
 from zimage.analysis import reading
 from zimage.analysis.findings import Tables, baseline_arm
-from zimage.lab import cost_sections, quality_sections, reuse_sections, sensitivity_sections
+from zimage.lab import (
+    cost_sections,
+    detail_sections,
+    gain_sections,
+    memory_sections,
+    quality_sections,
+    reuse_sections,
+    sensitivity_sections,
+)
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
 
 
@@ -11,14 +19,18 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
 
     Without `compared` the verdicts are left to an overview of several runs.
     """
-    shown: list[Section] = []
+    of_memory = memory_sections.sections(tables, id)
+    shown = [*of_memory]
     others: list[Section] = []
     if compared and (frame := some(tables, "ablation")) is not None:
-        shown.append(verdicts(frame, id))
+        shown.append(verdicts(gain_sections.narrowed(tables, frame), id))
     shown += reuse_sections.sections(tables, id)
+    shown += gain_sections.sections(tables, id)
+    shown += detail_sections.details(tables)
     memory = some(tables, "memory")
     staged = memory is not None and len(reading.by_stage(memory)) > 0  # a profile's memory has a section of its own
-    if part := by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id):
+    part = by_arm({**tables, "memory": memory.iloc[:0]} if staged and memory is not None else tables, id)
+    if part and not of_memory:
         shown.append(part)
     shown += sensitivity_sections.sections(tables, id)
     if pictures:
@@ -33,7 +45,7 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         profiled = cost_sections.operations(frame, id)
         shown += profiled[:1]
         others = profiled[1:]
-    if staged and memory is not None:
+    if staged and memory is not None and not of_memory:
         shown.append(cost_sections.memory(memory, id))
     if (frame := some(tables, "scaling")) is not None:
         shown.append(cost_sections.scaling(frame, id))
@@ -57,6 +69,7 @@ def _folds(tables: Tables, id: str) -> list[Section]:
     folds: list[Section] = []
     if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
         folds.append(part)
+    folds += gain_sections.folds(tables, id)
     if (frame := some(tables, "modules")) is not None:
         folds.append(cost_sections.modules(frame))
     if (frame := some(tables, "power")) is not None:

@@ -18,13 +18,14 @@
 Nothing here needs MLX.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from zimage.analysis import units
-from zimage.analysis.claims import NOT_MEASURED, Case, Claim, Judgement, Measured, claimed, in_words, judge
+from zimage.analysis.claims import NOT_MEASURED, Case, Claim, Judgement, Measured, claimed, in_words, judge, of_run
 from zimage.analysis.reading import records
 from zimage.errors import ExperimentError, StoreError
 from zimage.lab.files import NAME
@@ -32,6 +33,7 @@ from zimage.lab.store import Run, Store
 from zimage.strict import Strict, validate
 from zimage.yaml_lines import Document, Place, load
 
+import pandas as pd
 from pydantic import Field
 
 FILE = Path("experiments") / "claims.yaml"
@@ -106,6 +108,21 @@ def judgements(claims: Sequence[Claim], store: Store) -> tuple[list[Judgement], 
     rows, devices, problems = measured(store)
     judged = [judge(claim, device, rows) for device in devices for claim in claims]
     return judged or [judge(claim, None, rows) for claim in claims], problems
+
+
+def of_this_run(ablation: pd.DataFrame, parameters: Mapping[str, Any], weights: str) -> list[dict[str, str]]:
+    """What the run of a notebook says of the project's claims, see `analysis.claims.of_run`; nothing without a file.
+
+    `ablation` is what it recorded, `parameters` are its own, `weights` their kind. Raises ExperimentError for a claims
+    file that cannot be read.
+    """
+    try:
+        file = nearest(Path.cwd())
+    except ExperimentError:
+        return []
+    device = os.environ.get("ZIMAGE_DEVICE", "")  # by hand nothing says it: claims about certain devices are left
+    rows = [Measured("this run", device, "", "", parameters, weights, row) for row in records(ablation)]
+    return of_run(read(file), rows)
 
 
 @dataclass(frozen=True)

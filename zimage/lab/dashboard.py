@@ -15,14 +15,15 @@ from typing import Any
 from urllib.parse import quote
 
 from zimage import __version__
-from zimage.analysis import units
+from zimage.analysis import over_runs, units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
 from zimage.errors import StoreError
-from zimage.lab import claims
+from zimage.lab import claims, gain_sections
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, verdicts
+from zimage.lab.labels import OF_THE_MODEL, of_parameters
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
 from zimage.lab.store import Run, Store
 from zimage.machine import MOMENTARY, concerns
 
@@ -36,8 +37,6 @@ IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
-# Parameters that make another model of the source: runs that differ in them are not of the same thing, swept or not.
-OF_THE_MODEL = ("quantization", "transforms")
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
 
@@ -69,6 +68,7 @@ class Experiment:
     runs: list[Run]
     failed: list[Run]
     groups: dict[str, list[Case]]  # by notebook
+    joint: list[tuple[Case, Finding]]  # what several cases say together, with one of them
     problems: list[str]
 
     @property
@@ -88,8 +88,8 @@ class Experiment:
         return " and ".join(devices), " and ".join(dict.fromkeys(filter(None, map(weights_kind, shown))))
 
     def lines(self) -> list[tuple[Case, Finding]]:
-        """Every finding with its case, in the order of the page."""
-        return [(one, finding) for one in self.cases for finding in one.findings]
+        """Every finding with its case, in the order of the page: first what several runs say together."""
+        return [*self.joint, *((one, finding) for one in self.cases for finding in one.findings)]
 
 
 def build(store: Store, experiments: Iterable[str] | None = None, single_file: bool = False) -> list[Path]:
@@ -145,16 +145,16 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         asked, swept = {}, []
     runs = [run for run in runs if keys is None or run.key in keys]
     for parameter in OF_THE_MODEL:
-        if parameter not in swept and len({_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
+        if parameter not in swept and len({of_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
             swept = [*swept, parameter]
     newest: dict[tuple[str, str, str], Run] = {}
     for run in sorted((r for r in runs if r.completed), key=lambda r: str(r.meta["started"])):
-        newest[run.notebook, run.device, _parameters(run, swept)] = run
+        newest[run.notebook, run.device, of_parameters(run, swept)] = run
     chosen = [run for run in runs if run in newest.values()]
     groups: dict[str, list[Case]] = {}
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
-        label = _parameters(run, swept) if len({_parameters(r, swept) for r in siblings}) > 1 else ""
+        label = of_parameters(run, swept) if len({of_parameters(r, swept) for r in siblings}) > 1 else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}
@@ -166,9 +166,15 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         with _reported(run, problems):
             one = Case(run, label, tables, findings_of(tables))
             groups.setdefault(run.notebook, []).append(one)
+    joint = []
+    for notebook, cases in groups.items():
+        with _reported(cases[0].run, problems):
+            if found := over_runs.step([(one.label, one.tables) for one in cases]):
+                joint += [(replace(cases[0], label=""), finding) for finding in found]
+                groups[notebook] = [replace(c, findings=[replace(f, short="") for f in c.findings]) for c in cases]
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
-    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, problems)
+    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, joint, problems)
 
 
 @contextmanager
@@ -180,17 +186,6 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
     except Exception as error:  # whatever pandas or plotly make of odd values
         problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
-
-
-def _parameters(run: Run, names: Iterable[str]) -> str:
-    known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
-    return ", ".join(f"{name}={_in_words(run.parameters.get(name))}" for name in known)
-
-
-def _in_words(value: Any) -> str:
-    if value in (None, []):
-        return "none"
-    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _experiment_page(page: Experiment, single_file: bool) -> str:
@@ -261,7 +256,7 @@ def _group(
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
         if len(compared) > 1:
-            section = verdicts(pd.concat(compared), f"{id}-all")
+            section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
             overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
     parts = []
@@ -307,7 +302,7 @@ def _run_list(page: Experiment) -> Section:
             Cell(run.status + ("" if run.key in shown or not run.completed else ", superseded")),
             Cell(units.date(run.meta["started"])),
             Cell(units.seconds(run.meta["duration_s"]), "num"),
-            Cell(_parameters(run, run.parameters), "free"),
+            Cell(of_parameters(run, run.parameters), "free"),
             Cell("", links=tuple(_links(run))),
         ]
         for run in page.runs
@@ -424,7 +419,7 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ")
+    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "a step of ", "predicted ")
     return text[0].upper() + text[1:] if text.startswith(words) else text
 
 

@@ -24,12 +24,13 @@ _HOMES = {
     "trial": "timing",
     "watch": "memory",
 }
-_MODULES = ("peaks", "power")
+_MODULES = ("peaks", "power", "settings")
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zimage.measure import peaks as peaks
     from zimage.measure import power as power
+    from zimage.measure import settings as settings
     from zimage.measure.blocks import sustained as sustained
     from zimage.measure.canary import default_canary as default_canary
     from zimage.measure.comparison import Comparison as Comparison

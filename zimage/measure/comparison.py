@@ -119,19 +119,21 @@ def compare(
     noise_floor: float | NoiseFloor | None = None,
     canary: Timed | None = None,
     names: tuple[str, str] = ("baseline", "arm"),
+    of: int = 1,
 ) -> Comparison:
     """Compare `arm` with `baseline`; each performs one timed call and returns its seconds.
 
     Stops at a look when the interval excludes 1 or its half-width is under delta / 2, else after `max_quads` quads, or
     when `budget_s` is spent. noise_floor: a |log ratio|, or what `noise_floor` measured. canary: one timed call of
     something that never changes, before each quad; a quad whose canary is out of step is dropped, whatever came of it,
-    and at most 2 * max_quads are taken in all. Raises MeasurementError for arguments out of range or a time that is
-    not positive.
+    and at most 2 * max_quads are taken in all. of: how many arms are compared with the baseline one after the other, as
+    where they do not fit in memory together; the level is divided by their number, as `compare_many` does. Raises
+    MeasurementError for arguments out of range or a time that is not positive.
     """
     require_pair(names)
     found = compare_many(
         baseline, {names[1]: arm}, seed=seed, alpha=alpha, delta=delta, budget_s=budget_s, max_quads=max_quads,
-        noise_floor=noise_floor, canary=canary, baseline_name=names[0],
+        noise_floor=noise_floor, canary=canary, baseline_name=names[0], of=of,
     )  # fmt: skip
     return found[names[1]]
 
@@ -148,10 +150,12 @@ def compare_many(
     noise_floor: float | NoiseFloor | None = None,
     canary: Timed | None = None,
     baseline_name: str = "baseline",
+    of: int | None = None,
 ) -> dict[str, Comparison]:
     """Compare each of `arms` with `baseline`, all interleaved in time, the level divided by their number too.
 
     An arm that has its answer at a look takes no more calls. Otherwise as `compare`; canaries are judged arm by arm.
+    of: how many arms there are in all, where others are compared before or after these; theirs alone if None.
     """
     if not isinstance(arms, Mapping) or not arms:
         raise MeasurementError(f"a comparison needs at least one arm, as a mapping of names to calls, found {arms!r}")
@@ -163,8 +167,10 @@ def compare_many(
     if budget_s is not None:
         require_positive(budget_s=budget_s)
     require_floor(noise_floor)
+    number = len(arms) if of is None else of
+    require_integer("of", number, len(arms))
     rng = random.Random(seed)
-    level = alpha / (len(LOOKS) * len(arms))
+    level = alpha / (len(LOOKS) * number)
     taken = {name: Quads((baseline_name, baseline), (name, arm), canary) for name, arm in arms.items()}
     done: dict[str, Comparison] = {}
     before: str | None = None
@@ -187,7 +193,7 @@ def compare_many(
             if not last and not narrow and estimate.low <= 1 <= estimate.high:
                 continue
             done[name] = _concluded(
-                taken[name], estimate, looks=_looks(kept), tests=len(LOOKS) * len(arms), seed=seed, alpha=alpha,
+                taken[name], estimate, looks=_looks(kept), tests=len(LOOKS) * number, seed=seed, alpha=alpha,
                 level=level, delta=delta, noise_floor=noise_floor,
                 ending=f"; the budget of {budget_s:g} s was spent" if spent
                 else f"; only {kept} of {count} quads were kept" if last and kept < max_quads else "",

@@ -31,12 +31,14 @@ class Program:
     """An arm as data: a "module:function" and JSON arguments, given to the function by name in another process.
 
     The function loads what it needs and gives a callable without arguments, which builds its graph anew and returns the
-    arrays to compute, as for `measure.timed`. Modules are found where this process finds them. Raises MeasurementError
-    for a name of another form and for arguments that are not JSON.
+    arrays to compute, as for `measure.timed`. Modules are found where this process finds them. environment: variables
+    that the process has beside those of this one, or in their place, from its start. Raises MeasurementError for a name
+    of another form, for arguments that are not JSON and for variables that are no texts.
     """
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         module, _, name = str(self.function).partition(":")
@@ -44,11 +46,16 @@ class Program:
             raise MeasurementError(f'a program is "module:function", found {line(repr(self.function))}')
         if module == "__main__":
             raise MeasurementError(f"{self.function} is known to this process only; put the function into a module")
+        if not isinstance(self.environment, Mapping) or not all(map(_is_variable, self.environment.items())):
+            raise MeasurementError(
+                f"the environment of {line(self.function)} must be texts by name, found {line(self.environment)}"
+            )
         self.job(0)
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        return line(f"{self.function}({given})", 120)
+        variables = "".join(f"{name}={value} " for name, value in self.environment.items())
+        return line(f"{variables}{self.function}({given})", 120)
 
     def job(self, warm_up: int) -> bytes:
         """The line that tells `zimage.measure.worker` what to do."""
@@ -64,6 +71,11 @@ class Program:
                 f"the arguments of {line(self.function)} are too long; hand over the name of a file instead"
             )
         return job
+
+
+def _is_variable(pair: tuple[Any, Any]) -> bool:
+    texts = all(isinstance(text, str) and "\0" not in text for text in pair)
+    return texts and pair[0] != "" and "=" not in pair[0]
 
 
 Arm = Program | Sequence[str]
@@ -90,6 +102,7 @@ class Resident:
             self._job, self._what = arm.job(warm_up), f"the program {arm}"
         else:
             self._command, self._job, self._what = arm, b"", f"the program {named(arm)}"
+        self._variables = arm.environment if isinstance(arm, Program) else {}
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._out = self._err = b""
@@ -98,7 +111,8 @@ class Resident:
     def __enter__(self) -> "Resident":
         if self._process is not None:
             raise MeasurementError(f"{self._what} is running already; make another Resident for another process")
-        self._process = start(self._command, self._what, own=bool(self._job), stdin=subprocess.PIPE)
+        own = bool(self._job)
+        self._process = start(self._command, self._what, own, stdin=subprocess.PIPE, variables=self._variables)
         self._out = self._err = b""
         try:
             self._tell(self._job)
@@ -231,11 +245,16 @@ def run_to_end(command: Sequence[str], what: str, timeout_s: float) -> str:
     return _decode(out)
 
 
-def start(command: Sequence[str], what: str, own: bool, stdin: int) -> subprocess.Popen[bytes]:
-    """A process that leads a group of its own, its output in pipes; an `own` one's zimage is this one."""
+def start(
+    command: Sequence[str], what: str, own: bool, stdin: int, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A process that leads a group of its own, its output in pipes; an `own` one's zimage is this one.
+
+    variables: of its environment, in the place of this process's.
+    """
     if isinstance(command, str):
         raise MeasurementError(f"a command is a list of words, found {line(repr(command))}")
-    environment = dict(os.environ)
+    environment = dict(os.environ) | dict(variables or {})
     if own:
         home = str(Path(zimage.__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])

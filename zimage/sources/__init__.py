@@ -32,6 +32,7 @@ __all__ = [
 
 _PRESETS = {
     "turbo": TransformerConfig.turbo,
+    "block": TransformerConfig.block,
     "small": TransformerConfig.small,
     "tiny": TransformerConfig.tiny,
 }
