@@ -10,7 +10,11 @@ from zimage import backend
 from zimage.lab import runner
 from zimage.measure import peaks
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("zimage", deadline=None)  # an example's time is that of the machine's other work
+hypothesis.settings.load_profile("zimage")
 
 
 @pytest.fixture(autouse=True)

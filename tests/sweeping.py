@@ -22,6 +22,7 @@ QUICKSTART = ("sweep", "experiments/quickstart.yaml")
 # How much of it is done: the least that can be asked for. A notebook without these does its work in seconds.
 LEAST = {
     "rounds": 1, "quads": 1, "draws": 1, "steps": 1, "samples": 1, "reports": 1, "judged": 20, "row_counts": [1, 64],
+    "block_sizes": [[8, 8], [16, 16]],
 }  # fmt: skip
 Command = tuple[str, ...]
 T = TypeVar("T")

@@ -52,6 +52,7 @@ def browser() -> "Iterator[playwright.Browser]":
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = fabricated.swept(fabricated.quickstart(tmp_path_factory.mktemp("results")))
+    fabricated.across_versions(root)
     dashboard.build(Store(root))
     return root
 
@@ -85,7 +86,7 @@ DRAWN = """() => [...document.querySelectorAll('.plot')].filter((plot) => plot.c
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BARS = "(plot) => plot.querySelectorAll('.bars .point path').length"
 STYLES = "(all) => all.map((e) => getComputedStyle(e).{})"
-PAGES = ("index.html", "quickstart/index.html", "turbo_sizes/index.html")
+PAGES = ("index.html", "quickstart/index.html", "turbo_sizes/index.html", "qkv_fusion/index.html")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -97,12 +98,14 @@ def test_opens_from_the_file_system_in_silence(results: Path, show: Callable[...
 
 
 def test_charts_are_drawn(results: Path, show: Callable[..., View]) -> None:
-    """The profile shows a bar a stage, the forest a marker a row, the panels a bar an arm."""
+    """Profiles show a bar a stage, forests a marker a row, panels a bar an arm, trends a marker a version."""
     page = show(results / "quickstart/index.html").page
     assert page.locator("[data-figure$=-stages]").first.evaluate(BARS) == 9
     assert page.locator("[data-figure=g1-c0-forest] .scatterlayer .point").count() == 3
     assert page.locator("[data-figure=g2-c0-panel-2]").evaluate(BARS) == 3
     assert "noise_refiner.0" in page.locator("[data-figure$=-stages] .yaxislayer-above").text_content()
+    trend = show(results / "qkv_fusion/index.html").page.locator("[data-figure$=-trend]")
+    assert (trend.locator(".scatterlayer .point").count(), trend.locator(".xtick").count()) == (3, 3)
 
 
 @pytest.mark.parametrize("width", [390, 768])
@@ -156,6 +159,15 @@ def test_parameters_switch_the_view(results: Path, show: Callable[..., View]) ->
     page.wait_for_function(DRAWN)
     assert page.locator(".case:visible").get_attribute("id") == "g0-c1"
     assert "whole step 5.40 s" in page.locator(".case:visible .infolayer").first.text_content()
+    assert view.complaints == []
+
+
+def test_a_point_leads_to_its_run(tmp_path: Path, show: Callable[..., View]) -> None:
+    """A click on an arm of the front opens the executed notebook of the run it was measured in."""
+    fabricated.add_run(tmp_path, "e", "a1", {"pareto": fabricated.pareto()})
+    view = show(dashboard.build(Store(tmp_path))[0])
+    with view.page.expect_request("**/a1/notebook.ipynb"):
+        view.page.locator("[data-figure=g0-c0-by-time] .scatterlayer .point").last.click(force=True)
     assert view.complaints == []
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the kernels' sources with")
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=12, derandomize=True)
 CASES: list[tuple[str, trust.Request]] = [
     ("cuda", {"kernel": "qk_norm_rope", "dtype": "bfloat16", "head_dim": 128}),
     ("cuda", {"kernel": "qk_norm_rope", "dtype": "float32", "head_dim": 16}),

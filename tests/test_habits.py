@@ -27,11 +27,11 @@ ROWS = (
     {"low_memory"},
     {
         *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
-        *("sensitivity", "scopes", "ladder", "orders", "ablation"),
+        *("sensitivity", "scopes", "ladder", "orders", "levers", "ablation"),
     },
     {"analysis"},
     {"lab"},
-    {"cli", "__main__"},
+    {"options", "compare_commands", "cli", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.
@@ -39,6 +39,7 @@ WITHOUT_MLX = (
     *("analysis", "lab.store", "lab.dashboard", "measure.statistics", "measure.samples", "measure.comparison"),
     *("measure.processes", "measure.fresh", "measure.loading"),
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
+    *("lab.comparing", "lab.rerunning", "lab.trends", "compare_commands", "options"),
     *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
     "practices",
     "adapters",

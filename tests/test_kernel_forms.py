@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25, derandomize=True)
 dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
 sizes = st.integers(1, 7)
 Wide = NDArray[np.float64]

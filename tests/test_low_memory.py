@@ -17,7 +17,7 @@ from zimage.config import TransformerConfig
 from zimage.errors import InputError, WeightsError
 from zimage.inputs import Inputs
 from zimage.measure.memory import peak_bytes
-from zimage.transformer import Transformer, weight_bytes
+from zimage.transformer import State, Transformer, weight_bytes
 
 import mlx.core as mx
 import pytest
@@ -164,7 +164,7 @@ def test_a_call_that_was_ended_leaves_nothing_to_the_next(folder: Path) -> None:
     loaded, model = weights.load_transformer(folder), low_memory.streamed(folder, None, 0, 2)
     given = example(DEEP)
     stages = model.stages(*given)
-    model.through(stages[: [stage.name for stage in stages].index("layers.2") + 1], arms.State(*given))
+    model.through(stages[: [stage.name for stage in stages].index("layers.2") + 1], State(*given))
     reader = model.layers[0].reader
     assert reader.reading == [3, 4]
     assert same(model(*given), loaded(*given))
@@ -201,7 +201,7 @@ def test_a_file_that_changes_is_one_line(damage: Callable[[Path], None], words: 
     (path,) = copied.glob("*.safetensors")
     given = example(DEEP)
     mx.eval(model(*given))
-    state = arms.State(*given)
+    state = State(*given)
     stages = model.stages(*given)
     state = model.through(stages[:-3], state)
     damage(path)
@@ -272,6 +272,16 @@ def test_new_weights_are_not_made_of_blocks_on_disk(change: Callable[[Transforme
         change(model)
     assert "\n" not in str(caught.value)
     assert mx.get_active_memory() - before < 0.01 * block_bytes(model)
+
+
+def test_a_step_in_parts_is_not_compiled_as_a_whole(folder: Path) -> None:
+    """Blocks on disk and feed-forwards in parts refuse `compile_step` in one line, before anything is read."""
+    streamed, plain = low_memory.streamed(folder), weights.load_transformer(folder)
+    for model, names in ((streamed, ["compile_step"]), (plain, ["chunk_feed_forward", "compile_step"])):
+        before = mx.get_active_memory()
+        with pytest.raises(InputError, match="compiled as a whole cannot be handed over in parts"):
+            arms.transformed(model, names)(*example(DEEP))
+        assert mx.get_active_memory() - before < 0.1 * block_bytes(plain)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, ladder, practices, sources
-from zimage.analysis import cost
+from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
 from zimage.lab import notebook as notebooks
@@ -169,20 +169,13 @@ def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None
     assert list(here["arm"]) == [backend.default_dtype(), "4bit"] and here["error"].abs().max() < 0.5
     memory = run.table("memory")
     peaks = memory[memory["stage"] == "step"].set_index("arm")["bytes"]
-    assert list(peaks.index) == [
-        "plain",
-        "chunk_feed_forward",
-        "submit_early",
-        "streamed 0/1",
-        "4bit",
-        "4bit streamed 0/1",
-    ]
+    assert list(peaks.index) == ["plain", "chunked", "submit_early", "streamed 0/1", "4bit", "4bit streamed 0/1"]
     assert peaks["4bit streamed 0/1"] < peaks["streamed 0/1"] < peaks["plain"]
     orders = memory[(memory["stage"] == "process") & (memory["metric"] == "peak_bytes")].set_index("arm")["bytes"]
     assert orders["pack while loading, step"] < orders["load, step"]
     errors = run.table("quality").set_index("arm")["value"]
     assert set(errors[["submit_early", "streamed 0/1", "4bit streamed 0/1"]]) == {0.0}
-    assert errors["chunk_feed_forward"] < 1e-3 < errors["4bit"] < 0.2
+    assert errors["chunked"] < 1e-3 < errors["4bit"] < 0.2
     check_samples(run.table("ablation"), run.table("samples"), floors=1)
 
 
@@ -197,7 +190,7 @@ def test_memory_takes_a_model_without_files(tmp_path: Path, monkeypatch: pytest.
     path = ROOT / "notebooks" / "memory.ipynb"
     assert zimage_run(path, tmp_path / "results", **given, **LEAST) == 0
     (run,) = Store(tmp_path / "results").runs("memory")
-    assert list(run.table("ablation")["arm"]) == ["chunk_feed_forward", "submit_early", "streamed 0/1"]
+    assert list(run.table("ablation")["arm"]) == ["chunked", "submit_early", "streamed 0/1"]
     assert [*scratch.rglob("*.safetensors")] == []
 
 
@@ -251,6 +244,28 @@ def test_predictions_are_tested_on_other_sizes(ran: Callable[[Path], Run]) -> No
     assert list(table["use"]).count("calibration") == 3 and set(table["use"]) == {"calibration", "held out"}
     assert np.allclose(table["error"], table["predicted_s"] / table["time_s"] - 1)
     assert (table["mfu"] > 0).all() and (table["flops"] > 0).all()
+
+
+def test_scaling_changes_one_thing_at_a_time(ran: Callable[[Path], Run]) -> None:
+    """scaling records a shape of as many tokens, batches, images an hour, sustained times, and the crossing."""
+    run = ran(ROOT / "notebooks" / "scaling.ipynb")
+    table, alone, crossings = (run.table(name) for name in ("scaling", "axes", "crossover"))
+    assert set(alone["axis"]) == {"resolution", "aspect", "batch"}  # a caption of the digits model has one token
+    (shape,) = alone[alone["axis"] == "aspect"].to_dict("records")
+    assert (shape["height"], shape["width"], shape["beside_height"], shape["beside_width"]) == (8, 32, 16, 16)
+    assert shape["predicted_ratio"] == 1 and shape["ratio"] > 0
+    hour = 3600 * table["batch"] / (run.parameters["steps"] * table["time_s"])
+    assert np.allclose(table["images_per_hour"], hour)
+    held = table.dropna(subset=["sustained_s"])
+    assert list(held["height"]) == [size[0] for size in run.parameters["sustained_sizes"]]
+    assert (held["sustained_low_s"] <= held["sustained_s"]).all() and (held["sustained_images_per_hour"] > 0).all()
+    samples = run.table("samples")
+    assert set(samples["regime"]) == {"burst", "sustained"} and "canary" in set(samples["kind"])
+    assert set(crossings["method"]) == {"FLOPs alone", "calibrated rates", "operations of a block"}
+    timed = crossings[crossings["note"] == "measured"]
+    assert len(timed) == len(run.parameters["block_sizes"]) and (timed[["attention_s", "linear_s"]] > 0).all(axis=None)
+    config = sources.describe("digits").config
+    assert crossings.set_index("method")["tokens"]["FLOPs alone"] == crossover.by_flops(config).tokens
 
 
 def check_samples(ablation: pd.DataFrame, samples: pd.DataFrame, floors: int) -> None:
@@ -600,6 +615,19 @@ def test_the_profile_refuses_before_it_measures(parameter: str, value: str, word
     (run,) = Store(tmp_path).runs("profile_layers")
     assert words in run.meta["error"]
     assert "stages" not in run.tables()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [({"steps": 0}, "steps must be 1"), ({"sustained_s": -1.0}, "sustained_s 0 or more"),
+     ({"sustained_sizes": "[[9, 9, 1, 1]]"}, "sustained_sizes among the sizes")],
+)  # fmt: skip
+@WITHOUT_KERNEL
+def test_scaling_refuses_before_it_measures(parameters: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """No steps, a negative time and sustained sizes that are none of the sizes end the run before a model is loaded."""
+    assert zimage_run(ROOT / "notebooks" / "scaling.ipynb", tmp_path, **{**LEAST, **parameters}) == 1
+    (run,) = Store(tmp_path).runs("scaling")
+    assert words in run.meta["error"] and set(run.tables()) <= {"environment"}
 
 
 @WITHOUT_KERNEL

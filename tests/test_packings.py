@@ -126,7 +126,7 @@ def test_the_error_is_that_of_its_bits(name: str, models: Models) -> None:
     assert expected / 2 < error < expected, error
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     head=st.sampled_from([32, 48, 64]),
     heads=st.sampled_from([1, 2, 3, 4]),

@@ -54,7 +54,9 @@ def test_the_program_needs_nothing_of_zimage() -> None:
 def test_a_served_peer_is_timed(tmp_path: Path) -> None:
     """A program that speaks the protocol gives the seconds of one step for every line it is sent."""
     program = Path(peers.__file__).with_name("step.py").read_text(encoding="utf-8")
-    fake = program.replace('{"diffusers": diffusers, "mflux": mflux}[job["peer"]](job)', "lambda: time.sleep(0.05)")
+    fake = program.replace(
+        '{"diffusers": diffusers, "mflux": mflux, "zimage": zimage}[job["peer"]](job)', "lambda: time.sleep(0.05)"
+    )
     assert fake != program
     (tmp_path / "fake.py").write_text(fake, encoding="utf-8")
     with Resident([sys.executable, str(tmp_path / "fake.py"), json.dumps({"peer": "diffusers"})]) as resident:

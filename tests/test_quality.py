@@ -207,3 +207,20 @@ def test_bad_input_is_one_clear_line(ask: Any, words: str, model: Transformer, c
     with pytest.raises(InputError, match=words) as caught:
         ask(model, captions)
     assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_same_seeds_are_compared_in_pairs() -> None:
+    """The ratio of two errors that both follow the seed is far surer than their own intervals are apart."""
+    rng = np.random.default_rng(0)
+    wanted = rng.standard_normal((20, 2, 4, 4)).astype(np.float32)
+    change = rng.standard_normal(wanted.shape) * np.geomspace(0.01, 1, 20)[:, None, None, None]
+    near, far = ((wanted + scale * change).astype(np.float32) for scale in (1.0, 1.1))
+    low, high = quality.error_ratio(far, near, wanted) or (0, 0)
+    assert low == pytest.approx(1.1, rel=1e-3) and high == pytest.approx(1.1, rel=1e-3)
+    (first, *_), (second, *_) = (quality.interval_rows(arm, wanted) for arm in (near, far))
+    assert second["low"] < first["high"]
+    assert quality.error_ratio(wanted, near, wanted) == (0, 0)
+    assert quality.error_ratio(near, wanted, wanted) is None
+    assert quality.error_ratio(near[:1], far[:1], wanted[:1]) is None
+    with pytest.raises(InputError, match="one shape"):
+        quality.error_ratio(near, far[:1], wanted)

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 from tests.digits.drawing import First
+from tests.lab.fabricated import ablation, add_run
 from tests.parity.cases import CASES
 from zimage import cli, recipes
 from zimage.config import TransformerConfig
@@ -17,6 +18,7 @@ from zimage.sources import describe
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +61,24 @@ def test_the_recipe_is_valid(tmp_path: Path) -> None:
         assert {str(packing) for packing in found.values()} == {"4bit", "8bit-g32", "mxfp8"}
         assert str(found["layers.2.feed_forward.w2"]) == "8bit-g32"
         assert not any("adaLN" in path for path in found)
+
+
+def test_the_gate_closes_on_a_regression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's workflow is YAML whose comparison passes equal results, and fails those of a slower arm."""
+    (text,) = (block for block in blocks("yaml") if block.startswith("# .github/workflows"))
+    steps = [step["run"] for step in yaml.safe_load(text)["jobs"]["speed"]["steps"] if "run" in step]
+    swept, compared = (shlex.split(step, comments=True) for step in steps if step.startswith("zimage"))
+    assert swept[:2] == ["zimage", "sweep"] and (ROOT / swept[2]).is_file()
+    monkeypatch.chdir(tmp_path)
+    arm, meta = ("8bit", "float32", "step"), {"notebook": "notebooks/quantization.ipynb"}
+    add_run(
+        Path("reference"), "quantization", "aa11", {"ablation": ablation((*arm, 1.1, 1.09, 1.11, "slower"))}, **meta
+    )
+    for place, (ratio, status) in enumerate(((1.1, 0), (1.2, 1), (1.0, 0))):
+        rows = ablation((*arm, ratio, ratio - 0.01, ratio + 0.01, "slower"))
+        started = f"2026-12-0{place + 1}T00:00:00+00:00"
+        add_run(Path("results"), "quantization", f"{place}b", {"ablation": rows}, started=started, **meta)
+        assert cli.main(compared[1:]) == status
 
 
 def test_ci_runs_the_readmes_commands() -> None:

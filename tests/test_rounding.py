@@ -44,7 +44,7 @@ def layer_of(width: int = 64, rows: int = 48, bias: bool = True, dtype: mx.Dtype
     return layer
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(ROWS)
 def test_int8_is_the_nearest_of_255_values(x: np.ndarray) -> None:
     """Each token's values are the nearest multiples of its largest magnitude over 127, at most half a step away."""
@@ -57,7 +57,7 @@ def test_int8_is_the_nearest_of_255_values(x: np.ndarray) -> None:
     assert (np.abs(values * step - x) <= step * (0.5 + 1e-4)).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(ROWS)
 def test_fp8_is_the_nearest_e4m3_value(x: np.ndarray) -> None:
     """Each token is scaled to 448 and its values are the nearest of the 8-bit format with 4 bits of exponent."""

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zimage
+from zimage import compare_commands
 from zimage.errors import DownloadError, ExperimentError, InputError, StoreError, ZImageError
 from zimage.lab import terminal
+from zimage.options import AnyPath as _Path
+from zimage.options import as_json as _as_json
+from zimage.options import results as _results
 
 import click
 
@@ -26,15 +30,6 @@ if TYPE_CHECKING:
 _WINDOWS = os.name == "nt"
 
 
-class _Path(click.Path):
-    """A path that was named: an empty word would mean the folder one happens to be in."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if value == "":
-            self.fail("it is empty; name a file or folder ('.' is the one you are in)", param, ctx)
-        return Path(value)
-
-
 def _finite_timeout(_context: click.Context, _option: click.Parameter, seconds: float) -> float:
     from zimage.lab.experiment import MAX_TIMEOUT_S
 
@@ -43,10 +38,6 @@ def _finite_timeout(_context: click.Context, _option: click.Parameter, seconds: 
     return seconds
 
 
-_results = click.option(
-    "--results", type=_Path(), default=Path("results"), show_default=True, metavar="DIR", help="Folder of the results.",
-)  # fmt: skip
-_as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 _quantization = click.option(
     "--quantization",
     metavar="NAME|FILE",
@@ -408,6 +399,10 @@ def lab(options: tuple[str, ...]) -> None:
     if folder is None:
         raise ExperimentError(f"{here}: no notebooks/ folder here or above; go to the project's folder first")
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(folder), *options])
+
+
+cli.add_command(compare_commands.compare)
+cli.add_command(compare_commands.trend)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,16 @@ def warning(facts: Mapping[str, str]) -> str:
     """One line before something is measured, or "" if nothing speaks against it."""
     found = [concern.words for concern in concerns(facts)]
     return f"timings may be off: {'; '.join(found)} (zimage doctor says more)" if found else ""
+
+
+def doubts(runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """What makes the times of runs doubtful that recorded these facts as they started, a sentence a topic."""
+    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
+    for facts in runs:
+        for concern in concerns(facts)[:1]:
+            found.setdefault(concern.topic, []).append(concern.words)
+    total = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    return [f"Times may be off: at the start of {len(words)} of {total} {words[0]}." for words in found.values()]
 
 
 def _power_concerns(facts: Mapping[str, str]) -> list[Concern]:

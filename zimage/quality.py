@@ -154,6 +154,21 @@ def interval_rows(found: Floats, wanted: Floats, prefix: str = "", seed: int = 0
     return rows
 
 
+def error_ratio(found: Floats, beside: Floats, wanted: Floats, seed: int = 0) -> tuple[float, float] | None:
+    """The interval of the relative L2 error of `found` by that of `beside`, arrays [B, ...] of the same B seeds.
+
+    Both are resampled together, so that what is harder about some seeds is no difference between the two. None where
+    there is but one seed, or where `beside` has no error in some resample. Raises InputError as `errors`.
+    """
+    for each in (found, beside):
+        _same_shape(each, wanted)
+    count, axis = len(found), tuple(range(1, found.ndim))
+    if count < 2:
+        return None
+    own, other = (_weights(count, seed) @ _sums(each, wanted, axis)[0] for each in (found, beside))
+    return _percentiles(np.sqrt(own / other)) if (other > 0).all() else None
+
+
 def repeated(compute: Callable[[], Result], arrays: Callable[[Result], list[Floats]]) -> tuple[Result, float]:
     """What `compute()` gives, and the largest absolute difference of its `arrays` when it is computed once more.
 

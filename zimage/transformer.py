@@ -399,6 +399,11 @@ class Transformer(nn.Module):
         final = self.all_final_layer[key]
         return [*steps, Stage("final_layer", _finish(final, patch), final)]
 
+    def _in_parts(self) -> bool:
+        """Whether some block computes a part of itself at once, whoever calls it: from disk, or some rows at a time."""
+        every = [*self.noise_refiner, *self.context_refiner, *self.layers]
+        return any(block.streamed or block.feed_forward.rows_at_once is not None for block in every)
+
     def _following(self, number: int) -> TransformerBlock | None:
         """The main block after that of this number, where its weights are there."""
         following: list[TransformerBlock] = self.layers[number + 1 : number + 2]
@@ -407,7 +412,7 @@ class Transformer(nn.Module):
     def __call__(
         self, latents: mx.array, timestep: mx.array, caption_features: Captions, patch_size: int | None = None
     ) -> mx.array:
-        if self.compiled and (self.submission is not None or self.kept_captions is not None):
+        if self.compiled and (self.submission is not None or self.kept_captions is not None or self._in_parts()):
             raise InputError(
                 "a step that is compiled as a whole cannot be handed over in parts, wait for parts of itself or keep "
                 "captions; leave compile_step or those transforms out, fast among them"

@@ -60,10 +60,11 @@ def test_a_cpus_peak_is_predicted(dtype: str, size: tuple[int, int, int, int]) -
 @pytest.mark.parametrize("size", [(8, 8, 1, 1), (8, 8, 8, 1), (32, 32, 1, 1)])
 @pytest.mark.parametrize(("dtype", "mode"), [("float32", "8bit"), ("float32", "mxfp4"), ("bfloat16", "4bit")])
 def test_a_cpus_peak_with_packed_weights_is_predicted(dtype: str, mode: str, size: tuple[int, int, int, int]) -> None:
-    """With packed layers, which are unpacked before each product, it is within a quarter, small or large."""
+    """With packed layers, unpacked before each product, at most a tenth more is held, and 70 % of it at least."""
     model = zimage.load_transformer("digits", dtype, mode)
     predicted = footprint.step_bytes(model.config, *size, dtype, mode, device="cpu")
-    assert predicted.peak_bytes == pytest.approx(_measured(model, size), rel=0.25)
+    most = max(_measured(model, size) for _ in range(3))  # a host that is slower than its threads holds less
+    assert 0.7 * predicted.peak_bytes < most < 1.1 * predicted.peak_bytes
 
 
 def test_a_plain_block_among_packed_ones_counts_as_one() -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zimage.analysis.pareto import Point, Quantity
+from zimage.analysis.pareto import rows as pareto_rows
 from zimage.analysis.tables import SCHEMAS
 
 import numpy as np
@@ -158,6 +160,65 @@ def scaling() -> pd.DataFrame:
     )  # fmt: skip
 
 
+def axes() -> pd.DataFrame:
+    """One thing at a time: a shape that is the same, one that is not, a batch and a caption, with predictions."""
+    rows = [
+        ("resolution", (1024, 1024, 1, 32), (512, 512, 1, 32), 3.2, 3.25, "slower"),
+        ("aspect", (512, 2048, 1, 32), (1024, 1024, 1, 32), 1.001, 1.0, "equivalent"),
+        ("aspect", (2048, 512, 1, 32), (1024, 1024, 1, 32), 1.03, 1.0, "slower"),
+        ("batch", (512, 512, 8, 32), (512, 512, 1, 32), 0.86, 0.9, "faster"),
+        ("caption", (1024, 1024, 1, 512), (1024, 1024, 1, 32), 1.14, 1.13, "slower"),
+    ]
+    names = ("height", "width", "batch", "caption_tokens")
+    return pd.DataFrame(
+        [
+            {"axis": axis, **dict(zip(names, size, strict=True)),
+             **{f"beside_{n}": v for n, v in zip(names, beside, strict=True)}, "tokens": 4128, "ratio": ratio,
+             "ratio_low": 0.996 * ratio, "ratio_high": 1.004 * ratio, "predicted_ratio": predicted, "verdict": verdict}
+            for axis, size, beside, ratio, predicted, verdict in rows
+        ]
+    ).assign(arm="baseline")  # fmt: skip
+
+
+def crossover() -> pd.DataFrame:
+    """A crossing by every method, and the block's times that one of them comes from."""
+    found = [("FLOPs alone", 23040, None), ("calibrated rates", 31000, 0.05), ("operations of a block", 18000, 0.03)]
+    answers = [
+        {"method": method, "tokens": n, "side_px": 16 * n**0.5, "note": "extrapolated" if "block" in method else "",
+         "tokens_low": wide and n * (1 - wide), "tokens_high": wide and n * (1 + wide)}
+        for method, n, wide in found
+    ]  # fmt: skip
+    times = [
+        {"method": "operations of a block", "tokens": n, "attention_s": 8.3e-11 * n**2, "linear_s": 1.5e-6 * n,
+         "note": "measured"}
+        for n in (1056, 4128, 9248, 16416)
+    ]  # fmt: skip
+    return pd.DataFrame([*answers, *times]).assign(arm="baseline")
+
+
+def pareto() -> pd.DataFrame:
+    """Arms as the notebook pareto records them: some on the front, some not to be told from it, two dominated."""
+    arms = {  # time ratio and how far its interval reaches, GB, error and how far its interval reaches
+        "float32": (3.9, 0.03, 26.1, 0.0, 0.0),
+        "bfloat16": (1.0, 0.0, 13.6, 0.011, 0.001),
+        "bfloat16 + fast": (0.69, 0.004, 13.6, 0.0109, 0.001),
+        "bfloat16 + fast + reuse_every_2nd": (0.36, 0.004, 13.9, 0.34, 0.04),
+        "8bit": (1.24, 0.01, 9.5, 0.0165, 0.002),
+        "8bit + fast": (0.73, 0.01, 9.4, 0.0161, 0.002),
+        "6bit + fast": (0.81, 0.02, 7.8, 0.048, 0.005),
+        "4bit + fast": (0.71, 0.006, 6.3, 0.17, 0.02),
+        "4bit-g32 + fast": (0.78, 0.01, 6.6, 0.15, 0.02),
+        "nvfp4 + fast": (0.77, 0.01, 6.3, 0.19, 0.02),
+        "mxfp4 + fast": (0.78, 0.01, 6.1, 0.27, 0.03),
+    }
+    points = [
+        Point(name, Quantity(t - dt, t, t + dt), Quantity.exact(1e9 * size), Quantity(max(e - de, 0), e, e + de))
+        for name, (t, dt, size, e, de) in arms.items()
+    ]
+    paired = {("bfloat16 + fast", "bfloat16"): (0.98, 1.03), ("4bit + fast", "nvfp4 + fast"): (0.8, 0.9)}
+    return pd.DataFrame(pareto_rows(points, paired)).assign(baseline="bfloat16", weights_kind="synthetic")
+
+
 def power() -> pd.DataFrame:
     """One arm's burst, with everything readable, and one whose machine tells nothing."""
     known = {"steps": 100, "time_s": 0.13, "energy_j": 80.0, "power_w": 615.0, "clock_hz": 1.755e9,
@@ -264,4 +325,24 @@ def swept(root: Path) -> Path:
     add_run(root, "turbo_sizes", "3d3d3d3d3d3d", parameters={"height": 2048, "seed": 0}, weights=weights, **failure)
     add_run(root, "turbo_sizes", "4d4d4d4d4d4d", {"stages": stages()}, started="2026-10-01T00:00:00+00:00")
     add_experiment(root, "turbo_sizes", "How does a step grow with the picture?", [*keys, "3d3d3d3d3d3d"])
+    return root
+
+
+def across_versions(root: Path) -> Path:
+    """One comparison on three versions of MLX, of which only the last is current; the last loses what fusing gained."""
+    parameters = {"source": "digits", "height": 8, "width": 8, "seed": 0, "quads": 40}
+    for place, (mlx, shift) in enumerate((("0.31.2", 0.002), ("0.32.4", 0.0), ("0.33.0", 0.055))):
+        moved = qkv()
+        ends = ["ratio", "ratio_low", "ratio_high"]
+        moved[ends] = moved[ends] + shift
+        moved.loc[moved["ratio_low"] > 1, ["verdict", "reason"]] = "slower", None
+        facts = {"device": DEVICE, "mlx": mlx, "zimage": "0.1.0", "commit": "7cc0d6b00000", "os": "Linux"}
+        timed = samples("separate_qkv", "fused_qkv", time_s=0.0112 * (1 - 0.03 * place))
+        add_run(
+            root, "qkv_fusion", f"{place + 1}f" * 6,
+            {"ablation": moved, "samples": timed.assign(scope="step", regime="burst")},
+            notebook="notebooks/qkv_fusion.ipynb", parameters=parameters, environment=facts,
+            digests={"sources": "5" * 64}, started=f"2026-1{place}-24T04:12:09+00:00",
+        )  # fmt: skip
+    add_experiment(root, "qkv_fusion", "Does one fused QKV projection beat three on this device?", ["3f" * 6])
     return root

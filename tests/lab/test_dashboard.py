@@ -303,6 +303,9 @@ def hostile_store(root: Path) -> Path:
         "operations": fabricated.operations().assign(arm=HOSTILE, stage=HOSTILE, operation=HOSTILE, bound=HOSTILE),
         "modules": fabricated.modules().assign(arm=HOSTILE, path=HOSTILE),
         "scaling": fabricated.scaling().assign(arm=HOSTILE, use=HOSTILE),
+        "axes": fabricated.axes().assign(arm=HOSTILE, verdict=HOSTILE),
+        "crossover": fabricated.crossover().assign(note=HOSTILE),
+        "pareto": fabricated.pareto().assign(dominated_by=HOSTILE, baseline=HOSTILE, weights_kind=HOSTILE),
         "power": fabricated.power().assign(arm=HOSTILE, scope=HOSTILE, regime=HOSTILE, throttle=HOSTILE),
     }
     strings = dict.fromkeys(("device", "notebook", "started"), HOSTILE)

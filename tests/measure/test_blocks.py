@@ -8,7 +8,7 @@ from typing import Any
 from tests.measure.clock import Clock
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
-from zimage.measure import sustained
+from zimage.measure import steady, sustained
 from zimage.measure.comparison import Comparison, compare
 from zimage.measure.quads import schedule
 from zimage.measure.samples import Timed
@@ -170,3 +170,46 @@ def test_an_interruption_passes_through() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         sustained(Clock().arm("a"), stop, seed=0, block_s=0.01)
+
+
+def test_steady_blocks_are_taken_on_end_and_all_kept() -> None:
+    """One warm-up, then blocks that last by their calls' own account, a canary before the first and after each."""
+    clock = Clock(seed=1)
+    found = steady(clock.arm("step"), block_s=0.02, blocks=6, canary=clock.arm("canary"))
+    kinds = [(s.arm, s.kind, s.quad) for s in found.samples]
+    assert kinds[:2] == [("step", "warm-up", 0), ("canary", "canary", 0)] and kinds[-1] == ("canary", "canary", 6)
+    assert [name for name, *_ in kinds] == clock.calls
+    means = []
+    for block in range(6):
+        times = [s.time_s for s in found.samples if s.kind == "sample" and s.quad == block]
+        assert sum(times) >= 0.02 > sum(times[:-1])
+        means.append(sum(times) / len(times))
+    walsh = sorted((a + b) / 2 for i, a in enumerate(means) for b in means[i:])
+    assert found.time_s == pytest.approx(np.median(walsh)) and (found.low_s, found.high_s) == (walsh[0], walsh[-1])
+    assert found.calls == sum(s.kind == "sample" for s in found.samples)
+    canaries = [s.time_s for s in found.samples if s.kind == "canary"]
+    assert found.canary_ratio == canaries[-1] / canaries[0]
+    rows = pd.DataFrame(found.sample_rows("1024 x 1024 px", trial=3))
+    conform("samples", rows)
+    assert set(rows["regime"]) == {"sustained"} and set(rows["trial"]) == {3}
+
+
+def test_steady_blocks_see_what_heat_does() -> None:
+    """A device that slows while it is hot takes its hot time; two blocks are too few for an interval, and say so."""
+    found = steady(Heating("step").arm("step"), block_s=1.0, blocks=6)
+    assert found.time_s == pytest.approx(0.011, rel=0.02) and found.canary_ratio is None
+    few = steady(Clock().arm("step"), block_s=0.01, blocks=2)
+    assert math.isnan(few.low_s) and math.isnan(few.high_s)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"block_s": 0}, "block_s"), ({"blocks": 0}, "blocks must be an integer"), ({"alpha": 2}, "alpha"),
+     ({"canary": 3}, "canary must be"), ({"name": "canary"}, "no arm can be called 'canary'")],
+)  # fmt: skip
+def test_steady_blocks_refuse_what_they_cannot_do(options: dict[str, Any], words: str) -> None:
+    """Arguments out of range and times that are not positive are refused in one line."""
+    with pytest.raises(MeasurementError, match=words):
+        steady(Clock().arm("step"), **options)
+    with pytest.raises(MeasurementError, match="step returned 0 seconds"):
+        steady(lambda: 0, block_s=0.01)

@@ -5,10 +5,10 @@ only called so when its interval lies above every other, and a missing table is 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zimage.analysis import answers, detail_texts, memory_reading, units
+from zimage.analysis import answers, detail_texts, memory_reading, pareto, scaling_words, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
@@ -57,12 +57,13 @@ def findings(tables: Tables) -> list[Finding]:
     out.
     """
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
-    if by_family:  # which say in short what else each of many arms would
+    front = _said([said] if (said := pareto.summary(tables.get("pareto"))) else [])
+    if by_family or front:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
     if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
-    answered = [Finding(text, "", evidence, text) for text, evidence in answers.texts(tables)]
+    answered = _said(answers.texts(tables))
     if answered:
         by_arm = [replace(one, short="") for one in by_arm]
     grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
@@ -70,6 +71,7 @@ def findings(tables: Tables) -> list[Finding]:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += grouped
     return [
+        *front,
         *answered,
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
@@ -77,9 +79,15 @@ def findings(tables: Tables) -> list[Finding]:
         *by_family,
         *by_arm,
         *_scaling(tables.get("scaling")),
+        *_said(scaling_words.said(tables)),
         *_power(tables.get("power")),
         *_loading(tables.get("loading")),
     ]
+
+
+def _said(found: Sequence[tuple[str, tuple[str, ...]]]) -> list[Finding]:
+    """Observations whose text is all that there is to say of them in short."""
+    return [Finding(text, "", evidence, text) for text, evidence in found]
 
 
 def sentence(clauses: list[str], device: str, weights: str | None) -> str:

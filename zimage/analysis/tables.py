@@ -61,7 +61,18 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "scaling": _schema(
         height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, use=_TEXT, time_s=_FLOAT, time_low_s=_FLOAT,
-        time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT,
+        time_high_s=_FLOAT, predicted_s=_FLOAT, error=_FLOAT, flops=_FLOAT, mfu=_FLOAT, tokens=_INT, steps=_INT,
+        images_per_hour=_FLOAT, sustained_s=_FLOAT, sustained_low_s=_FLOAT, sustained_high_s=_FLOAT,
+        sustained_images_per_hour=_FLOAT,
+    ),
+    "axes": _schema(
+        axis=_TEXT, height=_INT, width=_INT, batch=_INT, caption_tokens=_INT, beside_height=_INT, beside_width=_INT,
+        beside_batch=_INT, beside_caption_tokens=_INT, tokens=_INT, ratio=_FLOAT, ratio_low=_FLOAT, ratio_high=_FLOAT,
+        predicted_ratio=_FLOAT, verdict=_TEXT,
+    ),
+    "crossover": _schema(
+        method=_TEXT, tokens=_FLOAT, tokens_low=_FLOAT, tokens_high=_FLOAT, side_px=_FLOAT, attention_s=_FLOAT,
+        linear_s=_FLOAT, note=_TEXT,
     ),
     "sensitivity": _schema(
         unit=_TEXT, kind=_TEXT, quantization=_TEXT, step=_INT, bytes_saved=_INT, velocity_error=_FLOAT,
@@ -69,6 +80,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "additivity": _schema(
         what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT, weights_kind=_TEXT,
+    ),
+    "pareto": _schema(
+        baseline=_TEXT, time_ratio=_FLOAT, time_ratio_low=_FLOAT, time_ratio_high=_FLOAT, bytes=_INT, error=_FLOAT,
+        error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT, weights_kind=_TEXT,
     ),
     "power": _schema(
         scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,
@@ -88,8 +103,11 @@ _KEYS = {  # what a row is about, so it cannot be missing
     "loading": ("round",),
     "modules": ("path",),
     "scaling": ("height", "width", "use"),
+    "axes": ("axis",),
+    "crossover": ("method",),
     "sensitivity": ("unit", "kind"),
     "additivity": ("what", "metric"),
+    "pareto": ("category",),
     "power": ("scope",),
 }
 

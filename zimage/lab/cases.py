@@ -7,6 +7,7 @@ from zimage.lab import (
     detail_sections,
     gain_sections,
     memory_sections,
+    pareto_sections,
     quality_sections,
     reuse_sections,
     sensitivity_sections,
@@ -22,6 +23,8 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
     of_memory = memory_sections.sections(tables, id)
     shown = [*of_memory]
     others: list[Section] = []
+    if (frame := some(tables, "pareto")) is not None and (part := pareto_sections.front(frame, id)) is not None:
+        shown.append(part)
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(gain_sections.narrowed(tables, frame), id))
     shown += reuse_sections.sections(tables, id)
@@ -49,6 +52,10 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         shown.append(cost_sections.memory(memory, id))
     if (frame := some(tables, "scaling")) is not None:
         shown.append(cost_sections.scaling(frame, id))
+        shown += [part for part in [cost_sections.images(frame)] if part is not None]
+    for name, section in (("axes", cost_sections.axes), ("crossover", cost_sections.crossover)):
+        if (frame := some(tables, name)) is not None:
+            shown.append(section(frame, id))
     if (frame := some(tables, "loading")) is not None:
         shown.append(loading(frame, id))
     return shown, [*others, *_folds(tables, id)]

@@ -1,6 +1,8 @@
 """The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
 
-from zimage.analysis import cost_plots, plots, reading, units
+from collections.abc import Callable
+
+from zimage.analysis import cost_plots, plots, reading, scaling_plots, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.lab.sections import Cell, Head, Section, Table, chart, times
 
@@ -158,6 +160,86 @@ def scaling(frame: pd.DataFrame, id: str) -> Section:
         charts.append(chart(cost_plots.throughput(frame), f"{id}-throughput", "Time of a step for every size"))
     title = "Time over sizes"
     return Section(title, note, charts, Table(title, heads, cells))
+
+
+def images(frame: pd.DataFrame) -> Section | None:
+    """How many images an hour each size makes, in bursts and sustained; None where nobody asked for that."""
+    rows = frame.dropna(subset=["images_per_hour", "steps"])
+    if rows.empty:
+        return None
+    heads = [Head("Size"), *(Head(n, True) for n in ("Steps", "Burst", "Step", "Sustained", "Step", "Interval"))]
+    cells = [
+        [
+            Cell(cost_plots.size_name(row)),
+            Cell(f"{int(row['steps'])}", "num"),
+            Cell(units.significant(row["images_per_hour"]), "num"),
+            Cell(units.seconds(row["time_s"]), "num"),
+            Cell(units.significant(row["sustained_images_per_hour"]), "num"),
+            Cell(units.seconds(row["sustained_s"]), "num"),
+            Cell(times({"time_low_s": row["sustained_low_s"], "time_high_s": row["sustained_high_s"]}), "num"),
+        ]
+        for row in reading.records(rows)
+    ]
+    note = "Denoising steps alone, without text encoder and image decoder. Sustained: in blocks of many steps on end."
+    return Section("Images an hour", note, table=Table("Images an hour", heads, cells))
+
+
+def axes(frame: pd.DataFrame, id: str) -> Section:
+    """What changes where one thing alone is changed: resolution, shape, batch or caption."""
+    title = "One thing at a time"
+    heads = [Head("Axis"), Head("Size"), Head("Beside"), Head("Verdict")]
+    heads += [Head(name, True) for name in ("Tokens", "Ratio", "Interval", "Predicted")]
+    rows = reading.records(frame.dropna(subset=["ratio"]))
+    cells = [
+        [
+            Cell(_text(row["axis"])),
+            Cell(cost_plots.size_name(row)),
+            Cell(scaling_plots.beside_name(row)),
+            Cell(_text(row["verdict"]), "verdict"),
+            Cell(units.MISSING if units.missing(row["tokens"]) else f"{int(row['tokens'])}", "num"),
+            Cell(units.ratio(row["ratio"]), "num"),
+            Cell(_ends(row["ratio_low"], row["ratio_high"], units.ratio), "num"),
+            Cell(units.ratio(row["predicted_ratio"]), "num"),
+        ]
+        for row in rows
+    ]
+    note = (
+        "Time of a step by that of the least size that differs in this alone, round by round; of a batch, the time of "
+        "an image. The intervals hold together."
+    )
+    alt = "Time ratios: " + "; ".join(f"{line[0].text} {line[1].text} {line[5].text}" for line in cells)
+    drawn = frame["axis"].isin(["aspect", "batch", "caption"]).any() and rows
+    charts = [chart(scaling_plots.axes(frame), f"{id}-axes", alt)] if drawn else []
+    return Section(title, note, charts, Table(title, heads, cells), folded=bool(charts))
+
+
+def crossover(frame: pd.DataFrame, id: str) -> Section:
+    """From how many tokens on attention takes more time than the linear layers, by every method."""
+    title = "Where attention overtakes the linear layers"
+    rows = reading.records(frame[frame["note"] != "measured"])
+    heads = [Head("By"), *(Head(name, True) for name in ("Tokens", "Interval", "Square image")), Head("")]
+    cells = [
+        [
+            Cell(_text(row["method"])),
+            Cell(units.MISSING if units.missing(row["tokens"]) else f"{row['tokens']:,.0f}", "num"),
+            Cell(_ends(row["tokens_low"], row["tokens_high"], "{:,.0f}".format), "num"),
+            Cell(units.MISSING if units.missing(row["side_px"]) else f"{row['side_px']:,.0f} px", "num"),
+            Cell(_text(row["note"])),
+        ]
+        for row in rows
+    ]
+    note = (
+        "Tokens of an item in a main block from which on attention takes the longer. The calibrated rates are of a "
+        "whole step: beside attention stands all else that grows with the tokens. The operations are of one block, "
+        "each timed alone: beside attention stand its linear layers."
+    )
+    alt = "Crossings: " + "; ".join(f"{line[0].text} {line[1].text} tokens" for line in cells)
+    charts = [chart(scaling_plots.crossing(frame), f"{id}-crossover", alt)] if len(frame) else []
+    return Section(title, note, charts, Table(title, heads, cells))
+
+
+def _ends(low: float | None, high: float | None, text: Callable[[float], str]) -> str:
+    return units.MISSING if units.missing(low) or units.missing(high) else f"{text(low)} to {text(high)}"  # type: ignore[arg-type]
 
 
 def power(frame: pd.DataFrame) -> Section:

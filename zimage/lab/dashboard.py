@@ -18,14 +18,18 @@ from zimage import __version__
 from zimage.analysis import over_runs, units
 from zimage.analysis.findings import Finding, sentence
 from zimage.analysis.findings import findings as findings_of
+from zimage.analysis.matching import OF_THE_MODEL
+from zimage.analysis.trends import Trend
+from zimage.analysis.trends import findings as findings_of_trend
 from zimage.errors import StoreError
-from zimage.lab import claims, gain_sections
+from zimage.lab import claims, gain_sections, pareto_sections, trends
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.labels import OF_THE_MODEL, of_parameters
+from zimage.lab.labels import of_parameters
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
 from zimage.lab.store import Run, Store
-from zimage.machine import MOMENTARY, concerns
+from zimage.lab.trend_sections import across_versions
+from zimage.machine import MOMENTARY, doubts
 
 import jinja2
 import pandas as pd
@@ -36,6 +40,8 @@ WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where 
 IN_A_SENTENCE = 6  # findings that one terminal line holds
 ON_A_CARD = 4
 ON_A_PAGE = 10
+IN_A_LABEL = 4  # items of a list
+VERSIONS_ON_A_PAGE = 12  # of a trend
 ACRONYMS = {"qkv": "QKV", "rope": "RoPE", "cfg": "CFG", "sdpa": "SDPA", "dit": "DiT"}
 _SYNTHETIC = "Synthetic weights are seeded random numbers: times and sizes are real, errors and pictures mean little."
 
@@ -57,6 +63,7 @@ class Case:
     label: str
     tables: dict[str, pd.DataFrame]
     findings: list[Finding]
+    trend: Trend | None = None  # across versions, where the store has several
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,13 @@ def findings(store: Store, experiment: str, keys: Collection[str] | None = None)
 
 def weights_kind(run: Run) -> str:
     """`trained`, `synthetic`, or "" where the run did not say."""
-    kind = _mapping(run, "weights").get("kind")
+    kind = run.mapping("weights").get("kind")
     return kind if kind in ("trained", "synthetic") else ""
 
 
 def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Experiment:
-    runs, problems = store.scan(name)
+    every, problems = store.scan(name)
+    runs = every
     try:
         asked = store.experiment(name)
         runs, swept = store.current(name), store.swept(name)
@@ -154,7 +162,8 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     groups: dict[str, list[Case]] = {}
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
-        label = of_parameters(run, swept) if len({of_parameters(r, swept) for r in siblings}) > 1 else ""
+        differ = len({of_parameters(r, swept) for r in siblings}) > 1
+        label = of_parameters(run, swept, IN_A_LABEL) if differ else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}
@@ -163,8 +172,12 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
                 tables[table] = run.table(table)
             except StoreError as error:
                 problems.append(str(error))
+        trend = None
         with _reported(run, problems):
-            one = Case(run, label, tables, findings_of(tables))
+            trend = trends.of(run, every, VERSIONS_ON_A_PAGE)
+        with _reported(run, problems):
+            found = [*findings_of(tables), *(findings_of_trend(trend) if trend else [])]
+            one = Case(run, label, tables, found, trend)
             groups.setdefault(run.notebook, []).append(one)
     joint = []
     for notebook, cases in groups.items():
@@ -221,7 +234,7 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
-        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *_doubts(page)],
+        "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *doubts([one.run.facts for one in page.cases])],
         "findings": lines,
         "most": ON_A_PAGE,
         "problems": problems,
@@ -236,25 +249,14 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     )
 
 
-def _doubts(page: Experiment) -> list[str]:
-    """What the machine was doing when the runs behind the page started that makes their times doubtful."""
-    found: dict[str, list[str]] = {}  # the runs' worst concern by topic, in the order of the runs
-    for one in page.cases:
-        facts = {name: str(value) for name, value in _mapping(one.run, "environment").items()}
-        for concern in concerns(facts)[:1]:
-            found.setdefault(concern.topic, []).append(concern.words)
-    return [
-        f"Times may be off: at the start of {len(words)} of {_runs(len(page.cases), words[0])}."
-        for words in found.values()
-    ]
-
-
 def _group(
     id: str, notebook: str, cases: list[Case], several: bool, inline: bool, problems: list[str]
 ) -> dict[str, Any]:
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
+        fronts = [(c.run.parameters, c.run.device, c.tables["pareto"]) for c in cases if "pareto" in c.tables]
+        overview += pareto_sections.pools(fronts, id)
         if len(compared) > 1:
             section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
@@ -270,6 +272,8 @@ def _group(
                 for p in one.run.pictures()
             ]
             sections, folds = case(one.tables, shown, key, compared=not overview)
+            if one.trend is not None:
+                sections.append(across_versions(one.trend, key))
         parts.append(
             {
                 "id": key,
@@ -278,6 +282,7 @@ def _group(
                 "folds": folds,
                 "run": one.run.key[:12],
                 "links": _links(one.run),
+                "trend": one.trend is not None,
             }
         )
     title = _stem(notebook) if several else "Results"
@@ -322,7 +327,7 @@ def _recorded(runs: Iterable[Run], part: str) -> dict[str, list[str]]:
     """Every value of every fact that runs recorded in a part of their meta, each once."""
     values: dict[str, dict[str, None]] = {}
     for run in runs:
-        for name, value in _mapping(run, part).items():
+        for name, value in run.mapping(part).items():
             values.setdefault(name, {})[str(value)] = None
     return {name: list(several) for name, several in values.items()}
 
@@ -394,12 +399,6 @@ def _stem(notebook: str) -> str:
     return text[:1].upper() + text[1:] or "Notebook"
 
 
-def _mapping(run: Run, name: str) -> dict[str, Any]:
-    """A part of run.json that is a mapping where it was recorded at all."""
-    part = run.meta.get(name)
-    return part if isinstance(part, dict) else {}
-
-
 def _one_line(text: object) -> str:
     return " ".join(str(text).split()) if text else ""
 
@@ -419,7 +418,10 @@ def _tight(text: str) -> str:
 
 def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
-    words = ("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "a step of ", "predicted ")
+    words = (
+        *("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "attention ", "an ", "a ", "from "),
+        "predicted ",
+    )
     return text[0].upper() + text[1:] if text.startswith(words) else text
 
 

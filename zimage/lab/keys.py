@@ -120,16 +120,22 @@ def described(source: str, root: Path) -> "SourceInfo":
 
 
 @functools.cache
-def device_facts(device: str = "auto") -> dict[str, str]:
-    """The facts about this machine and `device`, asked of another process so that this one need not load MLX."""
-    # Where warnings are errors, runpy's remark that the package has loaded the module already would be one.
-    command = [sys.executable, "-W", "ignore", "-m", "zimage.backend", device]
+def device_facts(device: str = "auto", python: str = "") -> dict[str, str]:
+    """The facts about this machine and `device`, asked of another process so that this one need not load MLX.
+
+    python: the interpreter whose zimage is asked; this one's where it is "". Raises BackendError where it cannot be.
+    """
+    # Where warnings are errors, runpy's remark that the package has loaded the module already would be one. Another
+    # interpreter has a zimage of its own, which one in the folder that we are in must not stand for.
+    command = [python or sys.executable, "-W", "ignore", *(["-P"] if python else []), "-m", "zimage.backend", device]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=_FACTS_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
         raise BackendError(f"the device did not answer within {_FACTS_TIMEOUT_S:.0f} s; run zimage doctor") from None
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{python}: cannot be started: {error}; name a Python interpreter") from None
     try:
         facts = json.loads(answer.stdout)
     except ValueError:
@@ -137,7 +143,10 @@ def device_facts(device: str = "auto") -> dict[str, str]:
     if answer.returncode != 0 or not isinstance(facts, dict) or "device" not in facts:
         said = [line for line in answer.stderr.strip().splitlines() if line.strip()]
         reason = said[-1] if said else f"exit status {answer.returncode}"
-        raise BackendError(f"the device cannot be asked ({reason.removeprefix('zimage: ')}); run zimage doctor")
+        asked, doctor = "the device", "zimage doctor"
+        if python:
+            asked, doctor = f"{python}: its zimage", f"{python} -m zimage doctor"
+        raise BackendError(f"{asked} cannot be asked ({reason.removeprefix('zimage: ')}); run {doctor}")
     return {str(name): str(value) for name, value in facts.items()}
 
 

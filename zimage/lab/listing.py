@@ -20,7 +20,7 @@ def store_content(store: Store, names: list[str] | None = None) -> dict[str, Any
     for name in store.experiments() if names is None else names:
         runs, unreadable = store.scan(name)
         problems += unreadable
-        asked = set() if unreadable and not runs else {run.key for run in _current(store, name, runs)}
+        asked = set() if unreadable and not runs else {run.key for run in store.current_or(name, runs)}
         experiments.append(
             {
                 "name": name,
@@ -145,15 +145,6 @@ def _packed(entry: dict[str, Any] | None, layers: dict[str, int]) -> str:
         return f"{entry['bits']} bits, {entry['mode']}, group {entry['group_size']}"
     told = [f"{'not packed' if name == 'none' else name} {count}" for name, count in layers.items()]
     return f"layer by layer: {', '.join(told)} of the linear layers in blocks"
-
-
-def _current(store: Store, name: str, runs: list[Run]) -> list[Run]:
-    from zimage.errors import StoreError
-
-    try:
-        return store.current(name)
-    except StoreError:  # experiment.json is unreadable, and `scan` has said so
-        return runs
 
 
 def _question(store: Store, name: str) -> str:

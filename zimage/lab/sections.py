@@ -14,7 +14,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-_GLYPHS = {"triangle-left": "\u25c0", "triangle-right": "\u25b6", "circle": "\u25cf", "circle-open": "\u25cb"}
+_GLYPHS = {
+    "triangle-left": "\u25c0", "triangle-right": "\u25b6", "circle": "\u25cf", "circle-open": "\u25cb",
+    "diamond-open": "\u25c7", "x-thin-open": "\u2715",
+}  # fmt: skip
 DELTA = 0.01  # the equivalence margin drawn as a band
 
 

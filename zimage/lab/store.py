@@ -102,6 +102,16 @@ class Run:
         """The short name of the device it ran on."""
         return str(self.meta["device"])
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it recorded of its machine."""
+        return {name: str(value) for name, value in self.mapping("environment").items()}
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A part of run.json that is a mapping where it was recorded at all."""
+        part = self.meta.get(name)
+        return part if isinstance(part, dict) else {}
+
     def tables(self) -> list[str]:
         """Names of the tables this run recorded, in the order of the schemas."""
         return [name for name in SCHEMAS if (self.path / "tables" / f"{name}.parquet").is_file()]
@@ -209,6 +219,13 @@ class Store:
         """The runs that the last sweep asked for, failed ones included; all of them if no sweep is on record."""
         asked = set(self._asked(experiment))
         return [run for run in self.runs(experiment) if not asked or run.key in asked]
+
+    def current_or(self, experiment: str, runs: list[Run]) -> list[Run]:
+        """`current`, or `runs` where experiment.json is unreadable, which `scan` has said then."""
+        try:
+            return self.current(experiment)
+        except StoreError:
+            return runs
 
     def table(self, experiment: str, name: str) -> pd.DataFrame:
         """Table `name` of the completed current runs, stacked; empty if none recorded it."""

@@ -19,6 +19,7 @@ _HOMES = {
     "noise_floor": "floor",
     "prefix": "profile",
     "slope": "profile",
+    "steady": "blocks",
     "sustained": "blocks",
     "timed": "timing",
     "trial": "timing",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from zimage.measure import peaks as peaks
     from zimage.measure import power as power
     from zimage.measure import settings as settings
+    from zimage.measure.blocks import steady as steady
     from zimage.measure.blocks import sustained as sustained
     from zimage.measure.canary import default_canary as default_canary
     from zimage.measure.comparison import Comparison as Comparison

@@ -1,15 +1,24 @@
-"""Sustained comparisons: quads of blocks instead of calls, each long enough for an arm to make its own heat."""
+"""Sustained times: blocks instead of calls, each long enough for an arm to make its own heat, compared or alone."""
 
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from zimage.measure.arguments import require_calls, require_fractions, require_integer, require_pair, require_positive
+from zimage.measure.arguments import (
+    require_calls,
+    require_fractions,
+    require_integer,
+    require_names,
+    require_pair,
+    require_positive,
+)
 from zimage.measure.comparison import Comparison
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
-from zimage.measure.quads import Sample, differences, schedule, seconds
+from zimage.measure.quads import Sample, differences, sample_rows, schedule, seconds
 from zimage.measure.samples import Timed
-from zimage.measure.statistics import analyse, verdict
+from zimage.measure.statistics import analyse, centre, critical, verdict, walsh_averages
 
 import numpy as np
 
@@ -63,6 +72,59 @@ def sustained(
         names[0], names[1], estimate.ratio, estimate.low, estimate.high, estimate.p, word, reason, word, quads, {}, 1,
         alpha, alpha, delta, floor, "sustained", seed, samples,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What one call takes for long: seconds over the blocks, the ends of their interval, and every timed call.
+
+    Both ends are NaN where there are too few blocks for any interval at the level. canary_ratio: the last canary's
+    time by the first one's, which says by how much the device has slowed; None without one.
+    """
+
+    time_s: float
+    low_s: float
+    high_s: float
+    calls: int
+    canary_ratio: float | None
+    samples: list[Sample]
+
+    def sample_rows(self, scope: str, trial: int = 0) -> list[dict[str, Any]]:
+        """The raw samples as rows of the `samples` table; `quad` is the block."""
+        return sample_rows(self.samples, scope, "sustained", trial)
+
+
+def steady(
+    call: Timed, *, block_s: float = 10.0, blocks: int = 6, canary: Timed | None = None, alpha: float = 0.05,
+    name: str = "step",
+) -> Steady:  # fmt: skip
+    """What `call` takes in blocks of `block_s` seconds on end: sustained, with nothing to compare it with.
+
+    One call before the first block warms up and builds kernels. A block's value is the time of its calls divided by
+    their number, as in `sustained`; the estimate is the Hodges-Lehmann one over the blocks, the interval the exact
+    signed-rank one. One canary stands before the first block and one after each. Raises MeasurementError for arguments
+    out of range and times that are not positive.
+    """
+    require_names(name)
+    require_calls({name: call}, canary)
+    require_fractions(alpha=alpha)
+    require_integer("blocks", blocks, 1)
+    require_positive(block_s=block_s)
+    samples = [Sample(name, 0, 0, seconds(name, call()), "warm-up")]
+    values, checked = [], []
+    for block in range(blocks + 1):
+        if canary is not None:
+            checked.append(seconds("the canary", canary()))
+            samples.append(Sample("canary", block, -1, checked[-1], "canary"))
+        if block < blocks:
+            times = list(_block(name, call, block_s))
+            samples += [Sample(name, block, position, time_s) for position, time_s in enumerate(times)]
+            values.append(math.fsum(times) / len(times))
+    walsh = walsh_averages(np.array(values))
+    rank = critical(blocks, alpha)
+    low, high = (float(walsh[rank]), float(walsh[-rank - 1])) if rank >= 0 else (math.nan, math.nan)
+    slower = checked[-1] / checked[0] if checked else None
+    return Steady(float(centre(walsh)), low, high, sum(s.kind == "sample" for s in samples), slower, samples)
 
 
 def _block(name: str, call: Timed, block_s: float) -> Iterator[float]:

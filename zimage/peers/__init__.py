@@ -6,8 +6,9 @@ A peer needs no zimage: the file `step.py` is given to its interpreter as it is,
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
@@ -47,6 +48,11 @@ def command(
         "caption_tokens": caption_tokens, "dtype": dtype, "device": device, "options": list(options),
     }  # fmt: skip
     return [python, str(_PROGRAM), json.dumps(job)]
+
+
+def of_zimage(python: str, arguments: Mapping[str, Any]) -> list[str]:
+    """The command that serves one step of the zimage which that interpreter has: `arms.step` with these arguments."""
+    return [python, str(_PROGRAM), json.dumps({"peer": "zimage", "arguments": dict(arguments)})]
 
 
 def version(peer: str, python: str) -> str | None:

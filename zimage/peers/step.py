@@ -1,7 +1,7 @@
 """Serves one denoising step of a peer's transformer: `python step.py JOB`, the job as JSON (see `peers.command`).
 
-Needs only the peer's own package and its array framework, and nothing of zimage. It warms up, prints `ready`, then does
-one synchronised step for every line on standard input and prints its seconds.
+Needs only the peer's own package and its array framework, and nothing of zimage but where another zimage is the peer.
+It warms up, prints `ready`, then does one synchronised step for every line on standard input and prints its seconds.
 """
 
 import importlib
@@ -94,6 +94,16 @@ def mflux(job: dict[str, Any]) -> Callable[[], Any]:
     return lambda: mx.eval(forward(latents, captions))
 
 
+def zimage(job: dict[str, Any]) -> Callable[[], Any]:
+    """A step of the zimage that this interpreter has, of whatever version."""
+    from zimage import arms
+
+    import mlx.core as mx
+
+    work = arms.step(**job["arguments"])
+    return lambda: mx.eval(work())
+
+
 def _packable(_path: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
 
@@ -116,7 +126,7 @@ def _without_command_line(name: str) -> None:
 def main(text: str) -> None:
     """Serve the job."""
     job = json.loads(text)
-    step = {"diffusers": diffusers, "mflux": mflux}[job["peer"]](job)
+    step = {"diffusers": diffusers, "mflux": mflux, "zimage": zimage}[job["peer"]](job)
     for _ in range(WARM_UP):
         step()
     print("ready", flush=True)

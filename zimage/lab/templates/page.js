@@ -19,6 +19,15 @@
     return result;
   }
 
+  // A chart whose layout says at which place of a point's data a link lies has points that lead there: files beside
+  // the page, never another scheme.
+  function follow(plot, place) {
+    plot.on("plotly_click", (event) => {
+      const link = event.points.map((point) => (point.customdata || [])[place]).find((one) => one);
+      if (link && !link.includes(":")) window.location.href = link;
+    });
+  }
+
   function draw(plot) {
     const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
     const options = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
@@ -26,7 +35,11 @@
     for (const trace of figure.data) {
       if (trace.type === "bar" && trace.error_x) trace.error_x.color = css("--ink");
     }
-    window.Plotly.react(plot, figure.data, dressed(figure.layout, plot.clientWidth), options).then(() => { plot.dataset.drawn = "yes"; });
+    window.Plotly.react(plot, figure.data, dressed(figure.layout, plot.clientWidth), options).then(() => {
+      const place = (figure.layout.meta || {}).link;
+      if (place !== undefined && !plot.dataset.linked) { plot.dataset.linked = "yes"; follow(plot, place); }
+      plot.dataset.drawn = "yes";
+    });
   }
 
   // What lies in a closed <details> has a box and yet cannot be seen, nor measured.

@@ -1,0 +1,328 @@
+"""Stores made by hand, compared: what is paired, what is a regression, what is left out and why."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.lab import fabricated
+from tests.lab.fabricated import ablation, add_experiment, add_run, qkv, quantization
+from zimage.analysis.combining import WORSE
+from zimage.analysis.comparing import Compared, Pair
+from zimage.errors import StoreError
+from zimage.lab import comparing
+from zimage.lab.store import Store
+
+import pandas as pd
+import pytest
+
+NOTEBOOK = "notebooks/qkv_fusion.ipynb"
+INPUTS = {"source": "digits", "dtype": None, "height": 8, "width": 8, "seed": 0, "quads": 40}
+PAIR = ("fused_qkv", "separate_qkv", "step")
+
+
+def put(root: Path, key: str = "aa11", tables: dict[str, pd.DataFrame] | None = None, **meta: Any) -> Path:
+    """A run of qkv_fusion; `meta` overrides what its run.json says, `parameters` what it was given."""
+    given = {"notebook": NOTEBOOK, **meta, "parameters": INPUTS | meta.get("parameters", {})}
+    return add_run(root, "qkv", key, {"ablation": qkv()} if tables is None else tables, **given)
+
+
+def compared(a: Path, b: Path) -> Compared:
+    store = Store(a / "none")
+    return comparing.compare(comparing.side(str(a), store), comparing.side(str(b), store))
+
+
+def said(a: Path, b: Path) -> str:
+    store = Store(a / "none")
+    sides = comparing.side(str(a), store), comparing.side(str(b), store)
+    return "\n".join(comparing.lines(*sides, comparing.compare(*sides)))
+
+
+def verdicts(pair: Pair) -> dict[tuple[str, ...], str]:
+    return {row.about: row.change.verdict for row in pair.rows}
+
+
+def both(tmp_path: Path, **meta: Any) -> tuple[Path, Path]:
+    """Two stores with a run each; `meta` is of B's."""
+    put(tmp_path / "a")
+    put(tmp_path / "b", **meta)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def refusal(a: Path, b: Path) -> str:
+    with pytest.raises(StoreError) as caught:
+        compared(a, b)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_store_beside_itself(tmp_path: Path) -> None:
+    """Nothing is worse, nothing is left out, times are equivalent or inconclusive at a ratio of exactly 1."""
+    root = fabricated.quickstart(tmp_path)
+    found = compared(root, root)
+    assert (found.worse, found.left_out, found.environments, len(found.pairs)) == (0, [], [], 3)
+    assert all(pair.same for pair in found.pairs)
+    times = [row for row in found.rows if row.table == "ablation"]
+    assert len(times) == 5 and all(row.change.interval.value == 1 for row in times)
+    assert {row.change.verdict for row in times} == {"equivalent", "inconclusive"}
+    assert {row.change.verdict for row in found.rows if row.table != "ablation"} == {"same"}
+    assert found.rows and "no regression" in comparing.summary(found)
+
+
+def test_a_slower_arm_is_a_regression(tmp_path: Path) -> None:
+    """A ratio that rose beyond intervals and floors is slower, from B's side; the other way round it is faster."""
+    rose = ablation((*PAIR, 1.06, 1.055, 1.065, "slower"))
+    a, b = both(tmp_path, tables={"ablation": rose})
+    about = (*PAIR, "burst")
+    assert verdicts(compared(a, b).pairs[0]) == {about: "slower"} and compared(a, b).worse == 1
+    assert verdicts(compared(b, a).pairs[0]) == {about: "faster"} and compared(b, a).worse == 0
+    text = said(a, b)
+    assert "slower  fused_qkv / separate_qkv, step  ratio 0.998 -> 1.060  1.062 times (" in text
+    assert "regressions:\n  qkv/aa11: slower fused_qkv / separate_qkv, step" in text
+    assert text.endswith("1 compared (1 slower), 2 not: 1 regression")
+
+
+def test_the_larger_noise_floor_counts(tmp_path: Path) -> None:
+    """What lies within either side's floor is no regression."""
+    rose = ablation((*PAIR, 1.06, 1.055, 1.065, "slower")).assign(noise_floor=0.07)
+    a, b = both(tmp_path, tables={"ablation": rose})
+    for found in (compared(a, b), compared(b, a)):
+        (row,) = found.rows
+        assert (row.noise_floor, row.change.verdict) == (0.07, "inconclusive")
+        assert row.change.reason == "the difference is within the noise floor of 7.0 %"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"parameters": {"seed": 1}}, "seed 0 against 1"),
+        ({"parameters": {"height": 16, "width": 16}}, "height 8 against 16, width 8 against 16"),
+        ({"parameters": {"transforms": ["fast"]}}, "transforms none against ['fast']"),
+        ({"parameters": {"dtype": "bfloat16"}}, "dtype float32 against bfloat16"),
+        ({"weights": {"source": "digits", "kind": "trained", "digest": "beef"}}, "weights 9f2c against beef"),
+        ({"environment": {"device_type": "gpu"}}, "dtype float32 against bfloat16"),
+        ({"recipe": {"default": "4bit"}}, "quantization none against {'default': '4bit'}"),
+        ({"notebook": "notebooks/other.ipynb"}, f"B has no run of {NOTEBOOK}"),
+    ],
+)
+def test_other_inputs_are_not_compared(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """Another seed, size, dtype, model, notebook or other weights: one line that says in what they differ."""
+    a, b = both(tmp_path, **change)
+    assert f"{a} and {b} have nothing to compare: A qkv/aa11: {reason}" in refusal(a, b)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": {"quads": 10}},
+        {"parameters": {"device": "cpu"}},
+        {"parameters": {"dtype": "float32"}},
+        {"parameters": {"transforms": [], "quantization": None}},
+        {"parameters": {"source": "elsewhere/digits"}},
+        {"started": "2027-01-01T00:00:00+00:00"},
+        {"device": "cpu-other"},
+    ],
+)
+def test_what_makes_no_other_input(change: dict[str, Any], tmp_path: Path) -> None:
+    """Effort, a device, a default written out, or another path to the same weights keep no runs apart."""
+    a, b = both(tmp_path, **change)
+    assert len(compared(a, b).rows) == 3
+
+
+def test_a_parameter_that_only_one_notebook_has_is_told(tmp_path: Path) -> None:
+    """A newer notebook's parameter keeps nothing apart, and the pair says so."""
+    a, b = both(tmp_path, parameters={"shift": 3.0})
+    assert "inputs known of one side only: shift=3.0 only in B" in said(a, b)
+
+
+def test_missing_and_new_arms_are_listed(tmp_path: Path) -> None:
+    """An arm, a scope or a row of only one side is left out with the reason, once, and costs no verdict."""
+    rows = (
+        (*PAIR, 0.998, 0.994, 1.003, "equivalent"),
+        ("new", "separate_qkv", "step", 1.0, 0.99, 1.01, "equivalent"),
+    )
+    a, b = both(tmp_path, tables={"ablation": ablation(*rows)})
+    found = compared(a, b)
+    assert [row.about for row in found.rows] == [(*PAIR, "burst")] and found.worse == 0
+    assert [(one.what, one.reason) for one in found.left_out] == [
+        ("new of qkv/aa11", "only B has this arm, A has not"),
+        ("fused_qkv separate_qkv qkv burst of qkv/aa11", "only A has it in its table 'ablation'"),
+        ("fused_qkv separate_qkv block burst of qkv/aa11", "only A has it in its table 'ablation'"),
+    ]
+
+
+def test_rows_that_cannot_be_judged_are_listed(tmp_path: Path) -> None:
+    """A ratio without an interval, and one that is there twice, are left out with the reason."""
+    odd = pd.concat([qkv().assign(ratio_low=[None, 0.969, 0.994]), qkv().iloc[1:2]])
+    a, b = both(tmp_path, tables={"ablation": odd})
+    reasons = [one.reason for one in compared(a, b).left_out]
+    assert reasons == ["B recorded no usable interval", "B has it 2 times in its table 'ablation'"]
+
+
+def test_tables_of_other_versions(tmp_path: Path) -> None:
+    """Rows from before there were regimes are bursts; a table with the wrong columns' types is left out and told."""
+    a, b = both(tmp_path, tables={"ablation": qkv().assign(regime=None)})
+    assert len(compared(a, b).rows) == 3
+    path = b / "qkv" / "aa11" / "tables" / "ablation.parquet"
+    pd.DataFrame({"arm": ["x"], "ratio": ["fast"]}).to_parquet(path)
+    assert "not readable as a 'ablation' table" in refusal(a, b)
+    path.write_bytes(b"PAR1 no more")
+    assert "not readable as a 'ablation' table" in refusal(a, b)
+    path.unlink()
+    assert "table 'ablation' of qkv/aa11: only A has one" in refusal(a, b)
+
+
+def test_memory_and_quality(tmp_path: Path) -> None:
+    """Grown weights and peaks, a fallen accuracy, a grown error and one that is no number any more are regressions."""
+    moved = quantization()
+    grown = {("8bit", "weight_bytes"): 1.05, ("4bit", "peak_bytes"): 1.2, ("float32", "peak_bytes"): 0.9}
+    memory, quality = moved["memory"], moved["quality"]
+    memory["bytes"] = [int(r.bytes * grown.get((r.arm, r.metric), 1.0)) for r in memory.itertuples()]
+    accuracy = (quality["metric"] == "digit_accuracy") & (quality["arm"] == "4bit")
+    quality.loc[accuracy, ["value", "low", "high"]] = 0.4, 0.35, 0.45
+    errors = {"8bit": 0.0062, "4bit": float("nan")}
+    of_error = quality["metric"] == "relative_l2_error"
+    quality.loc[of_error, "value"] = [errors.get(r.arm, r.value) for r in quality[of_error].itertuples()]
+    a, b = both(tmp_path, tables=moved)
+    shutil.rmtree(a)
+    put(a, tables=quantization())
+    found = compared(a, b)
+    assert {(row.table, *row.about[:2]) for row in found.rows if row.change.worse} == {
+        ("memory", "8bit", "weights"),
+        ("memory", "4bit", "step"),
+        ("quality", "4bit", "digit_accuracy"),
+        ("quality", "8bit", "relative_l2_error"),
+        ("quality", "4bit", "relative_l2_error"),
+    }
+    assert found.worse == 5 and found.left_out == []
+    words = {row.change.verdict for row in found.rows}
+    assert words >= {"smaller", "larger", "worse", "same"} and {"larger", "worse"} < set(WORSE)
+    text = said(a, b)
+    assert re.search(r"larger +8bit, weights +3.72 MB -> 3.91 MB +1.050 times", text)
+    assert "it is no finite number any more" in text
+
+
+def test_peaks_of_two_devices_are_not_compared(tmp_path: Path) -> None:
+    """Weights are the same anywhere; a peak is its device's allocator's. Steps are not set beside each other either."""
+    a, b = both(tmp_path, tables=quantization(), device="apple-m3-max")
+    shutil.rmtree(a)
+    put(a, tables=quantization())
+    found = compared(a, b)
+    assert len([row for row in found.rows if row.table == "memory"]) == 3
+    assert {one.reason for one in found.left_out} == {
+        "the peaks of two devices are those of different allocators and kernels"
+    }
+    assert found.pairs[0].steps_s == {}
+    assert found.environments[0] == ("device", "cpu-amd-epyc-2c", "apple-m3-max")
+
+
+def test_how_the_sides_differ_is_shown(tmp_path: Path) -> None:
+    """Device, MLX, zimage and MLX_* variables come first with both values, momentary facts never, others by name."""
+    facts = {"mlx": "0.33.0", "blas": "openblas 0.3.29", "os": "macOS", "MLX_X": "1", "load_average": "9 9 9"}
+    a, b = both(tmp_path, environment=facts, digests={"sources": "ab" * 32})
+    found = compared(a, b)
+    assert found.environments == [
+        ("mlx", "0.32.4", "0.33.0"),
+        ("sources", "unknown", "abababababab"),
+        ("MLX_X", "unknown", "1"),
+        ("os", "Linux", "macOS"),
+    ]
+    text = said(a, b)
+    assert "they differ in:\n   mlx      0.32.4 -> 0.33.0\n" in text and "and in os (--json has the values)" in text
+
+
+def test_doubtful_machines_are_told_of(tmp_path: Path) -> None:
+    """A side that ran on battery says so before the verdicts."""
+    a, b = both(tmp_path, environment={"power_source": "Battery Power"})
+    assert "B  Times may be off: at the start of 1 of 1 run on battery power." in said(a, b)
+
+
+def test_steps_are_context(tmp_path: Path) -> None:
+    """On one device the baseline's step is shown, with the words that it is not judged."""
+    timed = fabricated.samples("separate_qkv", "fused_qkv").assign(scope="step", regime="burst")
+    a, b = both(tmp_path, tables={"ablation": qkv(), "samples": timed.assign(time_s=2 * timed["time_s"])})
+    shutil.rmtree(a)
+    put(a, tables={"ablation": qkv(), "samples": timed})
+    found = compared(a, b)
+    assert list(found.pairs[0].steps_s) == ["separate_qkv"] and found.worse == 0
+    assert "for context, a step: separate_qkv 11.1 ms -> 22.2 ms (not judged: no clock links the two runs)" in said(
+        a, b
+    )
+
+
+def test_a_run_that_fails_now_is_a_regression(tmp_path: Path) -> None:
+    """A run that completed in A and failed in B counts; one that failed in A is only told."""
+    a, b = both(tmp_path, key="bb22", parameters={"seed": 1})
+    put(a, "cc33", parameters={"seed": 1})
+    put(b, "dd44", status="failed", error="ValueError: no")
+    found = compared(a, b)
+    assert found.worse == 1
+    assert "B qkv/dd44: it failed, and completed in A: ValueError: no (a regression)" in said(a, b)
+    assert compared(b, a).worse == 0 and "the run of A failed: ValueError: no" in said(b, a)
+
+
+def test_one_run_of_several_alike(tmp_path: Path) -> None:
+    """Of several runs of the same inputs the one of the same experiment counts, and of those the newest."""
+    a, b = both(tmp_path, key="bb22", started="2027-01-01T00:00:00+00:00")
+    put(b, "cc33", started="2027-02-01T00:00:00+00:00")
+    add_run(b, "other", "dd44", {"ablation": qkv()}, notebook=NOTEBOOK, parameters=INPUTS, started="2027-03-01")
+    found = compared(a, b)
+    assert [(pair.a.name, pair.b.name) for pair in found.pairs] == [("qkv/aa11", "qkv/cc33")]
+    assert {one.reason for one in found.left_out} == {"another run of the same inputs is compared"}
+
+
+def test_only_current_runs_of_an_experiment_count(tmp_path: Path) -> None:
+    """A superseded run is compared when it is named, not with its experiment."""
+    root = fabricated.across_versions(tmp_path)
+    store = Store(root)
+    assert [run.name for run in comparing.side("qkv_fusion", store).runs] == [f"qkv_fusion/{'3f' * 6}"]
+    sides = comparing.side("qkv_fusion/1f", store), comparing.side("3f3f", store)
+    assert comparing.compare(*sides).worse == 3
+
+
+def test_what_names_a_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment, a key, its start, experiment/key, a results folder, and paths to what is in one."""
+    root = fabricated.swept(fabricated.quickstart(tmp_path / "results"))
+    monkeypatch.chdir(tmp_path)
+    store = Store(root)
+    counts = {
+        "quickstart": 3, "aa11": 1, "quickstart/aa": 1, "results": 6, "./results/": 6, str(root): 6, "results/.": 6,
+        "results/quickstart": 3, "results/quickstart/aa11aa11aa11": 1, "results/quickstart/bb": 1,
+    }  # fmt: skip
+    assert {asked: len(comparing.side(asked, store).runs) for asked in counts} == counts
+    monkeypatch.chdir(root / "quickstart")
+    assert len(comparing.side(".", store).runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("nothing", "no run 'nothing'; `zimage list` shows what there is; or name a results folder"),
+        ("", "no run ''"),
+        ("empty", "empty: no runs in this folder"),
+        (".", "no runs in this folder; name one of the stores in it, such as"),
+        ("results/quickstart/zz", "no run 'quickstart/zz'"),
+        ("results/turbo_sizes/3d", "has no completed run"),
+        ("x" * 300, "results folder"),
+    ],
+)
+def test_what_names_no_side(asked: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no run, or has no completed one, is refused in one line."""
+    root = fabricated.swept(fabricated.quickstart(tmp_path / "results"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError) as caught:
+        comparing.side(asked, Store(root))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damage_is_told_and_costs_only_itself(tmp_path: Path) -> None:
+    """An unreadable run.json or experiment.json is a line; the other runs are compared."""
+    a, b = both(tmp_path)
+    put(b, "bb22", parameters={"seed": 7})
+    (b / "qkv" / "bb22" / "run.json").write_text("{")
+    add_experiment(b, "qkv", "q?", ["aa11"])
+    (b / "qkv" / "experiment.json").write_text("{")
+    one = comparing.side(str(b), Store(a))
+    assert len(one.problems) == 2 and [run.name for run in one.runs] == ["qkv/aa11"]
+    assert len(compared(a, b).rows) == 3

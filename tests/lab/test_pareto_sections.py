@@ -1,0 +1,150 @@
+"""The front of time, memory and error on a page: what charts, table and finding say, and where they lead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.lab import fabricated
+from tests.lab.test_dashboard import HOSTILE, Page
+from zimage.analysis import pareto, pareto_plots
+from zimage.analysis.findings import findings
+from zimage.lab import dashboard, pareto_sections
+from zimage.lab.store import Store
+
+import pandas as pd
+import pytest
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return fabricated.arrow("pareto", fabricated.pareto().assign(run_key="a1b2")).to_pandas()
+
+
+def arm_of(data: list[str]) -> str:
+    """The arm that a point's hover names first."""
+    return data[0].partition("</b>")[0].removeprefix("<b>")
+
+
+def points(figure: Any) -> dict[str, dict[str, tuple[float, float]]]:
+    """By category and arm: x and y."""
+    return {
+        trace.name: {arm_of(data): (x, y) for data, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)}
+        for trace in figure.data
+    }
+
+
+def test_the_front_comes_first_in_the_table(table: pd.DataFrame) -> None:
+    """Rows are ordered by category, then by time, and hold what the points held; unknown ends are missing."""
+    categories = list(table["category"])
+    assert categories == sorted(categories, key=pareto.CATEGORIES.index)
+    front = table[table["category"] == "front"]
+    assert list(front["time_ratio"]) == sorted(front["time_ratio"]) and front["dominated_by"].isna().all()
+    assert dict(zip(table["arm"], table["dominated_by"], strict=True))["bfloat16"] == "bfloat16 + fast"
+    point = pareto.Point("a", *(pareto.Quantity.of(2.0, None, None) for _ in range(3)))
+    (row,) = pareto.rows([point])
+    assert (row["time_ratio"], row["time_ratio_low"], row["error_high"]) == (2.0, None, None)
+
+
+def test_a_category_has_a_colour_and_a_marker_of_its_own(table: pd.DataFrame) -> None:
+    """Every arm is drawn once in each chart, under its category, and no two categories share colour or marker."""
+    for draw, column, scale in ((pareto_plots.by_time, "time_ratio", 1), (pareto_plots.by_bytes, "bytes", 1e9)):
+        figure = draw(table)
+        drawn = points(figure)
+        assert len(drawn) == 3 and sum(len(arms) for arms in drawn.values()) == len(table)
+        assert len({(t.marker.color) for t in figure.data}) == len({t.marker.symbol for t in figure.data}) == 3
+        rows = table.set_index("arm")
+        for arms in drawn.values():
+            assert {arm: x for arm, (x, _) in arms.items()} == pytest.approx({a: rows[column][a] / scale for a in arms})
+    assert drawn["on the front"]["8bit + fast"][1] == rows["error"]["8bit + fast"]
+
+
+def test_what_has_no_error_is_below_all_others(table: pd.DataFrame) -> None:
+    """On the logarithmic axis an arm without error stands at a tick of its own that says 0."""
+    figure = pareto_plots.by_time(table)
+    height = {arm: y for arms in points(figure).values() for arm, (_, y) in arms.items()}
+    axis = figure.layout.yaxis
+    assert height["float32"] < 0.5 * min(y for arm, y in height.items() if arm != "float32")
+    assert (axis.type, axis.ticktext[0], axis.tickvals[0]) == ("log", "0", height["float32"])
+    only = pareto_plots.by_time(table[table["arm"] == "float32"])
+    assert only.layout.yaxis.type == "linear" and len(only.data) == 1
+
+
+def test_names_cover_neither_each_other_nor_points(table: pd.DataFrame) -> None:
+    """Names are those of the front; two near arms have theirs at other sides, and one with no room for it has none."""
+    front = set(table.loc[table["category"] == "front", "arm"])
+    for draw in (pareto_plots.by_time, pareto_plots.by_bytes):
+        shown = [text for trace in draw(table).data for text in trace.text if text]
+        assert set(shown) <= front and len(shown) > len(front) / 2
+    crowd = {f"arm number {i}": (1 + i / 40, 9e6 - i * 1e6, 0.1) for i in range(8)} | {"far": (9.0, 5e5, 0.2)}
+    many = pareto.rows([pareto.Point(name, *map(pareto.Quantity.exact, given)) for name, given in crowd.items()])
+    (trace,) = pareto_plots.by_time(pd.DataFrame(many)).data
+    sides = {text: side for text, side in zip(trace.text, trace.textposition, strict=True) if text}
+    assert "far" in sides and 2 < len(sides) < 9 and len(set(sides.values())) > 1
+
+
+def test_points_and_rows_lead_to_their_run(tmp_path: Path, table: pd.DataFrame) -> None:
+    """Each point and each row of a page names the executed notebook of its own run, a file that is there."""
+    fabricated.add_run(tmp_path, "e", "a1", {"pareto": fabricated.pareto()})
+    (path, _) = dashboard.build(Store(tmp_path))
+    page = Page(path)
+    figure = page.figures()["g0-c0-by-time"]
+    place = figure["layout"]["meta"]["link"]
+    links = [data[place] for trace in figure["data"] for data in trace["customdata"]]
+    assert len(links) == len(table) and set(links) == {"a1/notebook.ipynb"}
+    assert (path.parent / links[0]).is_file() and page.links().count(links[0]) > len(table)
+    hostile = pareto_sections.front(table.assign(run_key=f"javascript:{HOSTILE}/../x"), "x")
+    assert hostile is not None and hostile.table is not None
+    leads = {link.href for row in hostile.table.rows for cell in row for link in cell.links}
+    assert len(leads) == 1 and not set(":<>\"'") & set(leads.pop())
+
+
+def test_runs_of_the_same_make_one_front(tmp_path: Path) -> None:
+    """Runs that differ only in their arms have one front above them, with each arm leading to its own; others none."""
+    frame = fabricated.pareto()
+    alike = {"source": "digits", "height": 8}
+    parts = {"a1": frame.iloc[:6], "b2": frame.iloc[4:]}
+    for key, part in parts.items():
+        fabricated.add_run(tmp_path, "e", key, {"pareto": part}, parameters={**alike, "arms": list(part["arm"])})
+    fabricated.add_run(tmp_path, "e", "c3", {"pareto": frame}, parameters={**alike, "height": 16, "arms": ["x"]})
+    fabricated.add_experiment(tmp_path, "e", "Which?", ["a1", "b2", "c3"])
+    page = Page(dashboard.build(Store(tmp_path))[0])
+    assert "All arms of 2 runs" in page.text
+    assert "arms=" + " to ".join(parts["a1"]["arm"].iloc[[0, -1]]) + " (6)" in page.text  # all of them name no case
+    figure = page.figures()["g0-pool-0-by-time"]
+    told = {arm_of(data): data[1] for trace in figure["data"] for data in trace["customdata"]}
+    where = {arm: key for key, part in reversed(parts.items()) for arm in part["arm"]}
+    assert told == {arm: f"{key}/notebook.ipynb" for arm, key in where.items()}
+    assert not [name for name in page.figures() if "pool-1" in name]
+
+
+def test_a_pool_keeps_what_a_run_was_sure_of(table: pd.DataFrame) -> None:
+    """What is dominated in its run stays so; what another run's arm dominates becomes so, whatever the order."""
+    own = table.assign(category="front", dominated_by=None)
+    own.loc[own["arm"] == "6bit + fast", ["category", "dominated_by"]] = ["dominated", "8bit + fast"]
+    cut = [own[own["arm"].isin(["float32", "bfloat16", "6bit + fast"])], own[~own["arm"].isin(["bfloat16"])]]
+    for frames in (cut, cut[::-1]):
+        found = pareto.pooled(frames).set_index("arm")
+        assert sorted(found.index) == sorted(table["arm"])
+        assert tuple(found.loc["6bit + fast", ["category", "dominated_by"]]) == ("dominated", "8bit + fast")
+        assert found.loc["bfloat16", "category"] == "indistinguishable"  # without errors in pairs nobody knows
+        assert found.loc["bfloat16", "dominated_by"] == "bfloat16 + fast"
+        assert found.loc["float32", "category"] == "front"
+
+
+def test_the_finding_names_front_and_dominated(table: pd.DataFrame) -> None:
+    """One sentence says what is on the front; beside it stands what is not to be told from it and what is dominated."""
+    (found,) = findings({"pareto": table})
+    front = list(table.loc[table["category"] == "front", "arm"])
+    assert found.text == f"of 11 arms {len(front)} are on the front of time, memory and error: {', '.join(front)}"
+    assert "bfloat16 by bfloat16 + fast" in found.evidence[-1] and found.short == found.text
+    unknown = findings({"pareto": table.assign(error_high=None)})[0]
+    assert unknown.evidence[-1].startswith("11 without an interval")
+    assert findings({"pareto": table.assign(category="what")}) == []
+
+
+def test_odd_rows_are_left_out(table: pd.DataFrame) -> None:
+    """Rows without a category, or whose quantities are no numbers of 0 or more, are drawn nowhere and break nothing."""
+    odd = table.assign(error=-1.0)
+    odd.loc[0, "error"], odd.loc[1, "category"] = float("inf"), None
+    assert pareto_sections.front(odd, "x") is None
+    assert json.loads(pareto_plots.by_time(odd).to_json())["data"] == []

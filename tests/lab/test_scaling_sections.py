@@ -1,0 +1,128 @@
+"""What a page says of how a step scales: one axis at a time, where attention overtakes, images an hour."""
+
+import json
+from pathlib import Path
+
+from tests.lab import fabricated
+from zimage.analysis import scaling_plots, scaling_words
+from zimage.analysis.findings import findings
+from zimage.lab import cost_sections
+from zimage.lab.cases import case
+from zimage.lab.store import Store
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def stored(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    return fabricated.arrow(name, frame).to_pandas()
+
+
+@pytest.fixture
+def crossings() -> pd.DataFrame:
+    return stored("crossover", fabricated.crossover())
+
+
+@pytest.fixture
+def alone() -> pd.DataFrame:
+    return stored("axes", fabricated.axes())
+
+
+@pytest.fixture
+def held() -> pd.DataFrame:
+    hours = {"steps": 8, "images_per_hour": 4800.0}
+    frame = fabricated.scaling().assign(**hours)
+    hot = {
+        "sustained_s": 0.14,
+        "sustained_low_s": 0.139,
+        "sustained_high_s": 0.142,
+        "sustained_images_per_hour": 3214.0,
+    }
+    frame.loc[2, list(hot)] = list(hot.values())
+    return stored("scaling", frame)
+
+
+def test_the_crossing_is_drawn_where_it_was_found(crossings: pd.DataFrame) -> None:
+    """Both times are drawn at every size, a line stands at each method's tokens, and intervals are bands."""
+    figure = scaling_plots.crossing(crossings)
+    drawn = {trace.name: list(trace.x) for trace in figure.data}
+    assert drawn == {name: [1056, 4128, 9248, 16416] for name in ("linear layers", "attention")}
+    lines = sorted(shape.x0 for shape in figure.layout.shapes if shape.type == "line")
+    assert lines == [18000, 23040, 31000]
+    assert sum(shape.type == "rect" for shape in figure.layout.shapes) == 2
+    assert len({shape.line.dash for shape in figure.layout.shapes if shape.type == "line"}) == 3
+    far = crossings.assign(tokens=crossings["tokens"].where(crossings["note"] != "", 1e9))
+    assert max(shape.x0 for shape in scaling_plots.crossing(far).layout.shapes) == 18000
+    for empty in (crossings[:0], crossings.assign(tokens=float("nan"))):
+        assert json.loads(scaling_plots.crossing(empty).to_json())["data"] == []
+
+
+def test_other_resolutions_are_left_out_of_the_chart_of_ratios(alone: pd.DataFrame) -> None:
+    """Shapes, batches and captions are drawn with what was predicted; resolutions are in the table alone."""
+    figure = scaling_plots.axes(alone)
+    assert {trace.name: list(trace.x) for trace in figure.data} == {
+        "predicted": [1.0, 1.0, 0.9, 1.13], "measured": [1.001, 1.03, 0.86, 1.14]
+    }  # fmt: skip
+    section = cost_sections.axes(alone, "x")
+    assert section.table is not None and section.table.rows[0][0].text == "resolution"
+    only = cost_sections.axes(alone[alone["axis"] == "resolution"], "x")
+    assert only.charts == [] and only.table is not None and not only.folded
+
+
+def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.DataFrame, held: pd.DataFrame) -> None:
+    """The crossing, the shapes, the largest batch, the longest caption and images an hour are a sentence each."""
+    found = findings({"axes": alone, "crossover": crossings, "scaling": held})
+    texts = [one.text for one in found[1:]]  # the first is of the predictions
+    assert texts == [
+        "attention takes more time than the linear layers of a block from 18,000 tokens (17,460 to 18,540) on",
+        "of 2 shapes beside a squarer one of as many tokens 1 takes the same time to 1 %, 1 not",
+        "an image in a batch of 8 takes 14.0 % less time than with 1",
+        "a step with 512 caption tokens takes 14.0 % more time than with 32",
+        "4800 images an hour of 1024 x 1024 px, batch 1, 8 steps each, in bursts, 3214 sustained",
+    ]
+    assert found[1].evidence == (
+        "a square of 2147 px",
+        "extrapolated beyond the sizes that were measured",
+        "from 31,000 tokens (29,450 to 32,550) on beside all else of a step, by the calibrated rates",
+        "by FLOPs alone from 23,040 tokens on",
+    )
+
+
+def test_sentences_say_what_is_undecided(alone: pd.DataFrame, crossings: pd.DataFrame) -> None:
+    """Without verdicts, without a crossing and with one that never comes nothing is claimed; old tables say nothing."""
+    texts = [text for text, _ in scaling_words.axes(alone.assign(verdict="inconclusive"))]
+    assert texts[0].endswith("0 take the same time to 1 %, 0 not, 2 undecided")
+    assert texts[1] == "whether an image in a batch of 8 takes other time than with 1 is undecided"
+    ((same, _), *_) = scaling_words.axes(alone[alone["axis"] == "batch"].assign(verdict="equivalent"))
+    assert same == "an image in a batch of 8 takes the same time to 1 % as with 1"
+    answers = crossings[crossings["note"] != "measured"]
+    ((never, _),) = scaling_words.crossing(answers.assign(note="never", tokens=None))
+    assert never.endswith("however many tokens there are")
+    ((untold, _),) = scaling_words.crossing(answers.assign(note="not told", tokens=None, side_px=None))
+    assert untold.endswith("is undecided")
+    ((rates, numbers),) = scaling_words.crossing(answers[answers["method"] != "operations of a block"])
+    assert "from 31,000 tokens" in rates and numbers[-1] == "by FLOPs alone from 23,040 tokens on"
+    assert scaling_words.said({"scaling": stored("scaling", fabricated.scaling())}) == []
+    assert scaling_words.crossing(answers[answers["method"] == "FLOPs alone"]) == []
+
+
+def test_sections_stand_below_the_predictions(alone: pd.DataFrame, crossings: pd.DataFrame, held: pd.DataFrame) -> None:
+    """A page has images an hour, one thing at a time and the crossing, in this order; a table of old has none of it."""
+    shown, _ = case({"axes": alone, "crossover": crossings, "scaling": held}, [], "x")
+    titles = ["Time over sizes", "Images an hour", "One thing at a time", "Where attention overtakes the linear layers"]
+    assert [section.title for section in shown] == titles
+    hours = shown[1].table
+    assert hours is not None and [cell.text for cell in hours.rows[2][1:6]] == ["8", "4800", "136 ms", "3214", "140 ms"]
+    old, _ = case({"scaling": stored("scaling", fabricated.scaling())}, [], "x")
+    assert [section.title for section in old] == titles[:1]
+
+
+def test_reference_tables_of_before_still_read() -> None:
+    """Runs recorded without the newer columns read as nulls in them, and their page is made of the rest."""
+    store = Store(ROOT / "results" / "reference" / "nvidia-h100-80gb-hbm3")
+    frame = store.table("scaling", "scaling")
+    assert len(frame) and cost_sections.scaling(frame, "x").table is not None
+    if frame["images_per_hour"].isna().all():
+        assert cost_sections.images(frame) is None

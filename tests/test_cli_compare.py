@@ -1,0 +1,169 @@
+"""`zimage compare` and `zimage trend`: what they print, for people and for programs, and their exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.lab import fabricated
+from tests.lab.fabricated import ablation, qkv
+from tests.lab.test_comparing import PAIR, both, put
+from tests.sweeping import ROOT, environment
+from tests.test_quickstart import WITHOUT_MLX
+from zimage import cli, sources
+
+import pytest
+
+TINY = {"source": "synthetic:tiny", "height": 64, "width": 64, "batch": 1, "caption_tokens": 4, "device": "cpu"}
+
+
+def zimage(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    status = cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def strict(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 where nothing is worse, 1 where something is, 2 where there is nothing to compare, in one line."""
+    slower = ablation((*PAIR, 1.06, 1.055, 1.065, "slower"))
+    a, b = both(tmp_path, tables={"ablation": slower})
+    assert [zimage(capsys, "compare", *pair)[0] for pair in ((a, a), (b, a), (a, b))] == [0, 0, 1]
+    put(tmp_path / "c", parameters={"seed": 3})
+    status, out, err = zimage(capsys, "compare", a, tmp_path / "c")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("zimage: ") and err.endswith("A qkv/aa11: seed 0 against 3 (and 1 more)\n")
+
+
+def test_names_are_those_of_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain names are looked up in --results, and two runs of one experiment can be compared."""
+    root = fabricated.across_versions(tmp_path)
+    status, out, err = zimage(capsys, "compare", "qkv_fusion/1f", "3f", "--results", root)
+    assert (status, err) == (1, "")
+    assert out.startswith(f"A  run qkv_fusion/{'1f' * 6} in {root}, 1 run on cpu-amd-epyc-2c, 24 Oct 2026")
+    assert out.endswith("3 compared (3 slower), 0 not: 3 regressions\n")
+
+
+def test_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json has every row with both sides, the change and whether it is a regression, as valid JSON."""
+    odd = qkv().assign(ratio_high=[1.06, float("inf"), 1.07], ratio=[1.05, 1.0, 1.06], ratio_low=[1.04, 0.0, 1.05])
+    a, b = both(tmp_path, tables={"ablation": odd}, environment={"mlx": "0.33.0"})
+    status, out, _ = zimage(capsys, "compare", "--json", a, b)
+    content = strict(out)
+    assert (status, content["regressions"]) == (1, 2)
+    assert {"fact": "mlx", "a": "0.32.4", "b": "0.33.0"} in content["environment"]
+    (pair,) = content["pairs"]
+    assert (pair["a"], pair["b"], pair["weights"], pair["parameters"]["seed"]) == ("qkv/aa11", "qkv/aa11", "trained", 0)
+    qkv_row, block, step = pair["rows"]
+    assert {name: qkv_row[name] for name in ("table", "arm", "baseline", "scope", "regime", "verdict")} == {
+        "table": "ablation", "arm": "fused_qkv", "baseline": "separate_qkv", "scope": "qkv", "regime": "burst",
+        "verdict": "slower",
+    }  # fmt: skip
+    assert (qkv_row["a"]["value"], qkv_row["b"]["high"], qkv_row["regression"]) == (0.931, 1.06, True)
+    assert qkv_row["ratio"]["value"] == pytest.approx(1.05 / 0.931)
+    assert (block["b"]["high"], block["ratio"]["high"], block["verdict"]) == (None, None, "inconclusive")
+    assert step["noise_floor"] == 0.004 and "independent" in content["method"]
+
+
+def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged run is a line on standard error; the comparison goes on and the JSON stays whole."""
+    a, b = both(tmp_path)
+    put(b, "bb22", parameters={"seed": 7})
+    (b / "qkv" / "bb22" / "run.json").write_text("{")
+    status, out, err = zimage(capsys, "compare", "--json", a, b)
+    assert (status, err.count("\n")) == (0, 1) and err.startswith("zimage: skipped: ") and "bb22" in err
+    assert len(strict(out)["pairs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "a"], "issing argument 'B'"),
+        (["compare", "a", "nowhere"], "no run 'nowhere'"),
+        (["compare", "a", "a", "--python", "python3"], "give it with --rerun"),
+        (["compare", "a", "a", "--rerun", "--python", "python3"], "given twice, for A and for B, or not at all"),
+        (["compare", "a", "a", "--rerun", "--pairs", "7"], "give at least 8 and 1"),
+        (["compare", "a", "a", "--rerun", "--samples", "0"], "give at least 8 and 1"),
+        (["compare", "a", "b", "--rerun"], "have no step to time again: seed 0 against 5"),
+        (["compare", "profile", "profile", "--rerun"], "no run has one step of one size"),
+        (["compare", "a", "a", "--rerun"], "qkv/aa11: digits holds other weights today than when it ran"),
+        (
+            ["compare", "t", "t", "--rerun", "--python", "no-such-python", "--python", "x"],
+            "no-such-python: cannot be st",
+        ),
+        (["compare", "t", "t", "--rerun", "--python", "false", "--python", "x"], "false: its zimage cannot be asked"),
+        (["trend", "nothing", "--results", "a"], "no experiment 'nothing'; there are: qkv"),
+    ],
+)
+def test_asked_wrongly(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What cannot be done is exit 2 and one line that says what to do."""
+    monkeypatch.chdir(tmp_path)
+    both(tmp_path, parameters={"seed": 5})
+    fabricated.add_run(Path("profile"), "p", "aa11", parameters={"source": "digits", "sizes": [[8, 8]]})
+    put(Path("t"), parameters=TINY, weights=None)
+    status, out, err = zimage(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_they_need_no_mlx(tmp_path: Path) -> None:
+    """Where MLX cannot be imported results are compared and trends shown all the same."""
+    root = fabricated.across_versions(tmp_path)
+    for words, status in ((("compare", "1f", "3f"), 1), (("trend", "qkv_fusion"), 0)):
+        line = [sys.executable, "-W", "error", "-c", WITHOUT_MLX, *words, "--results", str(root)]
+        done = subprocess.run(
+            line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        )
+        assert (done.returncode, done.stderr) == (status, "")
+        assert "slower" in done.stdout
+
+
+def test_a_trend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The versions stand below each other with the change since the one before, and a step's time as context."""
+    root = fabricated.across_versions(tmp_path)
+    status, out, err = zimage(capsys, "trend", "qkv_fusion", "--results", root)
+    assert (status, err) == (0, "")
+    assert "  fused_qkv to separate_qkv, step\n    MLX 0.31.2  1.000 (0.996 to 1.005)\n    MLX 0.32.4  0.998 (" in out
+    assert "MLX 0.33.0  1.053 (1.049 to 1.058)  slower, 1.055 times the ratio before (" in out
+    assert "for context, a step of separate_qkv (not judged: no clock links two runs)\n    MLX 0.31.2  11.1 ms" in out
+    status, out, _ = zimage(capsys, "trend", "qkv_fusion", "--results", root, "--json")
+    (content,) = strict(out)
+    assert [one["version"] for one in content["versions"]] == ["MLX 0.31.2", "MLX 0.32.4", "MLX 0.33.0"]
+    assert [one["change"] and one["change"]["verdict"] for one in content["points"] if one["scope"] == "step"] == [
+        None,
+        "inconclusive",
+        "slower",
+    ]
+
+
+def test_no_trend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An experiment of one version has none, and says so."""
+    put(tmp_path)
+    status, out, _ = zimage(capsys, "trend", "qkv", "--results", tmp_path)
+    assert (status, out) == (0, "qkv: every result is known of one version of MLX and zimage only\n")
+
+
+def test_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of both sides is timed anew, in eight processes of each of two interpreters' zimage in turns."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    weights = {"source": "synthetic:tiny", "kind": "synthetic", "digest": sources.describe("synthetic:tiny").digest}
+    put(tmp_path, parameters=TINY, weights=weights)
+    asked = ["compare", "aa11", "qkv", "--results", tmp_path, "--rerun", "--samples", 2, "--json"]
+    status, out, err = zimage(capsys, *asked, "--python", sys.executable, "--python", sys.executable)
+    content = strict(out)
+    (step,) = content["steps"]
+    assert (status, err) == (int(step["verdict"] == "slower"), "")
+    assert content["regressions"] == status and content["environment"] == []
+    assert (content["a"]["python"], content["a"]["facts"]["device_type"]) == (sys.executable, "cpu")
+    assert (step["regime"], step["quads"], step["noise_floor"]) == ("fresh processes", 8, 0.004)
+    assert step["arguments_a"] == step["arguments_b"] == {n: v for n, v in TINY.items() if n != "device"} | {"seed": 0}
+    assert {sample["kind"] for sample in step["samples"]} == {"first call", "warm-up", "sample"}
+    assert len({sample["process"] for sample in step["samples"]}) == 16

@@ -1,0 +1,121 @@
+"""Arms made from their names: what is shared, what is packed, and what is refused before anything is loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.sweeping import LEAST, ROOT, Command, Sweep, quick
+from zimage import cli, inputs, levers, load_transformer, sources
+from zimage.analysis import pareto
+from zimage.analysis.findings import findings
+from zimage.config import TransformerConfig
+from zimage.errors import InputError
+from zimage.lab import notebook as notebooks
+from zimage.lab.store import Store
+from zimage.levers import Lever
+from zimage.transformer import Transformer, weight_bytes
+
+import mlx.core as mx
+import pytest
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return load_transformer("digits", "float32")
+
+
+def test_a_name_says_what_the_arm_is(model: Transformer) -> None:
+    """The precision packs the baseline's weights or loads them anew, the transforms follow, the baseline stays."""
+    example = inputs.example(model, "digits", 8, 8, 2, 1, 0)
+    wanted = model(*example)
+    made = {
+        name: levers.made(Lever.parse(name), model, "digits", example)
+        for name in ("float32", "float32 + fuse_qkv", "bfloat16", "4bit", "4bit+fuse_qkv")
+    }
+    assert mx.array_equal(made["float32"](*example), wanted)
+    assert mx.allclose(made["float32 + fuse_qkv"](*example), wanted, atol=1e-4)
+    assert made["bfloat16"].dtype == mx.bfloat16
+    assert weight_bytes(made["4bit"]) == weight_bytes(made["4bit+fuse_qkv"]) < 0.4 * weight_bytes(model)
+    assert "to_qkv" in made["4bit+fuse_qkv"].layers[0].attention and "to_qkv" not in model.layers[0].attention
+    assert mx.array_equal(model(*example), wanted)
+    assert str(Lever.parse("4bit+fuse_qkv")) == "4bit + fuse_qkv"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "arms must be a list of names, one at least"),
+        ("8bit", "arms must be a list"),
+        ([3], "found 3"),
+        (["8bit + "], "a precision and transforms"),
+        (["9bit"], "unknown quantization '9bit'"),
+        (["8bit + fat"], "transform 'fat' is not known"),
+        (["8bit", "4bit", "8bit"], "arm '8bit' is there twice"),
+        (["4bit", "float32"], "arm 'float32' is there twice; the baseline is 'float32'"),
+        (["8bit+fast", "8bit + fast"], "there twice"),
+        (["4bit-g128"], "not divisible by the group size 128"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(names: Any, words: str) -> None:
+    """Names that are none, unknown, twice there or of packings that do not fit are one clear line."""
+    config: TransformerConfig = sources.describe("digits").config
+    with pytest.raises(InputError, match=words) as caught:
+        levers.named(names, config, "float32")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_notebook_takes_other_models(tmp_path: Path) -> None:
+    """Synthetic weights in bfloat16, in a batch, one draw: every arm is placed, none surely, and nothing is trained."""
+    given = {
+        "source": "synthetic:small",
+        "dtype": "bfloat16",
+        "height": 32,
+        "width": 64,
+        "batch": 2,
+        "caption_tokens": 3,
+    }
+    given |= {"arms": json.dumps(["float32", "8bit + fuse_qkv", "4bit"])}
+    path = ROOT / "notebooks" / "pareto.ipynb"
+    known = notebooks.read(path, ROOT).parameters
+    asked = {name: value for name, value in (LEAST | given).items() if name in known}
+    line = [text for name, value in asked.items() for text in ("-p", name, f"{value}")]
+    assert cli.main(["run", str(path), *line, "--results", str(tmp_path)]) == 0
+    (run,) = Store(tmp_path).runs("pareto")
+    table = run.table("pareto").set_index("arm")
+    assert set(table.index) == {"bfloat16", "float32", "8bit + fuse_qkv", "4bit"}
+    assert set(table["weights_kind"]) == {"synthetic"} and set(table["baseline"]) == {"bfloat16"}
+    assert table["error_low"].isna().all() and not (table["category"] == "dominated").any()
+    assert table["error"]["float32"] == 0 < table["error"]["bfloat16"]
+    assert "nothing can surely dominate" in findings({"pareto": run.table("pareto")})[0].evidence[-1]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_notebook_refuses_before_it_loads(tmp_path: Path) -> None:
+    """An arm that is not known ends the run with one line, before anything is measured."""
+    path = ROOT / "notebooks" / "pareto.ipynb"
+    assert cli.main(["run", str(path), "-p", "arms", '["8bit + fat"]', "--results", str(tmp_path)]) == 1
+    (run,) = Store(tmp_path).runs("pareto")
+    assert "transform 'fat' is not known" in run.meta["error"] and set(run.tables()) <= {"environment"}
+
+
+def test_the_notebook_places_every_arm(swept: Callable[[Command], Sweep]) -> None:
+    """Its quick run records time, memory, error and category of every arm and of the baseline, which agree."""
+    (run,) = swept(quick(ROOT / "experiments" / "pareto.yaml")).store.runs("pareto")
+    table = run.table("pareto").set_index("arm")
+    arms = {"float32 + fast", "8bit", "4bit", "4bit + reuse_every_2nd"}
+    assert set(table.index) == {"float32", *arms} and set(table["category"]) <= set(pareto.CATEGORIES)
+    assert set(table["weights_kind"]) == {"trained"} and set(table["baseline"]) == {"float32"}
+    ablation = run.table("ablation").set_index("arm")
+    assert set(ablation.index) == arms
+    assert (table["time_ratio"][ablation.index] == ablation["ratio"]).all()
+    assert tuple(table.loc["float32", ["time_ratio", "error"]]) == (1, 0)
+    sizes = run.table("memory").pivot_table(index="arm", columns="metric", values="bytes")
+    assert (table["bytes"] == sizes["peak_bytes"][table.index]).all() and (
+        sizes["peak_bytes"] > sizes["weight_bytes"]
+    ).all()
+    assert sizes["weight_bytes"]["4bit"] < sizes["weight_bytes"]["8bit"] < sizes["weight_bytes"]["float32"]
+    errors = table["error"]
+    assert 0 < errors["8bit"] < errors["4bit"] < errors["4bit + reuse_every_2nd"]
+    assert ((table["error_low"] <= errors) & (errors <= table["error_high"])).all()

@@ -1,0 +1,282 @@
+"""Two sets of runs compared: every number that both have, judged; the rest listed with why it is not compared.
+
+Runs are paired by notebook and inputs (`matching`), their rows by what they are about: an arm, its baseline, scope and
+regime for a time ratio; arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What
+counts as a regression:
+
+    a time ratio    slower: the interval of B / A excludes 1, beyond the larger of the two recorded noise floors
+    bytes           weights, and on one device the peak of a step, more than 1 % larger
+    quality         the interval of B - A excludes 0 for the worse; without intervals, worse by more than 10 %
+    a run           that completed in A and failed in B
+
+The intervals of all times and qualities of one comparison hold together with 95 %, so that a gate over many of them
+rarely closes by chance. Absolute times are context: no clock links two runs, so they are shown and not judged.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zimage.analysis import combining, matching, reading, units
+from zimage.analysis.combining import Change, Interval, number
+from zimage.analysis.matching import Recorded
+
+import pandas as pd
+
+BURST = "burst"  # the regime of rows from before there were others
+METHOD = (
+    "each side's time ratios are to its own baseline, so that one also rises where only the baseline got faster; "
+    "intervals are combined as independent, half-widths in quadrature on the log scale, and hold together with 95 %"
+)
+KEYS = {
+    "ablation": ("arm", "baseline", "scope", "regime"),
+    "memory": ("arm", "stage", "metric"),
+    "quality": ("arm", "metric", "baseline"),
+}
+_ENDS = {"ablation": ("ratio", "ratio_low", "ratio_high"), "memory": ("bytes",), "quality": ("value", "low", "high")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of both sides: the table it is in, what it is about, its values, and what became of it."""
+
+    table: str
+    about: tuple[str, ...]
+    a: Interval
+    b: Interval
+    change: Change
+    noise_floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What is not compared, and why; `worse` where that is a regression by itself."""
+
+    what: str
+    reason: str
+    worse: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run of each side with the same inputs: the rows of both, what only one has, and remarks.
+
+    steps_s: the median step of every baseline on both sides where their device is the same, as context.
+    """
+
+    a: Recorded
+    b: Recorded
+    rows: list[Row] = field(default_factory=list)
+    alone: list[Alone] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steps_s: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether both are one and the same run."""
+        return (self.a.name, self.a.started) == (self.b.name, self.b.started)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All pairs, the runs that have no counterpart, and how the machines and programs of what is compared differ."""
+
+    pairs: list[Pair]
+    alone: list[Alone]
+    environments: list[tuple[str, str, str]]
+    together: int  # intervals that hold at once
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all pairs."""
+        return [row for pair in self.pairs for row in pair.rows]
+
+    @property
+    def left_out(self) -> list[Alone]:
+        """All that is not compared."""
+        return [*self.alone, *(one for pair in self.pairs for one in pair.alone)]
+
+    @property
+    def worse(self) -> int:
+        """How many regressions there are."""
+        return sum(row.change.worse for row in self.rows) + sum(one.worse for one in self.left_out)
+
+
+def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
+    """Compare B with A, the reference."""
+    matched, left_a, left_b = matching.match(a, b)
+    alone = [Alone(f"A {r.name}", matching.why_alone(r, b, [p[0] for p in matched], "B")) for r in left_a]
+    alone += [Alone(f"B {r.name}", matching.why_alone(r, a, [p[1] for p in matched], "A")) for r in left_b]
+    alone += [_failed(one, two) for one, two in matched if one.error or two.error]
+    completed = [(one, two) for one, two in matched if not (one.error or two.error)]
+    found = [_common(one, two) for one, two in completed]
+    together = max(1, sum(both.has_intervals for common, _ in found for both in common))
+    pairs = []
+    for (one, two), (common, missing) in zip(completed, found, strict=True):
+        rows = [_judged(both, together) for both in common]
+        pairs.append(Pair(one, two, rows, missing, _notes(one, two), _steps(one, two)))
+    differing = matching.environments([p.a.facts for p in pairs], [p.b.facts for p in pairs])
+    return Compared(pairs, alone, differing, together)
+
+
+def steps_s(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
+    """Seconds of a whole step of every arm: as profiled, else the median of its samples in bursts, drops left out."""
+    found: dict[str, float] = {}
+    if (samples := tables.get("samples")) is not None:
+        dropped = samples["dropped"].fillna(False).astype(bool)
+        kept = samples[(samples["kind"] == "sample") & (samples["scope"] == "step") & ~dropped]
+        kept = kept[kept["regime"].fillna(BURST) == BURST]
+        found = {str(arm): float(time_s) for arm, time_s in kept.groupby("arm", sort=False)["time_s"].median().items()}
+    if (stages := tables.get("stages")) is not None:
+        whole = stages[stages["view"] == "whole"].dropna(subset=["time_s"])
+        found |= {str(row["arm"]): float(row["time_s"]) for row in reading.records(whole)}
+    return found
+
+
+def ratios(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The usable rows of an `ablation` table by (arm, baseline, scope, regime); none that is there twice."""
+    found = _by_key("ablation", tables)
+    return {key: rows[0] for key, rows in found.items() if len(rows) == 1 and not _unusable("ablation", rows[0])}
+
+
+def interval_of(table: str, row: Mapping[str, Any]) -> Interval:
+    """The value of a row with its interval."""
+    return Interval(*(number(row.get(name)) for name in _ENDS[table]))
+
+
+def larger_floor(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
+    """The larger noise floor of two rows, a |log ratio|; None where neither has one."""
+    floors = [number(row.get("noise_floor")) for row in (a, b)]
+    return max((floor for floor in floors if floor >= 0), default=None)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """A row of each side about the same."""
+
+    table: str
+    about: tuple[str, ...]
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+
+    @property
+    def has_intervals(self) -> bool:
+        return all(interval_of(self.table, row).bounded for row in (self.a, self.b))
+
+
+def _judged(both: _Both, together: int) -> Row:
+    a, b = (interval_of(both.table, row) for row in (both.a, both.b))
+    floor = None
+    if both.table == "ablation":
+        floor = larger_floor(both.a, both.b)
+        change = combining.time_change(a, b, floor, together)
+    elif both.table == "memory":
+        change = combining.size_change(a.value, b.value)
+    else:
+        change = combining.quality_change(both.about[1], a, b, together)
+    return Row(both.table, both.about, a, b, change, floor)
+
+
+def _common(a: Recorded, b: Recorded) -> tuple[list[_Both], list[Alone]]:
+    """The rows that both runs have, and what of them is not compared."""
+    common: list[_Both] = []
+    missing: list[Alone] = []
+    shared = [table for table in KEYS if _has(table, a) and _has(table, b)]
+    arms = [{key[0] for table in shared for key in _by_key(table, run.tables)} for run in (a, b)]
+    for own, other, side, rest, run in ((arms[0], arms[1], "A", "B", a), (arms[1], arms[0], "B", "A", b)):
+        missing += [Alone(f"{arm} of {run.name}", f"only {side} has this arm, {rest} has not") for arm in own - other]
+    for table in KEYS:
+        if table not in shared:
+            missing += _without_table(table, a, b)
+            continue
+        left, right = (_by_key(table, run.tables) for run in (a, b))
+        for key in dict.fromkeys([*left, *right]):
+            if key[0] not in arms[0] & arms[1]:
+                continue
+            rows = left.get(key, []), right.get(key, [])
+            reason = _not_comparable(table, rows) or _other_allocator(table, key, a, b)
+            if reason:
+                missing.append(Alone(f"{' '.join(filter(None, key))} of {a.name}", reason))
+            else:
+                common.append(_Both(table, key, rows[0][0], rows[1][0]))
+    return common, missing
+
+
+def _not_comparable(table: str, rows: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> str:
+    for side, other, own in (("A", "B", rows[0]), ("B", "A", rows[1])):
+        if not own:
+            return f"only {other} has it in its table {table!r}"
+        if len(own) > 1:
+            return f"{side} has it {len(own)} times in its table {table!r}"
+        if (side == "A" or table != "quality") and (reason := _unusable(table, own[0])):
+            return f"{side} {reason}"
+    return ""
+
+
+def _unusable(table: str, row: Mapping[str, Any]) -> str:
+    """Why a row has nothing to compare, or ""."""
+    value = interval_of(table, row)
+    if table == "ablation" and not (0 <= value.low <= value.value <= value.high and 0 < value.value < math.inf):
+        return "recorded no usable interval"
+    return "recorded no finite number" if units.missing(value.value) else ""
+
+
+def _other_allocator(table: str, key: tuple[str, ...], a: Recorded, b: Recorded) -> str:
+    if table == "memory" and key[-1] == "peak_bytes" and a.device != b.device:
+        return "the peaks of two devices are those of different allocators and kernels"
+    return ""
+
+
+def _has(table: str, run: Recorded) -> bool:
+    return table in run.tables and len(_by_key(table, run.tables)) > 0
+
+
+def _without_table(table: str, a: Recorded, b: Recorded) -> list[Alone]:
+    """Why a whole table is not compared; nothing where neither run has it."""
+    unreadable = [run.unreadable[table] for run in (a, b) if table in run.unreadable]
+    if unreadable:
+        return [Alone(f"table {table!r} of {a.name}", unreadable[0])]
+    sides = [side for side, run in (("A", a), ("B", b)) if _has(table, run)]
+    return [Alone(f"table {table!r} of {a.name}", f"only {sides[0]} has one")] if sides else []
+
+
+def _by_key(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """The rows of a table that can be judged, by what they are about, in the table's order."""
+    frame = tables.get(table)
+    if frame is None or frame.empty:
+        return {}
+    if table == "quality":
+        frame = frame[frame["metric"].isin([*combining.LOWER_IS_BETTER, *combining.HIGHER_IS_BETTER])]
+        worst = frame["metric"].isin(combining.HIGHER_IS_BETTER).map({True: -math.inf, False: math.inf})
+        frame = reading.final_step(frame.assign(value=frame["value"].fillna(worst)))  # NaN is kept as a missing value
+    elif table == "memory":
+        frame = frame[frame["metric"].isin(combining.JUDGED_BYTES) & frame["stage"].isin(reading.WHOLE)]
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in reading.records(frame):
+        found.setdefault(tuple(_text(name, row.get(name)) for name in KEYS[table]), []).append(row)
+    return found
+
+
+def _text(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else BURST if name == "regime" else ""
+
+
+def _failed(a: Recorded, b: Recorded) -> Alone:
+    if not b.error:
+        return Alone(f"B {b.name}", f"the run of A failed: {a.error}")
+    also = ", as it did in A" if a.error else ", and completed in A"
+    return Alone(f"B {b.name}", f"it failed{also}: {b.error}", worse=not a.error)
+
+
+def _notes(a: Recorded, b: Recorded) -> list[str]:
+    return [f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b)]
+
+
+def _steps(a: Recorded, b: Recorded) -> dict[str, tuple[float, float]]:
+    """The step of every baseline on both sides, or of every arm where none was compared; nothing for two devices."""
+    if a.device != b.device:
+        return {}
+    left, right = steps_s(a.tables), steps_s(b.tables)
+    named = {key[1] for run in (a, b) for key in _by_key("ablation", run.tables)} or {*left}
+    return {arm: (left[arm], right[arm]) for arm in left if arm in right and arm in named}

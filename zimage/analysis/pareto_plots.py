@@ -1,0 +1,152 @@
+"""Figures of arms by time, memory and error, their place beside the front told by colour and by marker."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zimage.analysis import units
+from zimage.analysis.drawing import INK, finish, log_ticks, plain, whiskers
+from zimage.analysis.pareto import CATEGORIES, usable
+from zimage.analysis.reading import records
+
+import pandas as pd
+import plotly.graph_objects as go
+
+STYLES = {  # colour and marker
+    "front": ("#1c9a78", "circle"),
+    "indistinguishable": ("#cf8a14", "diamond-open"),
+    "dominated": ("#8f97a3", "x-thin-open"),
+}
+_NAMES = {"front": "on the front", "indistinguishable": "indistinguishable from it", "dominated": "dominated"}
+_SIDES = (
+    "top right",
+    "bottom right",
+    "middle right",
+    "top left",
+    "bottom left",
+)  # of a point, where its name can stand
+_CHARACTER, _LINE, _MARK = 0.0095, 0.055, 0.012  # a name's size and half a marker's, in shares of a chart's
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
+_NO_ERROR = 4  # times below the smallest error lies the place of arms without any, on a logarithmic axis
+
+
+def by_time(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.Figure:
+    """Error over time ratio of every arm of a `pareto` table, with both intervals.
+
+    links: where a click on an arm leads, by its name.
+    """
+    rows = usable(frame)
+    below, above = rows["time_ratio"] - rows["time_ratio_low"], rows["time_ratio_high"] - rows["time_ratio"]
+    figure = _figure(rows.assign(x=rows["time_ratio"], below=below, above=above), links or {}, logarithmic=True)
+    figure.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
+    if len(rows):
+        figure.update_xaxes(**log_ticks(rows["time_ratio"].min() / 1.15, rows["time_ratio"].max() * 1.25))
+    figure.update_xaxes(title_text="time by the baseline's")
+    return figure
+
+
+def by_bytes(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.Figure:
+    """Error over the bytes that every arm of a `pareto` table needs; `links` as in `by_time`."""
+    rows = usable(frame)
+    scale, unit = units.size_unit(float(rows["bytes"].max()) if len(rows) else 1.0)
+    figure = _figure(rows.assign(x=rows["bytes"] / scale, below=0.0, above=0.0), links or {}, logarithmic=False)
+    figure.update_xaxes(title_text=f"memory ({unit})")
+    return figure
+
+
+def facts(row: Mapping[str, Any]) -> list[str]:
+    """All that a row of a `pareto` table says, a line each."""
+    place = _NAMES[str(row["category"])]
+    if isinstance(row["dominated_by"], str):
+        joint = " by " if row["category"] == "dominated" else "; by the estimates better: "
+        place += joint + row["dominated_by"]
+    return [
+        f"time {_interval(units.ratio, row, 'time_ratio')} of {row['baseline'] or 'the baseline'}'s",
+        f"memory {units.size(row['bytes'])}",
+        f"error {_interval(units.significant, row, 'error')}",
+        place,
+    ]
+
+
+def _interval(text: Callable[[Any], str], row: Mapping[str, Any], name: str) -> str:
+    value, low, high = (text(row[column]) for column in (name, f"{name}_low", f"{name}_high"))
+    return value if units.MISSING in (low, high) or low == high else f"{value} ({low} to {high})"
+
+
+def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> go.Figure:
+    """Points at x with the whiskers `below` and `above`, their error upwards, a trace a category."""
+    positive = rows.loc[rows["error"] > 0, "error"]
+    ground = float(positive.min()) / _NO_ERROR if len(positive) else 1.0  # where what has no error is drawn
+    rows = rows.assign(
+        y=rows["error"].clip(lower=ground), low=rows["error_low"].clip(lower=ground),
+        along=_along(rows["x"], logarithmic), up=_along(rows["error"].clip(lower=ground), logarithmic=True),
+    )  # fmt: skip
+    sides = _sides(rows, "along")
+    figure = go.Figure()
+    for category in CATEGORIES:
+        own = rows[rows["category"] == category]
+        if own.empty:
+            continue
+        color, symbol = STYLES[category]
+        told = [f"<b>{plain([row['arm']])[0]}</b><br>" + "<br>".join(plain(facts(row))) for row in records(own)]
+        figure.add_scatter(
+            x=own["x"].tolist(), y=own["y"].tolist(), mode="markers+text", name=_NAMES[category],
+            text=[plain([arm])[0] if arm in sides else "" for arm in own["arm"]],
+            textposition=[sides.get(arm, "top right") for arm in own["arm"]], textfont={"size": 11},
+            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2, "color": color}},
+            error_x=whiskers(own["below"], own["above"], color), cliponaxis=False,
+            error_y=whiskers(own["y"] - own["low"], own["error_high"] - own["y"], color),
+            customdata=[[text, links.get(str(arm), "")] for text, arm in zip(told, own["arm"], strict=True)],
+            hovertemplate="%{customdata[0]}<extra></extra>",
+        )  # fmt: skip
+    finish(figure, height=400)
+    figure.update_layout(margin={"r": 90}, hovermode="closest", meta={"link": 1} if links else None)
+    figure.update_xaxes(zeroline=False)
+    figure.update_yaxes(title_text="error at the end of a run", title_font={"size": 12}, title_standoff=10)
+    if len(positive):
+        figure.update_yaxes(**_error_axis(rows, ground), showgrid=True)
+    else:
+        figure.update_yaxes(type="linear", showgrid=True)
+    return figure
+
+
+def _sides(rows: pd.DataFrame, x: str) -> dict[str, str]:
+    """At which side of its point the name of each arm of the front stands; no place for one that would cover another.
+
+    x: the column of places along the axis, from 0 to 1; those upwards are `up`.
+    """
+    taken = [(a - _MARK, b - _MARK, a + _MARK, b + _MARK) for a, b in zip(rows[x], rows["up"], strict=True)]
+    found: dict[str, str] = {}
+    for row in records(rows[rows["category"] == "front"].sort_values([x, "up"], ascending=[True, False])):
+        width = _CHARACTER * len(str(row["arm"]))
+        for side in _SIDES:
+            bottom = row["up"] + {"top": 0.5, "middle": -0.5, "bottom": -1.5}[side.split()[0]] * _LINE
+            left = row[x] + _MARK if side.endswith("right") else row[x] - _MARK - width
+            box = (left, bottom, left + width, bottom + _LINE)
+            if left > -_MARK and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                found[str(row["arm"])] = side
+                break
+    return found
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _along(values: "pd.Series[float]", logarithmic: bool) -> "pd.Series[float]":
+    """Where values stand on an axis from the least, 0, to the largest, 1."""
+    places = values.map(math.log) if logarithmic else values
+    return (places - places.min()) / ((places.max() - places.min()) or 1.0)
+
+
+def _error_axis(rows: pd.DataFrame, ground: float) -> dict[str, Any]:
+    """A logarithmic axis of the errors above 0, and a place for 0 at `ground` where an arm has none."""
+    positive = rows.loc[rows["error"] > 0, "error"]
+    axis: dict[str, Any] = log_ticks(
+        float(positive.min()) / 1.5, 1.3 * float(pd.concat([positive, rows["error_high"].dropna()]).max())
+    )
+    if len(positive) < len(rows):
+        axis["tickvals"], axis["ticktext"] = [ground, *axis["tickvals"]], ["0", *axis["ticktext"]]
+        axis["range"] = [math.log10(ground / 1.5), axis["range"][1]]
+    return axis

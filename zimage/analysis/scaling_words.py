@@ -1,0 +1,110 @@
+"""What tables of the notebook scaling say beside how far predictions are off: a sentence and its numbers each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zimage.analysis import tables, units
+from zimage.analysis.crossover import FLOPS, OPERATIONS, RATES
+from zimage.analysis.reading import records
+
+import pandas as pd
+
+Said = tuple[str, tuple[str, ...]]
+
+
+def said(found: Mapping[str, pd.DataFrame]) -> list[Said]:
+    """All sentences that the tables of a run give, in the order in which they are told."""
+    return [*crossing(found.get("crossover")), *axes(found.get("axes")), *throughput(found.get("scaling"))]
+
+
+def crossing(frame: pd.DataFrame | None) -> list[Said]:
+    """From how many tokens on attention takes more time than the linear layers, by each method."""
+    if frame is None or frame.empty:
+        return []
+    frame = tables.complete("crossover", frame)
+    rows = {str(row["method"]): row for row in records(frame[frame["note"] != "measured"])}
+    by_times = rows.get(OPERATIONS) or rows.get(RATES)
+    if by_times is None:
+        return []
+    if by_times["note"] == "never":
+        text = "attention takes less time than the linear layers however many tokens there are"
+    elif units.missing(by_times["tokens"]):
+        text = "from how many tokens on attention takes more time than the linear layers is undecided"
+    else:
+        text = f"attention takes more time than the linear layers of a block from {_tokens(by_times)} on"
+    evidence = [] if units.missing(by_times["side_px"]) else [f"a square of {by_times['side_px']:.0f} px"]
+    if by_times["note"] == "extrapolated":
+        evidence.append("extrapolated beyond the sizes that were measured")
+    other, flops = (rows.get(method, {"tokens": None}) for method in (RATES, FLOPS))
+    if by_times is not other and not units.missing(other["tokens"]):
+        evidence.append(f"from {_tokens(other)} on beside all else of a step, by the calibrated rates")
+    if not units.missing(flops["tokens"]):
+        evidence.append(f"by FLOPs alone from {_tokens(flops)} on")
+    return [(text, tuple(evidence))]
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    low, high = row.get("tokens_low"), row.get("tokens_high")
+    text = f"{row['tokens']:,.0f} tokens"
+    return text if units.missing(low) or units.missing(high) else f"{text} ({low:,.0f} to {high:,.0f})"
+
+
+def axes(frame: pd.DataFrame | None) -> list[Said]:
+    """Whether the shape matters, and what the largest batch and the longest caption cost, of an `axes` table."""
+    if frame is None or frame.empty:
+        return []
+    frame = tables.complete("axes", frame).dropna(subset=["ratio"])
+    found: list[Said] = []
+    shapes = frame[frame["axis"] == "aspect"]
+    if len(shapes):
+        told = {"equivalent": 0, "not": 0, "undecided": 0}
+        for row in records(shapes):
+            told[{"equivalent": "equivalent", "inconclusive": "undecided"}.get(_verdict(row), "not")] += 1
+        text = f"of {len(shapes)} shape{'s' * (len(shapes) > 1)} beside a squarer one of as many tokens "
+        text += f"{told['equivalent']} take{'s' * (told['equivalent'] == 1)} the same time to 1 %, {told['not']} not"
+        text += f", {told['undecided']} undecided" * bool(told["undecided"])
+        found.append((text, tuple(map(_change, records(shapes)))))
+    for axis, words in (("batch", "an image in a batch of {}"), ("caption", "a step with {} caption tokens")):
+        column = "batch" if axis == "batch" else "caption_tokens"
+        rows = frame[(frame["axis"] == axis) & frame[column].notna() & frame[f"beside_{column}"].notna()]
+        if rows.empty:
+            continue
+        row = records(rows.sort_values(column))[-1]
+        what, than = words.format(int(row[column])), f"than with {int(row[f'beside_{column}'])}"
+        change = f"{units.percent(abs(row['ratio'] - 1))} {'less' if row['ratio'] < 1 else 'more'} time"
+        text = {
+            "equivalent": f"{what} takes the same time to 1 % as with {int(row[f'beside_{column}'])}",
+            "inconclusive": f"whether {what} takes other time {than} is undecided",
+        }.get(_verdict(row), f"{what} takes {change} {than}")
+        found.append((text, (_change(row), f"predicted {units.ratio(row['predicted_ratio'])}")))
+    return found
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Its verdict, inconclusive where it is missing."""
+    return row["verdict"] if row["verdict"] in ("faster", "slower", "equivalent") else "inconclusive"
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    sides = " x ".join("?" if units.missing(row[name]) else f"{int(row[name])}" for name in ("height", "width"))
+    low, high = row["ratio_low"], row["ratio_high"]
+    between = "" if units.missing(low) or units.missing(high) else f" ({units.ratio(low)} to {units.ratio(high)})"
+    return f"{sides} px: ratio {units.ratio(row['ratio'])}{between}"
+
+
+def throughput(frame: pd.DataFrame | None) -> list[Said]:
+    """Images an hour at the size with a sustained time and the most pixels, else the size with the most of all."""
+    if frame is None or frame.empty:
+        return []
+    rows = tables.complete("scaling", frame).dropna(subset=["images_per_hour", "height", "width", "steps"])
+    held = rows.dropna(subset=["sustained_images_per_hour"])
+    found: list[Said] = []
+    for row in records(held if len(held) else rows.nlargest(1, "images_per_hour"))[:3]:
+        size = f"{int(row['height'])} x {int(row['width'])} px"
+        size += "" if units.missing(row["batch"]) else f", batch {int(row['batch'])}"
+        text = f"{units.significant(row['images_per_hour'])} images an hour of {size}, {int(row['steps'])} steps each, "
+        text += "in bursts"
+        if not units.missing(row["sustained_images_per_hour"]):
+            text += f", {units.significant(row['sustained_images_per_hour'])} sustained"
+        found.append((text, ("denoising alone, without text encoder and image decoder",)))
+    return found

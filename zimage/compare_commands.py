@@ -1,0 +1,63 @@
+"""The commands that set results beside each other: `zimage compare` and `zimage trend`."""
+
+from pathlib import Path
+
+from zimage.errors import ExperimentError, StoreError
+from zimage.lab import terminal
+from zimage.options import as_json as as_json_option
+from zimage.options import results as results_option
+
+import click
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--rerun", is_flag=True, help="Time the step of both anew, in fresh processes in turns.")
+@click.option("--python", "pythons", multiple=True, metavar="PYTHON",
+              help="With --rerun: the interpreter of A, and once more that of B; this one's if left out.")  # fmt: skip
+@click.option("--pairs", type=int, default=8, show_default=True, help="With --rerun: processes a side.")
+@click.option("--samples", type=int, default=10, show_default=True, help="With --rerun: timed steps a process.")
+@as_json_option
+@results_option
+def compare(
+    a: str, b: str, rerun: bool, pythons: tuple[str, ...], pairs: int, samples: int, as_json: bool, results: Path
+) -> int:
+    """Compare B with A, the reference, and exit 1 on a regression; needs no MLX.
+
+    A and B are runs (a key or the start of it, or experiment/key), experiments, or results folders; PATH/experiment
+    and PATH/experiment/key too. What has the same notebook, weights, seed and other inputs on both sides is judged:
+    time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared.
+    """
+    from zimage.lab import comparing, rerunning
+    from zimage.lab.store import Store
+
+    if pythons and not rerun:
+        raise ExperimentError("--python says who measures again: give it with --rerun")
+    store = Store(results)
+    sides = comparing.side(a, store), comparing.side(b, store)
+    terminal.skipped(list(dict.fromkeys(problem for one in sides for problem in one.problems)))
+    if rerun:
+        return rerunning.rerun(*sides, pythons, pairs, samples, as_json)
+    found = comparing.compare(*sides)
+    terminal.show(comparing.content(*sides, found), as_json, lambda: comparing.lines(*sides, found))
+    return 1 if found.worse else 0
+
+
+@click.command()
+@click.argument("experiment")
+@as_json_option
+@results_option
+def trend(experiment: str, as_json: bool, results: Path) -> None:
+    """Show one EXPERIMENT across versions of MLX and zimage, superseded runs included; needs no MLX."""
+    from zimage.lab import trends
+    from zimage.lab.store import Store
+
+    store = Store(results)
+    if experiment not in store.experiments():
+        raise StoreError(
+            f"{results}: no experiment {experiment!r}; there are: {', '.join(store.experiments()) or 'none'}"
+        )
+    found, problems = trends.read(store, experiment)
+    terminal.skipped(problems)
+    terminal.show(trends.content(found), as_json, lambda: trends.lines(experiment, found))

@@ -1,0 +1,261 @@
+"""Runs, experiments and stores found by what a person calls them, compared, and told; nothing here needs MLX."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage.analysis import comparing, matching, reading, units
+from zimage.analysis.claims import in_words
+from zimage.analysis.combining import WORSE, Change
+from zimage.analysis.comparing import Compared, Pair, Row
+from zimage.analysis.matching import Recorded
+from zimage.errors import StoreError
+from zimage.lab.store import Run, Store
+from zimage.machine import doubts
+
+_VERSIONS = ("python", "numpy")  # of all recorded versions, those that an environment lacks and that could matter
+_TABLES = ("ablation", "memory", "quality", "samples", "stages")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: what it was called, what that is, its runs, and a line for each that is unreadable."""
+
+    asked: str
+    what: str
+    runs: list[Recorded]
+    problems: list[str]
+
+    @property
+    def completed(self) -> int:
+        """How many of its runs completed."""
+        return sum(not run.error for run in self.runs)
+
+
+def side(asked: str, store: Store) -> Side:
+    """The runs that `asked` names: in `store` an experiment, a run's key or the start of it, experiment/key; or a
+    results folder, PATH/experiment, or PATH/experiment/key.
+
+    Of experiments and stores the current runs count. Raises StoreError for what is neither, or has no completed run.
+    """
+    found, names, key = _place(asked, store)
+    problems: list[str] = []
+    runs: list[Run] = []
+    for name in names:
+        readable, unreadable = found.scan(name)
+        problems += unreadable
+        current = {run.key for run in found.current_or(name, readable)}
+        runs += [run for run in readable if (run.key in current if key is None else run.key == key)]
+    kept = [recorded(run) for run in runs]
+    problems += [reason for run in kept for reason in run.unreadable.values()]
+    what = f"run {runs[0].experiment}/{key}" if key else f"experiment {names[0]}" if len(names) == 1 else "store"
+    given = Side(asked, f"{what} in {found.root}", kept, problems)
+    if not given.completed:
+        said = f": {problems[0]}" if problems else ""
+        raise StoreError(
+            f"{asked}: {given.what} has no completed run{said}; `zimage list --results DIR` shows the runs"
+        )
+    return given
+
+
+def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
+    """A run as it is compared, with those of its tables that have these names."""
+    tables, unreadable = {}, {}
+    for name in [name for name in run.tables() if name in names]:
+        try:
+            tables[name] = run.table(name)
+        except StoreError as error:
+            unreadable[name] = str(error)
+    digests, versions = run.mapping("digests"), run.mapping("versions")
+    facts = run.facts | {"device": run.device}
+    facts |= {name: str(versions[name]) for name in _VERSIONS if name in versions}
+    facts |= {"sources": str(digests["sources"])[:12]} if "sources" in digests else {}
+    failure = "" if run.completed else " ".join(str(run.meta.get("error") or "no error was kept").split())
+    return Recorded(
+        f"{run.experiment}/{run.key}", run.notebook, run.device, str(run.meta["started"]), run.parameters,
+        run.mapping("weights") or None, run.meta.get("recipe"), facts, tables, failure, unreadable,
+    )  # fmt: skip
+
+
+def compare(a: Side, b: Side) -> Compared:
+    """Compare B with A. Raises StoreError, which says why, where there is nothing to compare."""
+    found = comparing.compare(a.runs, b.runs)
+    if found.rows or found.worse:
+        return found
+    left_out = sorted(found.left_out, key=lambda one: " against " not in one.reason)  # the nearest miss first
+    reasons = list(dict.fromkeys(f"{one.what}: {one.reason}" for one in left_out))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    because = f"{reasons[0]}{more}" if reasons else "their runs recorded no time ratios, bytes or quality"
+    raise StoreError(f"{a.asked} and {b.asked} have nothing to compare: {because}")
+
+
+def content(a: Side, b: Side, found: Compared) -> dict[str, Any]:
+    """The comparison as data for programs."""
+    return {
+        "a": {"asked": a.asked, "what": a.what, "runs": [run.name for run in a.runs]},
+        "b": {"asked": b.asked, "what": b.what, "runs": [run.name for run in b.runs]},
+        "method": comparing.METHOD,
+        "intervals_together": found.together,
+        "environment": [{"fact": name, "a": one, "b": two} for name, one, two in found.environments],
+        "pairs": [_pair_content(pair) for pair in found.pairs],
+        "not_compared": [vars(one) for one in found.left_out],
+        "regressions": found.worse,
+    }
+
+
+def lines(a: Side, b: Side, found: Compared) -> list[str]:
+    """The comparison for a terminal: both sides, how they differ, the verdicts run by run, and what is left out."""
+    said = [f"A  {a.what}, {_counted(a)}", f"B  {b.what}, {_counted(b)}", *_differing(found)]
+    for letter, runs in (("A", [pair.a.facts for pair in found.pairs]), ("B", [pair.b.facts for pair in found.pairs])):
+        said += [f"{letter}  {doubt}" for doubt in doubts(runs)]
+    for pair in found.pairs:
+        said += ["", *_pair_lines(pair)]
+    if found.left_out:
+        said += ["", f"not compared ({len(found.left_out)}):"]
+        said += [f"  {one.what}: {one.reason}{' (a regression)' if one.worse else ''}" for one in found.left_out]
+    regressions = [f"  {pair.b.name}: {' '.join(' '.join(_cells(row)).split())}"
+                   for pair in found.pairs for row in pair.rows if row.change.worse]  # fmt: skip
+    said += ["", f"How: {comparing.METHOD}."]
+    return [*said, *(["regressions:", *regressions] if regressions else []), summary(found)]
+
+
+def inputs_line(run: Recorded) -> str:
+    """A run's parameters but for those of the effort, long ones cut short."""
+    texts = {name: str(value) for name, value in run.parameters.items() if name not in matching.OF_THE_EFFORT}
+    return " ".join(f"{name}={text if len(text) <= 40 else f'{text[:40]}...'}" for name, text in texts.items())
+
+
+def summary(found: Compared) -> str:
+    """How many were compared, and how many of them are worse."""
+    counts: dict[str, int] = {}
+    for row in found.rows:
+        counts[row.change.verdict] = counts.get(row.change.verdict, 0) + 1
+    told = ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word not in WORSE))
+    verdict = f"{found.worse} regression{'s' * (found.worse > 1)}" if found.worse else "no regression"
+    return f"{len(found.rows)} compared ({told or 'none'}), {len(found.left_out)} not: {verdict}"
+
+
+def _place(asked: str, store: Store) -> tuple[Store, list[str], str | None]:
+    """The store, the experiments in it, and the key where one run is meant."""
+    if asked in store.experiments():
+        return store, [asked], None
+    path = Path(asked)
+    try:
+        there = bool(asked) and path.is_dir()
+    except OSError as error:
+        raise StoreError(f"{asked}: {error.strerror or error}; name a run, an experiment or a results folder") from None
+    if not there:
+        above = path.parent.parent
+        if path.parent.is_dir() and path.parent.name in Store(above).experiments():
+            run = Store(above).find(f"{path.parent.name}/{path.name}")
+            return Store(above), [run.experiment], run.key
+        try:
+            run = store.find(asked)
+        except StoreError as error:
+            raise StoreError(f"{error}; or name a results folder") from None
+        return store, [run.experiment], run.key
+    path = path.resolve() if path.name in ("", "..") else path
+    if (path / "run.json").is_file():
+        return Store(path.parent.parent), [path.parent.name], path.name
+    if path.name in Store(path.parent).experiments():
+        return Store(path.parent), [path.name], None
+    if names := Store(path).experiments():
+        return Store(path), names, None
+    below = [inner for inner in sorted(path.iterdir()) if inner.is_dir() and Store(inner).experiments()]
+    hint = f"; name one of the stores in it, such as {below[0]}" if below else ""
+    raise StoreError(f"{asked}: no runs in this folder{hint}")
+
+
+def _counted(one: Side) -> str:
+    """How many runs, and from when."""
+    dates = [units.date(started) for started in sorted(run.started for run in one.runs)]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    devices = " and ".join(dict.fromkeys(run.device for run in one.runs))
+    return f"{len(one.runs)} run{'s' * (len(one.runs) > 1)} on {devices}, {when}"
+
+
+def _differing(found: Compared) -> list[str]:
+    if not found.environments:
+        return ["   machines and programs are the same"] if found.pairs else []
+    told = [(name, one, two) for name, one, two in found.environments if matching.matters(name)]
+    rest = [name for name, _, _ in found.environments if not matching.matters(name)]
+    width = max((len(name) for name, _, _ in told), default=0)
+    said = [f"   {name:{width}}  {one} -> {two}" for name, one, two in told]
+    return ["they differ in:", *said, *([f"   and in {', '.join(rest)} (--json has the values)"] if rest else [])]
+
+
+def _pair_lines(pair: Pair) -> list[str]:
+    kind = f", {pair.a.kind} weights" if pair.a.kind else ""
+    head = f"{pair.a.name} -> {pair.b.name}{kind}" + (": one and the same run" if pair.same else "")
+    said = [head, f"  {Path(pair.a.notebook).stem} with {inputs_line(pair.a)}", *(f"  {note}" for note in pair.notes)]
+    if not pair.rows:
+        said.append("  its tables hold no time ratios, bytes or quality that both have")
+    cells = [_cells(row) for row in pair.rows]
+    widths = [max((len(line[place]) for line in cells), default=0) for place in range(3)]
+    said += ["  " + "  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip()
+             for line in cells]  # fmt: skip
+    steps = [f"{arm} {units.seconds(one)} -> {units.seconds(two)}" for arm, (one, two) in pair.steps_s.items()]
+    if steps:
+        said.append(f"  for context, a step: {'; '.join(steps)} (not judged: no clock links the two runs)")
+    return said
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    """The verdict, what it is about, both values, and the change with its reason."""
+    if row.table == "ablation":
+        arm, baseline, scope, regime = row.about
+        about = f"{arm} / {baseline}, {scope}" + ("" if regime == comparing.BURST else f", {regime}")
+        values = f"ratio {units.ratio(row.a.value)} -> {units.ratio(row.b.value)}"
+    elif row.table == "memory":
+        about = f"{row.about[0]}, {reading.metric_name(row.about[2])}"
+        values = f"{units.size(row.a.value)} -> {units.size(row.b.value)}"
+    else:
+        arm, metric, baseline = row.about
+        about = f"{arm}, {reading.metric_name(metric)}" + (f" against {baseline}" if baseline else "")
+        one, two = (reading.metric_value(metric, end.value) for end in (row.a, row.b))
+        values = f"{one} -> {two}"
+    return row.change.verdict, about, values, _change(row.change, row.table)
+
+
+def _change(change: Change, table: str) -> str:
+    found = change.interval
+    if table == "ablation":
+        ends = in_words(found.low, found.high).removesuffix(" time") if found.high < math.inf else ""
+        told = f"{units.ratio(found.value)} times ({ends})" if ends else ""
+    elif table == "memory":
+        told = "" if change.verdict == "same" else f"{units.ratio(found.value)} times"
+    else:
+        told = f"{units.significant(found.low)} to {units.significant(found.high)}" if found.bounded else ""
+    told_too = change.verdict == "inconclusive" or (table == "quality" and change.worse)
+    reason = change.reason.split(":")[0] if told_too else ""
+    return ": ".join(filter(None, (told, reason)))
+
+
+def _pair_content(pair: Pair) -> dict[str, Any]:
+    return {
+        "a": pair.a.name,
+        "b": pair.b.name,
+        "notebook": pair.a.notebook,
+        "parameters": dict(pair.a.parameters),
+        "weights": pair.a.kind,
+        "same_run": pair.same,
+        "notes": pair.notes,
+        "rows": [_row_content(row) for row in pair.rows],
+        "steps_s": {arm: list(times) for arm, times in pair.steps_s.items()},
+    }
+
+
+def _row_content(row: Row) -> dict[str, Any]:
+    return {
+        "table": row.table,
+        **dict(zip(comparing.KEYS[row.table], row.about, strict=True)),
+        "a": row.a.finite(),
+        "b": row.b.finite(),
+        "difference" if row.change.difference else "ratio": row.change.interval.finite(),
+        "noise_floor": row.noise_floor,
+        "verdict": row.change.verdict,
+        "reason": row.change.reason,
+        "regression": row.change.worse,
+    }

@@ -1,0 +1,86 @@
+"""The part of a page about the front of time, memory and error: two charts, and a table that leads to the runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from zimage.analysis import pareto, pareto_plots, units
+from zimage.analysis.reading import records
+from zimage.lab.sections import Cell, Head, Link, Section, Table, chart
+
+import pandas as pd
+
+_MARGINS = pareto.Margins()
+_NOTE = (
+    "Time, memory and error of an arm at the end of a denoising run: less of each is better. An arm is dominated where "
+    "another is surely no worse in all three and surely better in one, by intervals that lie apart and with "
+    f"{units.percent(_MARGINS.time, 0)} of time, {units.percent(_MARGINS.bytes, 0)} of memory and "
+    f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Indistinguishable "
+    "from the front is what another beats by the estimates alone. A click on a point leads to the run that it is from."
+)
+NOT_IN_COMMON = ("arms", "quads")  # parameters in which runs may differ whose arms belong on one front
+
+
+def front(frame: pd.DataFrame, id: str, title: str = "What is worth having together", note: str = "") -> Section | None:
+    """Error over time and over memory, and every arm with its category; None where the table holds no point."""
+    points = pareto.usable(frame)
+    if points.empty:
+        return None
+    found = {str(row["arm"]): _notebook(row["run_key"]) for row in records(points)}
+    links = {arm: link for arm, link in found.items() if link}
+    kinds = " and ".join(points["weights_kind"].dropna().astype(str).unique())
+    told = "; ".join(f"{row['arm']} {', '.join(pareto_plots.facts(row))}" for row in records(points))
+    charts = [
+        chart(pareto_plots.by_time(points, links), f"{id}-by-time", f"Error over time: {told}"),
+        chart(pareto_plots.by_bytes(points, links), f"{id}-by-bytes", "Error over memory, of the same arms"),
+    ]
+    heads = [Head("Arm"), Head("Place"), Head("Dominated by"), Head("Time", True), Head("Interval", True)]
+    heads += [Head("Memory", True), Head("Error", True), Head("Interval", True), Head("Run")]
+    cells = [
+        [
+            Cell(str(row["arm"])),
+            Cell(str(row["category"]), "verdict"),
+            Cell(row["dominated_by"] if isinstance(row["dominated_by"], str) else "", "free"),
+            Cell(units.ratio(row["time_ratio"]), "num"),
+            Cell(_ends(row, "time_ratio", units.ratio), "num"),
+            Cell(units.size(row["bytes"]), "num"),
+            Cell(units.significant(row["error"]), "num"),
+            Cell(_ends(row, "error", units.significant), "num"),
+            Cell(
+                "", links=(Link(str(row["run_key"])[:12], links[str(row["arm"])]),) if str(row["arm"]) in links else ()
+            ),
+        ]
+        for row in records(points)
+    ]
+    weights = f" The weights are {kinds}." if kinds else ""
+    return Section(title, f"{note or _NOTE}{weights}", charts, Table(title, heads, cells), stacked=True)
+
+
+def pools(runs: Sequence[tuple[Mapping[str, Any], str, pd.DataFrame]], id: str) -> list[Section]:
+    """One section for every several runs whose arms belong on one front.
+
+    runs: parameters, device and `pareto` table of each. They belong together where their parameters agree in all but
+    NOT_IN_COMMON.
+    """
+    groups: dict[str, list[pd.DataFrame]] = {}
+    for parameters, device, frame in runs:
+        kept = {name: value for name, value in sorted(parameters.items()) if name not in NOT_IN_COMMON}
+        groups.setdefault(f"{device} {kept!r}", []).append(frame)
+    found = []
+    for place, frames in enumerate(frames for frames in groups.values() if len(frames) > 1):
+        title = f"All arms of {len(frames)} runs"
+        note = f"{_NOTE} An arm that several runs have is taken from the first of them."
+        section = front(pareto.pooled(frames), f"{id}-pool-{place}", title, note)
+        found += [] if section is None else [section]
+    return found
+
+
+def _notebook(key: Any) -> str:
+    """The executed notebook of a run, beside its experiment's page."""
+    return f"{quote(key, safe='')}/notebook.ipynb" if isinstance(key, str) and key else ""
+
+
+def _ends(row: Mapping[str, Any], name: str, text: Any) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    known = not (units.missing(low) or units.missing(high)) and low < high
+    return f"{text(low)} to {text(high)}" if known else units.MISSING

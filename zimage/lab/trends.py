@@ -1,0 +1,109 @@
+"""Trends read from the store, superseded runs included, as data and as lines; nothing here needs MLX."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from zimage.analysis import comparing, trends, units
+from zimage.analysis.matching import differences
+from zimage.analysis.trends import Point, Trend
+from zimage.lab.comparing import inputs_line, recorded
+from zimage.lab.store import Run, Store
+
+
+def of(run: Run, runs: Iterable[Run], last: int | None = None) -> Trend | None:
+    """The trend that `run` is a point of, among all `runs` of its experiment; None where there is only its version.
+
+    last: how many versions at most, the newest.
+    """
+    known = {f"{one.experiment}/{one.key}": one for one in runs}
+    bare = [recorded(one, ()) for one in known.values()]
+    found = trends.history(recorded(run, ()), bare)
+    if len(found) < 2:
+        return None
+    earlier = 0 if last is None else max(0, len(found) - last)
+    return trends.trend([recorded(known[one.name], trends.TABLES) for one in found[earlier:]], earlier)
+
+
+def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
+    """The trends of an experiment, one for each notebook, set of inputs and device; and a line for what is unreadable.
+
+    All runs count, not only those of the last sweep.
+    """
+    runs, problems = store.scan(experiment)
+    completed = [run for run in runs if run.completed]
+    bare = {run.key: recorded(run, ()) for run in completed}
+    found: list[Trend] = []
+    seen: list[Run] = []
+    for run in completed:
+        one = bare[run.key]
+        if any(
+            (r.notebook, r.device) == (run.notebook, run.device) and not differences(bare[r.key], one) for r in seen
+        ):
+            continue
+        seen.append(run)
+        if (trend := of(run, completed)) is not None:
+            found.append(trend)
+            problems += [reason for one in trend.runs for reason in one.unreadable.values()]
+    return found, problems
+
+
+def content(found: Sequence[Trend]) -> list[dict[str, Any]]:
+    """The trends as data for programs."""
+    return [
+        {
+            "notebook": one.runs[-1].notebook,
+            "parameters": dict(one.runs[-1].parameters),
+            "device": one.runs[-1].device,
+            "weights": one.runs[-1].kind,
+            "versions": [
+                {"version": version, "run": run.name, "started": run.started, "steps_s": steps}
+                for version, run, steps in zip(one.versions, one.runs, one.steps_s, strict=True)
+            ],
+            "points": [_point_content(point) for point in one.points],
+        }
+        for one in found
+    ]
+
+
+def lines(experiment: str, found: Sequence[Trend]) -> list[str]:
+    """The trends for a terminal."""
+    if not found:
+        return [f"{experiment}: every result is known of one version of MLX and zimage only"]
+    said: list[str] = []
+    for one in found:
+        last = one.runs[-1]
+        kind = f", {last.kind} weights" if last.kind else ""
+        said += [*([""] if said else []), f"{last.notebook} with {inputs_line(last)}", f"  on {last.device}{kind}"]
+        width = max(map(len, one.versions))
+        for about in one.about():
+            said.append(f"  {trends.name(about)}")
+            said += [f"    {p.version:{width}}  {_ratio(p)}" for p in one.points if p.about == about]
+        for arm in dict.fromkeys(arm for steps in one.steps_s for arm in steps):
+            said.append(f"  for context, a step of {arm} (not judged: no clock links two runs)")
+            said += [
+                f"    {version:{width}}  {units.seconds(steps[arm])}  {run.name}, {units.date(run.started)}"
+                for version, steps, run in zip(one.versions, one.steps_s, one.runs, strict=True)
+                if arm in steps
+            ]
+    return [*said, "", f"How changes since the version before are judged: {comparing.METHOD}."]
+
+
+def _ratio(point: Point) -> str:
+    text = f"{units.ratio(point.ratio.value)} ({units.ratio(point.ratio.low)} to {units.ratio(point.ratio.high)})"
+    if point.change is None:
+        return text
+    change = point.change.interval
+    ends = f" ({units.ratio(change.low)} to {units.ratio(change.high)})" if change.high < math.inf else ""
+    return f"{text}  {point.change.verdict}, {units.ratio(change.value)} times the ratio before{ends}"
+
+
+def _point_content(point: Point) -> dict[str, Any]:
+    arm, baseline, scope, regime = point.about
+    change = point.change
+    return {
+        "version": point.version, "run": point.run, "arm": arm, "baseline": baseline, "scope": scope, "regime": regime,
+        **point.ratio.finite(), "noise_floor": point.noise_floor,
+        "change": None if change is None else {**change.interval.finite(), "verdict": change.verdict,
+                                               "reason": change.reason},
+    }  # fmt: skip
