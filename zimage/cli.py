@@ -168,7 +168,8 @@ def list_command(as_json: bool, results: Path) -> None:
 def clean(yes: bool, dry_run: bool, as_json: bool, results: Path) -> int:
     """Remove failed and superseded runs, after asking; nothing else.
 
-    Superseded is a run that the last sweep did not ask for, where a newer one differs from it in nothing but the code.
+    Superseded is a run that the last sweep did not ask for, where a newer one differs from it in nothing but the
+    notebook's code or changes to zimage that have no commit; runs of other versions and commits stay.
     """
     from zimage.lab import cleaning
     from zimage.lab.store import Store

@@ -38,6 +38,7 @@ def root(tmp_path: Path) -> Path:
     add(tmp_path, "otherdevice", device="gpu")
     add(tmp_path, "othermlx", environment=FACTS | {"mlx": "0.31.0"})
     add(tmp_path, "othervariable", environment=FACTS | {"MLX_Y": "2"})
+    add(tmp_path, "othercommit", environment=FACTS | {"commit": "abc"})
     add(tmp_path, "otherversion", versions={"zimage": "0.0.9"})
     add(tmp_path, "otherweights", weights={"source": "a", "kind": "trained", "digest": "b"})
     add(tmp_path, "othernotebook", notebook="notebooks/b.ipynb")

@@ -17,7 +17,8 @@ def removable(store: Store) -> list[tuple[Run, str]]:
     """The runs that may go, each with the reason: "failed" or "superseded".
 
     Superseded is a completed run that the last sweep did not ask for, where a newer completed one differs from it in
-    nothing but the code: same notebook, parameters, weights, device, versions and what else the run key holds.
+    nothing but code that has no version: the notebook's, or changes to zimage beside its commit. Parameters, weights,
+    device, versions and commit, and what else the run key holds, are the same; a trend over versions loses nothing.
     """
     found = []
     for name in store.experiments():
@@ -90,8 +91,10 @@ def _started(run: Run) -> str:
 
 
 def _question(run: Run) -> str:
-    """All that a run's key holds but the code."""
+    """All that a run's key holds, but for code its version and commit."""
     facts, weights, versions = (run.meta.get(name) or {} for name in ("environment", "weights", "versions"))
-    chosen = {name: value for name, value in facts.items() if name in NAMED_FACTS or name.startswith("MLX_")}
+    chosen = {
+        name: value for name, value in facts.items() if name in (*NAMED_FACTS, "commit") or name.startswith("MLX_")
+    }
     parts = [run.notebook, run.parameters, run.device, weights, run.meta.get("recipe"), chosen, versions.get("zimage")]
     return json.dumps(parts, sort_keys=True, default=str)
