@@ -16,7 +16,8 @@ from zimage.lab import notebook as notebooks
 from zimage.lab.store import Store
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path.name != "claims.yaml")
+SUITES = [ROOT / "experiments" / "overnight.yaml"]
+EXPERIMENTS = sorted({*(ROOT / "experiments").glob("*.yaml")} - {ROOT / "experiments" / "claims.yaml", *SUITES})
 QUICKSTART = ("sweep", "experiments/quickstart.yaml")
 # How much of it is done: the least that can be asked for. A notebook without these does its work in seconds.
 LEAST = {

@@ -27,7 +27,7 @@ ROWS = (
     {"low_memory"},
     {
         *("loaders", "pipeline", "digits", "scheduler", "inputs", "arms", "operations", "peers", "quality"),
-        *("sensitivity", "scopes", "ladder", "orders", "levers"),
+        *("sensitivity", "scopes", "ladder", "orders", "levers", "ablation"),
     },
     {"analysis"},
     {"lab"},

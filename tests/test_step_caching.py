@@ -4,10 +4,9 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from tests.sweeping import ROOT, Sweep
+from tests.sweeping import ROOT, Command, Sweep, quick
 from zimage import arms, digits, scheduler, step_caching, transforms
 from zimage.caching import Report
 from zimage.config import TransformerConfig
@@ -373,9 +372,9 @@ def test_digits_stay_digits() -> None:
     assert 0 < abs(drawn.images - wanted.images).max() < 0.25
 
 
-def test_the_notebook_judges_every_arm_beside_fewer_steps(swept: Callable[[Path], Sweep]) -> None:
+def test_the_notebook_judges_every_arm_beside_fewer_steps(swept: Callable[[Command], Sweep]) -> None:
     """Its quick run times and judges each way of reusing steps and a plain run of as many blocks for each of them."""
-    (run,) = swept(ROOT / "experiments" / "step_caching.yaml").store.runs("step_caching")
+    (run,) = swept(quick(ROOT / "experiments" / "step_caching.yaml")).store.runs("step_caching")
     cached = {"keep_captions", "timestep_0.15", "tea_fitted_0.5", "every_2"}
     ablation, judged = run.table("ablation"), run.table("quality")
     fewer = {arm for arm in ablation["arm"] if arm.startswith("steps_")}

@@ -16,10 +16,12 @@ _HOMES = {
     "load_transformer": "zimage.weights",
     "save_transformer": "zimage.saving",
     "sample": "zimage.scheduler",
+    "ablate": "zimage.ablation",
     "fast": "zimage.arms",
     "fits": "zimage.analysis.fitting",
 }
 _MODULES = (
+    "ablation",
     "adapters",
     "analysis",
     "arms",
@@ -57,6 +59,7 @@ _MODULES = (
 __all__ = ["__version__", "backend", *_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from zimage.ablation import ablate as ablate
     from zimage.analysis.fitting import fits as fits
     from zimage.arms import fast as fast
     from zimage.config import TransformerConfig as TransformerConfig

@@ -3,7 +3,6 @@
 Exit 0: done; 1: it ran and something failed, or was stopped; 2: it was asked wrongly, and one line says how to mend it.
 """
 
-import functools
 import os
 import signal
 import sys
@@ -103,7 +102,8 @@ def run(
     values = _values("-p", given, (found,))
     name, store = check_name(notebook.stem), Store(results)
     jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout)
-    return executing.execute(jobs, store, fresh, as_json, lambda: sweep.note_single(store, jobs[0]), force)
+    part = executing.Part(jobs, lambda: sweep.note_single(store, jobs[0]))
+    return executing.execute([part], store, fresh, as_json, force)
 
 
 @cli.command(name="sweep")
@@ -120,26 +120,30 @@ def sweep_command(
     experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, force: bool, as_json: bool,
     results: Path,
 ) -> int:  # fmt: skip
-    """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped."""
-    from zimage.lab import executing, sweep
+    """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped.
+
+    The file may also be a suite: several experiments, as many of their runs as fit its time.
+    """
+    from zimage.lab import executing, suite
     from zimage.lab import experiment as experiments
     from zimage.lab.store import Store
+    from zimage.yaml_lines import load
 
-    asked = experiments.read(experiment)
     pairs = []
     for text in given:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise ExperimentError(f"--set {text}: write NAME=VALUE")
         pairs.append((name, value))
-    forced = _values("--set", pairs, asked.notebooks)
-    planned, store = asked.plan(quick=quick, overrides=forced), Store(results)
-    jobs = sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s)
+    document, store = load(experiment), Store(results)
+    asked = suite.read(document, quick) if suite.is_one(document) else None
+    members = asked.experiments if asked else (experiments.read(experiment),)
+    forced = _values("--set", pairs, tuple(notebook for member in members for notebook in member.notebooks))
+    parts = [executing.part(member, store, quick, forced) for member in members]
     if dry_run:
-        executing.plan(jobs, store, fresh, as_json)
+        executing.plan(parts, store, fresh, as_json, asked)
         return 0
-    note = functools.partial(sweep.note_sweep, store, asked, jobs, quick, forced)
-    return executing.execute(jobs, store, fresh, as_json, note, force)
+    return executing.execute(parts, store, fresh, as_json, force, asked)
 
 
 @cli.command(name="list")
@@ -154,6 +158,23 @@ def list_command(as_json: bool, results: Path) -> None:
     content = listing.store_content(store)
     terminal.show(content, as_json, lambda: listing.store_lines(store, content))
     terminal.skipped(content["problems"])
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@_as_json
+@_results
+def clean(yes: bool, dry_run: bool, as_json: bool, results: Path) -> int:
+    """Remove failed and superseded runs, after asking; nothing else.
+
+    Superseded is a run that the last sweep did not ask for, where a newer one differs from it in nothing but the
+    notebook's code or changes to zimage that have no commit; runs of other versions and commits stay.
+    """
+    from zimage.lab import cleaning
+    from zimage.lab.store import Store
+
+    return cleaning.clean(Store(results), yes, dry_run, as_json)
 
 
 @cli.command()

@@ -1,11 +1,13 @@
 """The judge of digits: it passes real ones, and sees prototypes, copies and noise for what they are."""
 
+from zimage.analysis import reading
 from zimage.digits.data import Digits, real
 from zimage.digits.picture import MOST_COLUMNS, MOST_ROWS, grid, side_by_side
-from zimage.digits.quality import frechet_distance, logits, quality, recognised
+from zimage.digits.quality import frechet_distance, judged, logits, quality, recognised
 from zimage.errors import InputError
 
 import numpy as np
+import pandas as pd
 import pytest
 
 
@@ -141,3 +143,31 @@ def test_nothing_to_draw_is_refused(shape: tuple[int, ...], columns: int, scale:
     """No images, no columns or no scale give an InputError."""
     with pytest.raises(InputError, match="a grid needs images"):
         grid(np.zeros(shape, np.float32), columns, scale)
+
+
+def test_arms_are_judged_by_what_they_drew() -> None:
+    """Each arm has its accuracy and distance with intervals, all but the baseline how much farther off it is; with
+
+    one digit of a label there is no distance.
+    """
+    _, held_out = real()
+    labels = np.arange(40) % 10
+    order = np.concatenate([np.flatnonzero(held_out.labels == label)[:4] for label in range(10)])
+    order = order.reshape(10, 4).T.ravel()
+    some = {"plain": Digits(held_out.images[order], labels), "blank": Digits(0 * held_out.images[order], labels)}
+    table = pd.DataFrame(judged(some, "plain"))
+    rows = table.set_index(["arm", "metric"])
+    assert set(rows.index) == {
+        *((arm, metric) for arm in some for metric in ("digit_accuracy", "frechet_distance")),
+        ("blank", "frechet_difference"),
+    }
+    assert rows.loc[("plain", "digit_accuracy"), "value"] > 0.9 > rows.loc[("blank", "digit_accuracy"), "value"]
+    near = 1e-6 * rows["value"]  # of forty blanks every resample is the same
+    assert (rows["low"] <= rows["value"] + near).all() and (rows["value"] <= rows["high"] + near).all()
+    assert set(rows["count"]) == {40}
+    assert rows.loc[("blank", "frechet_difference"), ["baseline"]].item() == "plain"
+    assert reading.pictures_by_arm(table) == {"blank": "other than plain's"}
+    same = pd.DataFrame(judged({"plain": some["plain"], "again": some["plain"]}, "plain"))
+    assert reading.pictures_by_arm(same) == {"again": "no difference to plain's found in 40"}
+    few = {arm: Digits(one.images[:10], labels[:10]) for arm, one in some.items()}
+    assert {row["metric"] for row in judged(few, "plain")} == {"digit_accuracy"}

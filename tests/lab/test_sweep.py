@@ -50,6 +50,9 @@ class Silent:
     def ends(self, job: Job, run: Run, new: bool) -> None:
         pass
 
+    def leaves(self, job: Job) -> None:
+        pass
+
 
 def jobs_in(project: Path, **options: Any) -> list[Job]:
     asked = experiment.read(project / "experiments" / "demo.yaml")

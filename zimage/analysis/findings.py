@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zimage.analysis import detail_texts, memory_reading, pareto, scaling_words, units
+from zimage.analysis import answers, detail_texts, memory_reading, pareto, scaling_words, units
 from zimage.analysis.cost import UNATTRIBUTED
 from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
@@ -63,12 +63,16 @@ def findings(tables: Tables) -> list[Finding]:
     if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
+    answered = _said(answers.texts(tables))
+    if answered:
+        by_arm = [replace(one, short="") for one in by_arm]
     grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
     if grouped:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += grouped
     return [
         *front,
+        *answered,
         *_where_time_goes(tables.get("stages")),
         *_operations(tables.get("operations")),
         *of_memory,

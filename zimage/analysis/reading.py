@@ -36,6 +36,7 @@ _NAMES = {
     "drift_snr_db": "SNR of drifted latents (dB)",
     "frechet_distance": "Fr\u00e9chet distance",
     "frechet_difference": "Fr\u00e9chet distance beyond it",
+    "skipped_blocks_fraction": "blocks skipped",
     "repeat_difference": "difference when computed again",
     "weight_bytes": "weights",
     "peak_bytes": "peak memory",
@@ -101,6 +102,20 @@ def quality_by_arm(quality: pd.DataFrame) -> pd.DataFrame:
     for row in records(headline(quality)):
         texts[row["arm"]][metric_name(row["metric"])] = metric_text(row)
     return pd.DataFrame.from_dict(texts, orient="index").fillna(units.MISSING)
+
+
+def pictures_by_arm(quality: pd.DataFrame) -> dict[str, str]:
+    """For every arm whose pictures were held against a baseline's, whether they are known to differ from them.
+
+    By the interval of `frechet_difference`, of a `quality` table.
+    """
+    rows = records(quality[quality["metric"] == "frechet_difference"])
+    return {
+        str(row["arm"]): f"other than {row['baseline']}'s"
+        if row["low"] > 0 or row["high"] < 0
+        else f"no difference to {row['baseline']}'s found in {row['count']:.0f}"
+        for row in rows
+    }
 
 
 def part_of(stage: object) -> str:

@@ -4,14 +4,17 @@ The classifier is a logistic regression fitted on the pixels of all real images.
 ten logits, one a class.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from zimage.digits.data import Digits, Images, real
 from zimage.quality import Estimate, frechet_estimate
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 
@@ -59,6 +62,27 @@ def frechet_distance(generated: Digits, beside: Digits | None = None, seed: int 
     """
     other = None if beside is None else logits(beside.images)
     return frechet_estimate(logits(generated.images), _real_logits(), generated.labels, seed, other)
+
+
+def judged(drawn: Mapping[str, Digits], baseline: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a `quality` table for what each arm drew from the same seeds, `baseline` among them.
+
+    `digit_accuracy`: the share that is recognised, with a 95 % Wilson interval. Where there are two digits of every
+    label at least: `frechet_distance`, and for all but the baseline `frechet_difference`, how much farther from the
+    real digits than the baseline's, resampled in pairs of a seed. See `frechet_distance` for seed.
+    """
+    rows: list[dict[str, Any]] = []
+    for arm, some in drawn.items():
+        count, right = len(some.labels), int(recognised(some).sum())
+        low, high = binomtest(right, count).proportion_ci(method="wilson")
+        found = [{"metric": "digit_accuracy", "value": right / count, "low": low, "high": high, "count": count}]
+        if np.unique(some.labels, return_counts=True)[1].min() > 1:
+            found.append({"metric": "frechet_distance", **vars(frechet_distance(some, seed=seed))})
+            if arm != baseline:
+                beyond = vars(frechet_distance(some, drawn[baseline], seed))
+                found.append({"metric": "frechet_difference", "baseline": baseline, **beyond})
+        rows += [{"arm": arm, **row} for row in found]
+    return rows
 
 
 def quality(generated: Digits) -> DigitQuality:

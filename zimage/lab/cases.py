@@ -9,6 +9,7 @@ from zimage.lab import (
     memory_sections,
     pareto_sections,
     quality_sections,
+    reuse_sections,
     sensitivity_sections,
 )
 from zimage.lab.sections import Section, Shown, by_arm, loading, samples, some, stages, verdicts
@@ -26,6 +27,7 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
         shown.append(part)
     if compared and (frame := some(tables, "ablation")) is not None:
         shown.append(verdicts(gain_sections.narrowed(tables, frame), id))
+    shown += reuse_sections.sections(tables, id)
     shown += gain_sections.sections(tables, id)
     shown += detail_sections.details(tables)
     memory = some(tables, "memory")

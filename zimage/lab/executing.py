@@ -1,43 +1,65 @@
 """Runs done for a command: what is said before and after, and the exit status."""
 
+import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
 
 from zimage import machine
 from zimage.errors import StoreError
 from zimage.lab import dashboard, fitting, sweep, terminal
+from zimage.lab.experiment import Experiment, Values
 from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
-from zimage.lab.sweep import Estimates
+from zimage.lab.suite import Budget, Suite, not_in_time
+from zimage.lab.sweep import Estimates, Outcome
 from zimage.lab.terminal import complain, link, say, show
 
 
-def execute(
-    jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool, note: Callable[[], None], force: bool = False
-) -> int:
-    """Do the jobs, build the page, say what came out. Unless a run was started, an unwritable store is status 2.
+@dataclass(frozen=True)
+class Part:
+    """The runs of one experiment, and what puts on record that they are asked for."""
 
-    Raises InputError for a run that does not fit the device, before anything is done, unless `force`.
+    jobs: Sequence[Job]
+    note: Callable[[], None]
+
+
+def part(asked: Experiment, store: Store, quick: bool, forced: Values) -> Part:
+    """The runs of an experiment. Those of the forced parameters that none of its notebooks knows are left to others."""
+    known = {name: v for name, v in forced.items() if any(name in one.parameters for one in asked.notebooks)}
+    jobs = sweep.jobs_of(asked.name, asked.plan(quick=quick, overrides=known), asked.root, asked.timeout_s)
+    return Part(jobs, functools.partial(sweep.note_sweep, store, asked, jobs, quick, known))
+
+
+def execute(
+    parts: Sequence[Part], store: Store, fresh: bool, as_json: bool, force: bool = False, suite: Suite | None = None
+) -> int:
+    """Do the runs of each part, build its page, say what came out. With a suite as long as they fit its time.
+
+    Unless a run was started, an unwritable store is status 2. Raises InputError for a run that does not fit the device,
+    before anything is done, unless `force`.
     """
-    name = jobs[0].experiment
-    fitting.check(sweep.missing(jobs, store, fresh), force)
+    jobs = [job for part in parts for job in part.jobs]
+    to_do = sweep.missing(jobs, store, fresh)
+    fitting.check(to_do, force)
     estimates = Estimates(store)
     if not as_json:
-        say(_beforehand(jobs, store, fresh, estimates))
-    if sweep.missing(jobs, store, fresh) and (doubt := machine.warning(jobs[0].facts)):
+        say(_beforehand(jobs, to_do, estimates, suite))
+    if to_do and (doubt := machine.warning(jobs[0].facts)):
         terminal.note(doubt)
     started = time.monotonic()
-    note()
-    teller = Teller(jobs, estimates)
+    grant = Budget(suite.budget_s, estimates).grant if suite is not None else lambda job: job
+    teller, told = Teller(jobs, estimates), []
     try:
         with _farewells(), machine.awake(), teller:
-            outcome = sweep.sweep(jobs, store, teller, fresh)
-        pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
-        finding = dashboard.findings(store, name, {job.key for job in jobs})
+            for part in parts:
+                part.note()
+                told.append(_do(part.jobs, store, teller, fresh, grant))
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
         complain(
@@ -47,15 +69,40 @@ def execute(
     except StoreError as error:
         complain(str(error))
         return 2 if teller.current is None else 1
-    failed = len(outcome.failed)
-    took = f" in {span(time.monotonic() - started)}" if outcome.completed or failed else ""
-    already = f", {len(outcome.found)} done before" if outcome.found else ""
-    ended = {run.key: run for run in (*outcome.completed, *outcome.failed, *outcome.found)}
-    runs = [{"key": job.key, "status": ended[job.key].status, "notebook": job.notebook.name} for job in jobs]
+    content, lines = told[0][1], [line for _, _, some in told for line in some]
+    whole = Outcome(*([one for came, _, _ in told for one in getattr(came, part.name)] for part in fields(Outcome)))
+    if suite is not None:
+        content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for _, one, _ in told]}
+        lines.append(f"{suite.name}: {_counts(whole, time.monotonic() - started)}")
+    show(content, as_json, lambda: lines)
+    return 1 if whole.failed else 0
+
+
+def _do(
+    jobs: Sequence[Job], store: Store, teller: Teller, fresh: bool, grant: sweep.Grant
+) -> tuple[Outcome, dict[str, Any], list[str]]:
+    """Do the jobs of one experiment and build its page: what came of them, the same for programs, and in lines."""
+    name, started = jobs[0].experiment, time.monotonic()
+    outcome = sweep.sweep(jobs, store, teller, fresh, grant)
+    said = f"{name}: {_counts(outcome, time.monotonic() - started)}"
+    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
+    finding = dashboard.findings(store, name, {job.key for job in jobs})
+    ended = {run.key: run.status for run in (*outcome.completed, *outcome.failed, *outcome.found)}
+    runs = [{"key": j.key, "status": ended.get(j.key, "left out"), "notebook": j.notebook.name} for j in jobs]
     content = {"experiment": name, "runs": runs, "finding": finding, "page": str(pages[0])}
-    said = f"{name}: {len(outcome.completed)} completed, {failed} failed{already}{took}"
-    show(content, as_json, lambda: [said, finding, f"page: {link(pages[0])}"])
-    return 1 if failed else 0
+    return outcome, content, [said, finding, f"page: {link(pages[0])}"]
+
+
+def _counts(outcome: Outcome, took_s: float) -> str:
+    """How many runs came to what, and how long that took."""
+    text = f"{len(outcome.completed)} completed, {len(outcome.failed)} failed"
+    if outcome.found:
+        text += f", {len(outcome.found)} done before"
+    if outcome.completed or outcome.failed:
+        text += f" in {span(took_s)}"
+    if outcome.left_out:
+        text += f"; {len(outcome.left_out)} left out for want of time: the same command goes on with them"
+    return text
 
 
 @contextmanager
@@ -70,39 +117,43 @@ def _farewells() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _beforehand(jobs: Sequence[Job], store: Store, fresh: bool, estimates: Estimates) -> str:
+def _beforehand(jobs: Sequence[Job], to_do: Sequence[Job], estimates: Estimates, suite: Suite | None) -> str:
     """How many runs there are, how many of them are to do, and how long that may take."""
-    to_do = sweep.missing(jobs, store, fresh)
     runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
     what = (
         f"{len(to_do)} to do, {forecast(estimates, to_do)}" if to_do else "all done already (--fresh runs them again)"
     )
     done = f"{len(jobs) - len(to_do)} done already, " if to_do and len(to_do) < len(jobs) else ""
-    return f"{jobs[0].experiment}: {runs}, {done}{what}"
+    if suite is None:
+        return f"{jobs[0].experiment}: {runs}, {done}{what}"
+    several = f"{len(suite.experiments)} experiment{'' if len(suite.experiments) == 1 else 's'}"
+    text = f"{suite.name}: {several}, {runs}, {done}{what}; at most {span(suite.budget_s)}"
+    beyond = len(not_in_time(to_do, estimates, suite.budget_s))
+    return f"{text}, which leaves out {beyond}" if beyond else text
 
 
-def plan(jobs: Sequence[Job], store: Store, fresh: bool, as_json: bool) -> None:
-    """Say what a sweep would do: its runs, which of them are to do, and whether they fit the device."""
-    to_do = {job.key for job in sweep.missing(jobs, store, fresh)}
-    found = {job.key: fitting.of_job(job) for job in jobs}
-    runs = [
-        {
-            "key": job.key,
-            "status": "to do" if job.key in to_do else "done",
-            "notebook": job.notebook.name,
-            "parameters": job.parameters,
-            "fit": fitting.content(found[job.key]),
-        }
-        for job in jobs
-    ]
+def plan(parts: Sequence[Part], store: Store, fresh: bool, as_json: bool, suite: Suite | None = None) -> None:
+    """Say what a sweep would do: its runs, which of them are to do, and whether they fit the device and the time."""
+    jobs, estimates = [job for part in parts for job in part.jobs], Estimates(store)
+    to_do = sweep.missing(jobs, store, fresh)
+    states = {id(job): "to do" for job in to_do}
+    if suite is not None:
+        states |= {id(job): "left out" for job in not_in_time(to_do, estimates, suite.budget_s)}
+    planned = [_planned(part.jobs, states) for part in parts]
+    content, lines = planned[0][0], [line for _, some in planned for line in some]
+    if suite is not None:
+        content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for one, _ in planned]}
+        lines = [line for one, some in planned for line in (f"{one['experiment']}:", *some)]
+    terminal.show(content, as_json, lambda: [_beforehand(jobs, to_do, estimates, suite), *lines])
 
-    def lines() -> list[str]:
-        text = [_beforehand(jobs, store, fresh, Estimates(store))]
-        for job in jobs:
-            shown = [f"{name}={value}" for name, value in job.parameters.items()]
-            shown += [f"({found[job.key]})"] if found[job.key] else []
-            state = "to do" if job.key in to_do else "done "
-            text.append(f"  {job.key}  {state}  {job.notebook.name}  {' '.join(shown)}")
-        return text
 
-    terminal.show({"experiment": jobs[0].experiment, "runs": runs}, as_json, lines)
+def _planned(jobs: Sequence[Job], states: Mapping[int, str]) -> tuple[dict[str, Any], list[str]]:
+    """The runs of one experiment, for programs and a line each; `states` by a job's id, "done" where it has none."""
+    runs, lines = [], []
+    for job in jobs:
+        state, fit = states.get(id(job), "done"), fitting.of_job(job)
+        about = {"key": job.key, "status": state, "notebook": job.notebook.name, "parameters": job.parameters}
+        runs.append({**about, "fit": fitting.content(fit)})
+        shown = [f"{name}={value}" for name, value in job.parameters.items()] + ([f"({fit})"] if fit else [])
+        lines.append(f"  {job.key}  {state:5}  {job.notebook.name}  {' '.join(shown)}")
+    return {"experiment": jobs[0].experiment, "runs": runs}, lines

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zimage.recipes import Recipe
     from zimage.sources import SourceInfo
 
+NAMED_FACTS = ("device", "mlx", "driver", "blas", "kernels", "tuning")  # of the machine, in a run's key
 KEY_LENGTH = 16  # hex digits: 64 bits
 _FACTS_TIMEOUT_S = 120.0
 
@@ -60,8 +61,7 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     if recipe is not None:
         digests["recipe"] = recipe.digest
         parameters = {**parameters, "quantization": None}
-    named = ("device", "mlx", "driver", "blas", "kernels", "tuning")
-    chosen = {k: v for k, v in facts.items() if k in named or k.startswith("MLX_")}
+    chosen = {k: v for k, v in facts.items() if k in NAMED_FACTS or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
     key = _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH]
     return Identity(key, digests, weights, facts, None if recipe is None else recipe.content)

@@ -87,11 +87,15 @@ class Teller:
 
     def ends(self, job: Job, run: Run, new: bool) -> None:
         """Move on; a failure gets its line at once."""
-        self.left = [one for one in self.left if one.key != job.key]
         if new and run.completed:
             self.estimates.learn(run)
         if new and not run.completed:
             self._say(f"failed: {describe_failure(run)} (as executed: {run.path / 'notebook.ipynb'})")
+        self.leaves(job)
+
+    def leaves(self, job: Job) -> None:
+        """Move on; what was left out is told at the end."""
+        self.left = [one for one in self.left if (one.experiment, one.key) != (job.experiment, job.key)]
         self.progress.update(self.task, completed=self.total - len(self.left), counted=self._counted())
 
     def _counted(self) -> str:

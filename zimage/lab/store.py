@@ -328,6 +328,25 @@ class Store:
             raise refused(target, "cannot be written", error) from None
         return Run(target, meta)
 
+    def remove(self, run: Run) -> bool:
+        """Remove a run, whole or not at all. False where another process is at it or it is no longer this one.
+
+        A folder that is a link, or holds another run by now, stays. Raises StoreError where it cannot be removed.
+        """
+        with self.lock(run.experiment, run.key, wait=False) as mine:
+            try:
+                if not mine or run.path.is_symlink() or read_json(run.path / "run.json") != run.meta:
+                    return False
+            except StoreError:  # gone, or damaged since
+                return False
+            leftover = run.path.parent / f".{run.key}.{os.getpid()}.partial"
+            try:
+                os.rename(run.path, leftover)
+                shutil.rmtree(leftover)
+            except OSError as error:
+                raise refused(run.path, "cannot be removed", error) from None
+        return True
+
     def tidy(self, experiment: str) -> None:
         """Remove what killed processes left behind; folders that a living process builds are not touched."""
         folder = self.root / check_name(experiment)

@@ -1,7 +1,7 @@
 """A sweep: the runs of an experiment that the store does not have yet, one after the other."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,8 @@ from zimage.lab import keys, runner
 from zimage.lab.experiment import Experiment, Planned
 from zimage.lab.runner import Job
 from zimage.lab.store import Run, Store
+
+Grant = Callable[[Job], Job | None]
 
 
 class Reporter(Protocol):
@@ -27,14 +29,18 @@ class Reporter(Protocol):
     def ends(self, job: Job, run: Run, new: bool) -> None:
         """A run is in the store; `new` if it was not there when the sweep came to it."""
 
+    def leaves(self, job: Job) -> None:
+        """A run is left out, for want of time."""
+
 
 @dataclass
 class Outcome:
-    """What became of a sweep's runs: executed here, or found in the store."""
+    """What became of a sweep's runs: executed here, found in the store, or left out for want of time."""
 
     completed: list[Run] = field(default_factory=list)
     failed: list[Run] = field(default_factory=list)
     found: list[Run] = field(default_factory=list)
+    left_out: list[Job] = field(default_factory=list)
 
 
 def jobs_of(experiment: str, planned: Sequence[Planned], root: Path, timeout_s: float) -> list[Job]:
@@ -51,24 +57,27 @@ def missing(jobs: Sequence[Job], store: Store, fresh: bool = False) -> list[Job]
     return [job for job in jobs if fresh or store.done(job.experiment, job.key) is None]
 
 
-def sweep(jobs: Sequence[Job], store: Store, reporter: Reporter, fresh: bool = False) -> Outcome:
+def sweep(
+    jobs: Sequence[Job], store: Store, reporter: Reporter, fresh: bool = False, grant: Grant = lambda job: job
+) -> Outcome:
     """Do the jobs that the store lacks, in order; those that another process is at come last, and are waited for.
 
-    A failed run is kept with its error and the others go on. Raises StoreError if the store cannot be written.
+    A failed run is kept with its error and the others go on. grant: gives each job as it may be done, or None where it
+    is to be left out. Raises StoreError if the store cannot be written.
     """
     outcome = Outcome()
     for name in dict.fromkeys(job.experiment for job in jobs):
         store.tidy(name)
-    busy = [job for job in jobs if not _do(job, store, reporter, fresh, outcome, wait=False)]
+    busy = [job for job in jobs if not _do(job, store, reporter, fresh, outcome, grant, wait=False)]
     for job in busy:
         reporter.waits(job)
         # What the other process has just done is as fresh as it gets.
-        _do(job, store, reporter, False, outcome, wait=True)
+        _do(job, store, reporter, False, outcome, grant, wait=True)
     return outcome
 
 
-def _do(job: Job, store: Store, reporter: Reporter, fresh: bool, outcome: Outcome, *, wait: bool) -> bool:
-    """Do one job unless it is done. False if another process is at it."""
+def _do(job: Job, store: Store, reporter: Reporter, fresh: bool, outcome: Outcome, grant: Grant, *, wait: bool) -> bool:
+    """Do one job unless it is done or not granted. False if another process is at it."""
     with store.lock(job.experiment, job.key, wait=wait) as mine:
         if not mine:
             return False
@@ -77,8 +86,13 @@ def _do(job: Job, store: Store, reporter: Reporter, fresh: bool, outcome: Outcom
             outcome.found.append(found)
             reporter.ends(job, found, new=False)
             return True
+        granted = grant(job)
+        if granted is None:
+            outcome.left_out.append(job)
+            reporter.leaves(job)
+            return True
         reporter.begins(job)
-        run = runner.run(job, store, reporter.tick)
+        run = runner.run(granted, store, reporter.tick)
     (outcome.completed if run.completed else outcome.failed).append(run)
     reporter.ends(job, run, new=True)
     return True
