@@ -70,6 +70,12 @@ def test_the_scope_that_takes_the_gain_is_named() -> None:
     assert text == "the product alone saves 20.0 µs a block, of which 18.0 µs are lost in QK norm"
 
 
+def test_a_loss_beyond_the_gain_is_all_of_it() -> None:
+    """Where more is lost than the product saved, all of that is said to be lost, not a larger part of it."""
+    rows = [(scope, *(value if scope == "qkv" else value - 10 for value in values)) for scope, *values in LOST]
+    assert gains.clause(ladder(*rows), "fused_qkv").endswith("saves 20.0 µs a block, all of which is lost in QK norm")
+
+
 def test_what_lies_between_is_named_whole() -> None:
     """Where no scope was measured between two, all that lies between them is named."""
     rows = [row for row in LOST if row[0] != "qkv_norm"]
