@@ -271,6 +271,40 @@ def test_one_run_of_several_alike(tmp_path: Path) -> None:
     assert {one.reason for one in found.left_out} == {"another run of the same inputs is compared"}
 
 
+def test_the_same_device_and_effort_count_first(tmp_path: Path) -> None:
+    """A run is paired with that of its own device, whichever is newer, and with that of as many quads."""
+    a, b = both(tmp_path, key="bb22", started="2026-01-01")
+    put(b, "cc33", device="apple-m3-max", started="2027-01-01")
+    put(a, "dd44", device="cpu-third", started="2027-02-01")  # the newest of A does not take another's away
+    put(b, "ee55", parameters={"quads": 10}, started="2027-03-01")
+    pairs = {pair.a.name: pair.b.name for pair in compared(a, b).pairs}
+    assert (pairs["qkv/aa11"], len(pairs)) == ("qkv/bb22", 2)
+
+
+def test_which_of_several_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    """A run without a parameter over which the other side was swept is in no pair, either way round, and it is said."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    put(a)
+    for key, batch in (("bb22", 1), ("cc33", 4)):
+        put(b, key, parameters={"batch": batch})
+    text = refusal(a, b)
+    assert "A qkv/aa11: B has several runs that fit, which differ in batch; this one has no such (and 2 more)" in text
+    assert "B has several runs that fit" not in refusal(b, a) and "A has several" not in refusal(b, a).split("(and")[1]
+    put(b, "dd44")  # one that has no batch either is meant
+    assert [(pair.a.name, pair.b.name) for pair in compared(a, b).pairs] == [("qkv/aa11", "qkv/dd44")]
+    assert all(pair.same for pair in compared(b, b).pairs) and len(compared(b, b).pairs) == 3
+
+
+def test_a_copied_experiment_is_its_folder(tmp_path: Path) -> None:
+    """What was copied or renamed is called as it is now, whatever its run.json says."""
+    put(tmp_path)
+    shutil.copytree(tmp_path / "qkv", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "aa11" / "tables")
+    found = comparing.side(str(tmp_path / "other" / "aa11"), Store(tmp_path))
+    assert found.what.startswith("run other/aa11 in ") and [run.name for run in found.runs] == ["other/aa11"]
+    assert comparing.side("other/aa11", Store(tmp_path)).runs[0].tables == {}
+
+
 def test_only_current_runs_of_an_experiment_count(tmp_path: Path) -> None:
     """A superseded run is compared when it is named, not with its experiment."""
     root = fabricated.across_versions(tmp_path)

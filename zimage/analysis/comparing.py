@@ -105,11 +105,11 @@ class Compared:
 
 def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
     """Compare B with A, the reference."""
-    matched, left_a, left_b = matching.match(a, b)
-    alone = [Alone(f"A {r.name}", matching.why_alone(r, b, [p[0] for p in matched], "B")) for r in left_a]
-    alone += [Alone(f"B {r.name}", matching.why_alone(r, a, [p[1] for p in matched], "A")) for r in left_b]
-    alone += [_failed(one, two) for one, two in matched if one.error or two.error]
-    completed = [(one, two) for one, two in matched if not (one.error or two.error)]
+    matched = matching.match(a, b)
+    alone = [Alone(f"A {run.name}", reason) for run, reason in matched.alone_a]
+    alone += [Alone(f"B {run.name}", reason) for run, reason in matched.alone_b]
+    alone += [_failed(one, two) for one, two in matched.pairs if one.error or two.error]
+    completed = [(one, two) for one, two in matched.pairs if not (one.error or two.error)]
     found = [_common(one, two) for one, two in completed]
     together = max(1, sum(both.has_intervals for common, _ in found for both in common))
     pairs = []

@@ -56,16 +56,33 @@ class Trend:
         return list(dict.fromkeys(point.about for point in self.points))
 
 
+def alike(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
+    """The completed runs on the same device of the same notebook and inputs.
+
+    Where one has no parameter in which several that fit it differ, it is none of them: there a history breaks.
+    """
+    known = [one for one in runs if one.device == run.device and not one.error]
+    fits = matching.fitting(run, known)
+    unclear = set(matching.untold(run, fits))
+    return [
+        one
+        for one in fits
+        if not unclear & one.inputs.keys()
+        and (
+            one.inputs.keys() >= run.inputs.keys()
+            or not run.inputs.keys() & set(matching.untold(one, matching.fitting(one, known)))
+        )
+    ]
+
+
 def history(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
-    """The completed runs on the same device of the same notebook and inputs, the newest of each version.
+    """Of the runs that are `alike`, the newest of each version.
 
     Ordered by the versions of MLX and of zimage, then by date.
     """
     newest: dict[tuple[str, ...], Recorded] = {}
-    for one in sorted(runs, key=lambda one: one.started):
-        alike = one.notebook == run.notebook and one.device == run.device and not matching.differences(run, one)
-        if alike and not one.error:
-            newest[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
+    for one in sorted(alike(run, runs), key=lambda one: one.started):
+        newest[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
     return sorted(newest.values(), key=lambda one: (*(_number(one, name) for name in ("mlx", "zimage")), one.started))
 
 

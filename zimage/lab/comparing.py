@@ -63,7 +63,7 @@ def side(asked: str, store: Store) -> Side:
 def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
     """A run as it is compared, with those of its tables that have these names."""
     tables, unreadable = {}, {}
-    for name in [name for name in run.tables() if name in names]:
+    for name in [name for name in run.tables() if name in names] if names else []:
         try:
             tables[name] = run.table(name)
         except StoreError as error:

@@ -82,16 +82,16 @@ def steps(a: Side, b: Side) -> list[Steps]:
     Raises StoreError where there is none, or where a source holds other weights today than when it ran.
     """
     completed_a, completed_b = ([run for run in side.runs if not run.error] for side in (a, b))
-    matched, left, _ = matching.match(completed_a, completed_b, _MAY_DIFFER)
+    matched = matching.match(completed_a, completed_b, _MAY_DIFFER)
     found: list[Steps] = []
-    for one, two in matched:
+    for one, two in matched.pairs:
         if any(name not in run.parameters for run in (one, two) for name in _NEEDED):
             continue
         asked = Steps(one, two, (_arguments(one), _arguments(two)))
         if asked.arguments not in [other.arguments for other in found]:
             found.append(asked)
     if not found:
-        reason = matching.why_alone(left[0], completed_b, [], "B") if left else "no run has one step of one size"
+        reason = matched.alone_a[0][1] if matched.alone_a else "no run has one step of one size"
         raise StoreError(f"{a.asked} and {b.asked} have no step to time again: {reason}")
     for run in [run for one in found for run in (one.a, one.b)]:
         _check_weights(run)
