@@ -1,5 +1,6 @@
 """Stores made by hand, compared: what is paired, what is a regression, what is left out and why."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from tests.lab import fabricated
 from tests.lab.fabricated import ablation, add_experiment, add_run, qkv, quantization
+from zimage import cli
 from zimage.analysis.combining import WORSE
 from zimage.analysis.comparing import Compared, Pair
 from zimage.errors import StoreError
@@ -82,13 +84,13 @@ def test_a_slower_arm_is_a_regression(tmp_path: Path) -> None:
     assert text.endswith("1 compared (1 slower), 2 not: 1 regression")
 
 
-def test_the_larger_noise_floor_counts(tmp_path: Path) -> None:
-    """What lies within either side's floor is no regression."""
+def test_both_noise_floors_count(tmp_path: Path) -> None:
+    """What lies within the floors of both sides, added in squares, is no regression."""
     rose = ablation((*PAIR, 1.06, 1.055, 1.065, "slower")).assign(noise_floor=0.07)
     a, b = both(tmp_path, tables={"ablation": rose})
     for found in (compared(a, b), compared(b, a)):
         (row,) = found.rows
-        assert (row.noise_floor, row.change.verdict) == (0.07, "inconclusive")
+        assert (row.noise_floor, row.change.verdict) == (math.hypot(0.07, 0.004), "inconclusive")
         assert row.change.reason == "the difference is within the noise floor of 7.0 %"
 
 
@@ -202,6 +204,17 @@ def test_memory_and_quality(tmp_path: Path) -> None:
     assert "it is no finite number any more" in text
 
 
+def test_a_perfect_picture_can_get_worse(tmp_path: Path) -> None:
+    """An infinite PSNR in A is compared: the same in B is as good, a finite one is worse."""
+    perfect = pd.DataFrame([{"arm": "x", "metric": "psnr_db", "value": math.inf, "weights_kind": "trained"}])
+    put(tmp_path / "a", tables={"quality": perfect})
+    put(tmp_path / "b", tables={"quality": perfect.assign(value=40.0)})
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert [compared(*sides).worse for sides in ((a, a), (a, b), (b, a))] == [0, 1, 0]
+    text = said(a, b)
+    assert "there was no error" in text and compared(a, b).left_out == []
+
+
 def test_peaks_of_two_devices_are_not_compared(tmp_path: Path) -> None:
     """Weights are the same anywhere; a peak is its device's allocator's. Steps are not set beside each other either."""
     a, b = both(tmp_path, tables=quantization(), device="apple-m3-max")
@@ -259,6 +272,34 @@ def test_a_run_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     assert found.worse == 1
     assert "B qkv/dd44: it failed, and completed in A: ValueError: no (a regression)" in said(a, b)
     assert compared(b, a).worse == 0 and "the run of A failed: ValueError: no" in said(b, a)
+
+
+def test_if_all_fails_now_that_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every run of B failed it is status 1, not one that was asked wrongly; A needs a completed run."""
+    a, b = both(tmp_path, status="failed", error="ValueError: no")
+    assert cli.main(["compare", str(a), str(b)]) == 1
+    assert "ValueError: no (a regression)" in capsys.readouterr().out
+    assert cli.main(["compare", str(b), str(a)]) == 2
+    assert "has no completed run" in capsys.readouterr().err
+
+
+def test_a_damaged_run_that_is_named(tmp_path: Path) -> None:
+    """A named run that is damaged, of another schema, or in a folder of another name than its key: one line says so."""
+    put(tmp_path)
+    path = put(tmp_path, "bb22") / "run.json"
+    put(tmp_path, "aa00")
+    (tmp_path / "qkv" / "aa00" / "run.json").write_text("{")
+    text = path.read_text()
+    for content, words in (
+        ("{", "bb22/run.json: not valid JSON"),
+        (text.replace('"schema": 1', '"schema": 99'), "schema 99 is not known"),
+        (text.replace("bb22", "cc33"), "says run_key 'cc33', but its folder has another name"),
+    ):
+        path.write_text(content)
+        for completed in (True, False):
+            with pytest.raises(StoreError, match=words) as caught:
+                comparing.side(str(path.parent), Store(tmp_path), completed)
+            assert "\n" not in str(caught.value)
 
 
 def test_one_run_of_several_alike(tmp_path: Path) -> None:

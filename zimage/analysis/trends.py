@@ -99,7 +99,7 @@ def trend(runs: Sequence[Recorded], earlier: int = 0) -> Trend | None:
     points = []
     for run, version, found in zip(runs, versions, rows, strict=True):
         for about, row in found.items():
-            ratio, floor = comparing.interval_of("ablation", row), comparing.larger_floor(row, {})
+            ratio, floor = comparing.interval_of("ablation", row), comparing.floor_of(row)
             change = None
             if about in before:
                 change = _changed(before[about], (ratio, floor), together)
@@ -151,8 +151,7 @@ def best(found: Trend) -> list[tuple[str, ...]]:
 
 
 def _changed(a: tuple[Interval, float | None], b: tuple[Interval, float | None], together: int) -> Change:
-    floors = [floor for floor in (a[1], b[1]) if floor is not None]
-    return combining.time_change(a[0], b[0], max(floors, default=None), together)
+    return combining.time_change(a[0], b[0], combining.combined_floor(a[1], b[1], together), together)
 
 
 def _labels(runs: Sequence[Recorded]) -> list[str]:
