@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,25 @@ def test_sharded_and_single_checkpoints_are_streamed(tmp_path: Path) -> None:
         write_config(source, config)
         for dtype in ("float32", "bfloat16"):
             assert same(low_memory.streamed(source, dtype)(*given), weights.load_transformer(source, dtype)(*given))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+def test_a_block_is_cast_while_the_device_computes(layout: str, tmp_path: Path) -> None:
+    """What is read ahead is ready, cast and split into its rows, before the device is done with what it computes."""
+    config = replace(CONFIG, n_layers=3)
+    write_config(tmp_path, config)
+    path, values = tmp_path / "z_image.safetensors", seeded(config)
+    save_file(comfy(values) if layout == "comfy" else values, path)
+    x = mx.random.normal((2000, 2000), key=mx.random.key(0))
+    mx.eval(x)
+    start = time.perf_counter()
+    mx.async_eval(busy := x @ x)  # type: ignore[no-untyped-call]
+    arrays = weights.Unread.of(path, "bfloat16").arrays("layers.1")
+    mx.eval(list(arrays.values()))
+    ready_s = time.perf_counter() - start
+    mx.eval(busy)
+    assert ready_s < 0.7 * (time.perf_counter() - start)
+    assert {array.dtype for array in arrays.values()} == {mx.bfloat16}
 
 
 def test_fused_tensors_of_other_layouts_are_streamed(tmp_path: Path) -> None:
