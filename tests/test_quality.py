@@ -106,6 +106,22 @@ def test_velocities_along_another_run(model: Transformer, captions: mx.array, ru
     assert {(row["baseline"], row["count"]) for row in rows} == {("float32", 3)}
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_velocities_along_a_run_in_its_own_parts_are_its_own(
+    at_once: int, model: Transformer, captions: mx.array
+) -> None:
+    """In the batches that a run was drawn in, the same model gives its velocities bit for bit, the last part too."""
+    sizes = []
+
+    def watched(latents: mx.array, *others: Any) -> mx.array:
+        sizes.append(latents.shape[0])
+        return model(latents, *others)
+
+    parts = quality.trajectory(model, captions, SIZE, steps=2, seed=4, at_once=at_once)
+    found = quality.along(watched, parts, captions, at_once=at_once)  # type: ignore[arg-type]
+    assert np.array_equal(found, parts.velocities) and max(sizes) == at_once
+
+
 def test_a_difference_between_two_times_is_told() -> None:
     """What is computed a second time and comes out otherwise has its largest difference told, be it one of sign."""
     results = iter([np.array([1.0, 2], np.float32), np.array([1.0, 2.5], np.float32)])

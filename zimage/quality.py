@@ -91,14 +91,24 @@ def trajectory(
     return Trajectory(tuple(scheduler.sigmas(steps, shift)), *joined)
 
 
-def along(model: Transformer, reference: Trajectory, captions: Captions, patch_size: int | None = None) -> Floats:
+def along(
+    model: Transformer,
+    reference: Trajectory,
+    captions: Captions,
+    patch_size: int | None = None,
+    at_once: int = AT_ONCE,
+) -> Floats:
     """The model's velocities [S, B, C, H, W] at every latent of another's run, so that no error of one step enters the
-    next. Captions are those of the reference's seeds. Raises InputError where a velocity is not finite."""
-    found = []
-    for i, (sigma, latents) in enumerate(zip(reference.sigmas[:-1], reference.latents[:-1], strict=True)):
-        velocity = scheduler.velocity(model, mx.array(latents), captions, sigma, patch_size)
-        found.append(_finite(_numpy(velocity), i))
-    return np.stack(found)
+    next. Captions are those of the reference's seeds, and at_once that of its `trajectory`: a batch of another size
+    may be rounded otherwise. Raises InputError where a velocity is not finite."""
+    parts = []
+    for start in range(0, reference.latents.shape[1], at_once):
+        some, found = captions[start : start + at_once], []
+        for i, (sigma, latents) in enumerate(zip(reference.sigmas[:-1], reference.latents[:-1], strict=True)):
+            velocity = scheduler.velocity(model, mx.array(latents[start : start + at_once]), some, sigma, patch_size)
+            found.append(_finite(_numpy(velocity), i))
+        parts.append(np.stack(found))
+    return np.concatenate(parts, axis=1)
 
 
 def errors(found: Floats, wanted: Floats) -> Errors:
