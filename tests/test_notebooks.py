@@ -716,7 +716,7 @@ def test_loading_writes_a_synthetic_model_first(tmp_path: Path, monkeypatch: pyt
     assert list(rows["arm"]) == ["plain read", "zimage", "mlx"]
     parameters = sum(sources.describe("synthetic:tiny").parameters().values())
     assert set(rows["result_bytes"]) == {2 * parameters}
-    assert [*scratch.rglob("*.safetensors")] == [] and held == []
+    assert [*scratch.rglob("*.safetensors")] == []
 
 
 def test_what_cannot_be_quantized_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
