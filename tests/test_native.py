@@ -191,7 +191,7 @@ def test_what_was_not_checked_does_not_run(gpu: Gpu, double: Kernel) -> None:
 
 
 def test_what_a_call_met_unchecked_can_be_installed(gpu: Gpu, double: Kernel) -> None:
-    """A call without a verdict bars nothing: the kernel is checked when it is installed for that dtype, and then runs."""
+    """A call without a verdict bars nothing: installed for that dtype, the kernel is checked, and then runs."""
     assert double.install(REQUEST)
     with pytest.warns(RuntimeWarning, match="not checked for"):
         answers_right(double, mx.bfloat16)

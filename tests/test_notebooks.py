@@ -428,11 +428,11 @@ def test_details_refuses_before_it_measures(name: str, given: str, words: str, t
 @WITHOUT_KERNEL
 def test_some_details_on_the_fast_step(tmp_path: Path) -> None:
     """Details are compared beside other transforms, and those that these rule out are left out with the reason."""
-    given = {"details": '["norms_in_dtype", "bf16_timestep", "submit_early"]', "transforms": '["fast"]', **LEAST}
+    given = {"details": '["norms_composed", "bf16_timestep", "submit_early"]', "transforms": '["fast"]', **LEAST}
     assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
     (run,) = Store(tmp_path).runs("details")
     reasons = run.table("ablation").set_index("arm")["reason"]
-    assert "computes residual_norm_modulate by a kernel" in reasons["norms_in_dtype"]
+    assert "computes residual_norm_modulate by a kernel" in reasons["norms_composed"]
     assert reasons["submit_early"] == (
         "left out: submit_early: the model is so already, which nothing can be compared with"
     )

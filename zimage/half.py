@@ -114,8 +114,9 @@ def measure(
 ) -> tuple[dict[str, dict[str, Reach]], list[mx.array]]:
     """How far values reach in the plain model: stage -> operation -> Reach, the widest over all examples.
 
-    Computed in fp32, by plain operations, one block of it in memory at a time. The velocities of the examples come with it. Raises
-    InputError for examples of other shapes and, with the first stage and operation, where values are not finite.
+    Computed in fp32, by plain operations, one block of it in memory at a time. The velocities of the examples come with
+    it. Raises InputError for examples of other shapes and, with the first stage and operation, where values are not
+    finite.
     """
     found: dict[str, dict[str, Reach]] = {}
     watched = _cast_around_blocks(without_kernels(unfuse(model)))  # kernels are not checked for fp32
