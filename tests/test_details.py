@@ -343,7 +343,7 @@ def test_what_would_undo_a_detail_is_refused(names: list[str], words: str) -> No
 
 
 def test_what_has_no_place_is_refused() -> None:
-    """Wider streams of a model that is in fp32, norms that round to its dtype there, and captions that axes_lens has no place for, are refused."""
+    """In fp32 wider streams and norms in its dtype, and captions that axes_lens has no place for, are refused."""
     for name in ("fp32_residual", "fp32_embedding", "norms_in_dtype"):
         with pytest.raises(InputError, match=f"{name}.*float32 already"):
             arms.transformed(synthetic(LONG), [name])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import zimage
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, ladder, measure, orders, practices, scheduler, sources
 from zimage.analysis import cost, crossover
@@ -421,6 +422,35 @@ def test_details_refuses_before_it_measures(name: str, given: str, words: str, t
     """Names and variables that are none, and a detail asked for twice, end the run in one line."""
     assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **{name: given}, **LEAST) == 1
     (run,) = Store(tmp_path).runs("details")
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name", "given", "words"),
+    [
+        ("memory", "sizes", "[[8, 8, 1]]", "a size is a list of height, width, batch, caption_tokens, each an integer"),
+        ("memory", "sizes", "[[8, 8, 1, 1.0]]", "found [8, 8, 1, 1.0]"),
+        ("memory", "sizes", "[8]", "found 8"),
+        ("memory", "streams", "[[0.5]]", "a stream is a list of the share of main blocks"),
+        ("memory", "streams", "[[1.5, 1]]", "from 0 to 1, and of the blocks read ahead, found [1.5, 1]"),
+        ("memory", "streams", "[[0.5, -1]]", "blocks read ahead must be an integer of at least 0, found -1"),
+        ("memory", "unload", "['load, stop']", "order 'load, stop' is not known"),
+        ("memory", "rows", "0", "rows must be an integer of at least 1, found 0"),
+        ("scaling", "sizes", "[[8, 8, 1]]", "a size is a list of height, width, batch, caption_tokens"),
+        ("scaling", "sizes", "[[8]]", "found [8]"),
+        ("scaling", "sustained_sizes", "[[8, 8]]", "found [8, 8]"),
+        ("scaling", "block_sizes", "[[8, 8, 1]]", "a size is a list of height, width, each an integer of at least 1"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_bad_sizes_and_shares_are_refused_before_anything_is_loaded(
+    notebook: str, name: str, given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no size, share, order or number of rows ends a run in its first cell, with one line."""
+    monkeypatch.setattr(zimage, "load_transformer", lambda *_: pytest.fail("it was loaded"))
+    assert zimage_run(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path, **LEAST | {name: given}) == 1
+    (run,) = Store(tmp_path).runs(notebook)
     assert words in run.meta["error"] and "\n" not in run.meta["error"]
     assert set(run.tables()) <= {"environment"}
 

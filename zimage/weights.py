@@ -169,17 +169,20 @@ def _asked(info: SourceInfo, dtype: str | None, quantization: Asked | None) -> t
 
 
 def _require_room(info: SourceInfo, wanted: Packing, target: mx.Dtype | None) -> None:
-    """Raise InputError where the weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
+    way = "" if wanted or info.packing else 'pack them (quantization="4bit"), or '
+    require_room(f"{info.source}: its weights", info.loaded_bytes(None if target is None else target.size, wanted), way)
 
-    What is free at the moment is no measure: caches take it and give it back.
+
+def require_room(what: str, need_bytes: int, way: str) -> None:
+    """Raise InputError where weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
+
+    What is free at the moment is no measure: caches take it and give it back. what, way: words of the line.
     """
     total = memory.device()["memory_bytes"]
-    need = info.loaded_bytes(None if target is None else target.size, wanted)
-    if total is not None and need > total and os.environ.get("ZIMAGE_FORCE") != "1":
-        way = "" if wanted or info.packing else 'pack them (quantization="4bit"), or '
+    if total is not None and need_bytes > total and os.environ.get("ZIMAGE_FORCE") != "1":
         raise InputError(
-            f"{info.source}: its weights take {need:,} bytes, more than the device's {total:,}; {way}set "
-            "ZIMAGE_FORCE=1 to try all the same"
+            f"{what} take {need_bytes:,} bytes, more than the device's {total:,}; {way}set ZIMAGE_FORCE=1 to try all "
+            "the same"
         )
 
 
