@@ -1,6 +1,7 @@
 """Recipes: what they mean, what is refused, and that packing by them is the same everywhere."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,7 +408,10 @@ def test_unpacking_counts_the_layers_that_are_packed() -> None:
 
     some = {"rules": [{"pattern": "layers.0.feed_forward.w2", "quantization": "4bit"}]}
     assert alive(None) == alive({"default": None}) < alive(some) < alive("4bit")
-    assert alive(some) - alive(None) == 2 * 4 * 384 * WIDE.hidden_dim
+    block = {path: shape for path, shape in linears(WIDE).items() if path.startswith("layers.0.")}
+    others = sum(math.prod(shape) for path, shape in block.items() if not path.endswith("w2"))
+    others += 4 * 384  # a layer counts with its bias, which the modulation alone has
+    assert alive("4bit") - alive(some) == 2 * 4 * others  # of two blocks, in fp32
 
 
 def test_mixed_parts_of_a_fused_product_have_no_bytes() -> None:
