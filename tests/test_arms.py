@@ -92,6 +92,19 @@ def test_transforms_do_what_they_are_called(model: Transformer) -> None:
     assert "to_q" in model.layers[0].attention
 
 
+def test_a_change_that_changes_nothing_is_refused(model: Transformer, example: Inputs) -> None:
+    """What a model has already makes no arm of its own; what differs in an array, a class or a setting does."""
+    had = ["fuse_qkv", "compile_blocks", "submit_early", "keep_captions", "bf16_latents"]
+    made = arms.transformed(model, had)
+    made(*example)
+    for name in had:
+        with pytest.raises(InputError, match=f"{name}: the model is so already"):
+            arms.changed(made, name, example)
+        assert arms.changed(model, name, example) is not model
+    for name in ("fuse_gate_up", "submit_every_block", "zero_pad_tokens", "bf16_positions", "with_all_ones_mask"):
+        assert arms.changed(made, name, example)
+
+
 @pytest.mark.parametrize("quantization", [None, "4bit-g32", "mxfp8"])
 @pytest.mark.parametrize("captions", ["even", "ragged"])
 def test_the_fast_model_computes_the_same(quantization: str | None, captions: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.test_operations import _tiny
 from tests.test_transforms import CONFIGS, every_config, run
-from zimage import arms, transforms
+from zimage import arms, launching, scheduler, transforms
 from zimage.config import TransformerConfig
 from zimage.layers import clone
 from zimage.transformer import State, Transformer, TransformerBlock
@@ -108,3 +108,27 @@ def test_the_call_is_the_fold_of_its_stages() -> None:
             for stage in stages:
                 state = stage(state)
             assert state.velocity is not None and mx.array_equal(state.velocity, plain(*example))
+
+
+def test_every_trajectory_refines_its_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of the scheduler refines its captions once, also those that the run before it, or a step, had kept;
+
+    what is compiled is not traced again, and steps by themselves keep theirs.
+    """
+    model, (latents, timestep, captions) = _tiny(PLAIN)
+    blocks = len(model.context_refiner)
+    for names in (["keep_captions"], ["compile_blocks", "keep_captions", "reuse_every_2nd"]):
+        kept = arms.transformed(model, names)
+        for block in kept.context_refiner:
+            block.compiled = False  # or its calls could not be counted
+        mx.eval(kept(latents, timestep, captions))
+        made = [launching.compiled(block, "forward") for block in kept.layers]
+
+        def run(kept: Transformer = kept) -> mx.array:
+            return scheduler.sample(kept, captions, (latents.shape[2], latents.shape[3]), steps=3)
+
+        assert [refined(monkeypatch, kept, run) for _ in range(3)] == [blocks] * 3, names
+        assert kept.kept_captions is not None and kept.kept_captions.hits == 2
+        mx.eval(kept(latents, timestep, captions))
+        assert refined(monkeypatch, kept, lambda kept=kept: kept(latents, timestep, captions)) == 0  # type: ignore[misc]
+        assert all(launching.compiled(b, "forward") is call for b, call in zip(kept.layers, made, strict=True))

@@ -99,5 +99,5 @@ def test_a_compiled_step_goes_with_no_queue_of_its_own(other: str) -> None:
 @pytest.mark.parametrize("count", [0, -1, 1.5, True, "two"])
 def test_blocks_are_handed_over_in_whole_numbers(count: Any) -> None:
     """Anything but an integer from 1 is refused in one line."""
-    with pytest.raises(InputError, match="blocks must be an integer from 1"):
+    with pytest.raises(InputError, match="blocks must be an integer of at least 1"):
         execution.submit_every(synthetic(LONG), count)

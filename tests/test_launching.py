@@ -199,7 +199,7 @@ def test_gradients_go_through_compiled_blocks() -> None:
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", None])
 def test_submit_early_refuses_bad_numbers(name: str, value: Any) -> None:
     """Both are integers from 1; anything else is refused in one line that names it."""
-    with pytest.raises(InputError, match=f"^{name} must be an integer from 1, found {re.escape(repr(value))}$"):
+    with pytest.raises(InputError, match=f"^{name} must be an integer of at least 1, found {re.escape(repr(value))}$"):
         transforms.submit_early(synthetic(TransformerConfig.tiny()), **{name: value})
 
 

@@ -15,6 +15,7 @@ from zimage.lab import notebook as notebooks
 from zimage.lab.store import Store
 from zimage.levers import Lever
 from zimage.transformer import Transformer, weight_bytes
+from zimage.weights import convert
 
 import mlx.core as mx
 import pytest
@@ -98,6 +99,17 @@ def test_the_notebook_refuses_before_it_loads(tmp_path: Path) -> None:
     assert cli.main(["run", str(path), "-p", "arms", '["8bit + fat"]', "--results", str(tmp_path)]) == 1
     (run,) = Store(tmp_path).runs("pareto")
     assert "transform 'fat' is not known" in run.meta["error"] and set(run.tables()) <= {"environment"}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_notebook_refuses_packed_weights(tmp_path: Path) -> None:
+    """Weights that are packed already have no float32 to be measured against: one line, before they are loaded."""
+    stored = convert("digits", tmp_path / "packed", "float32", "8bit")
+    path = ROOT / "notebooks" / "pareto.ipynb"
+    assert cli.main(["run", str(path), "-p", "source", str(stored), "--results", str(tmp_path / "results")]) == 1
+    (run,) = Store(tmp_path / "results").runs("pareto")
+    assert "is packed already: take its floating-point weights" in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
 
 
 def test_the_notebook_places_every_arm(swept: Callable[[Command], Sweep]) -> None:

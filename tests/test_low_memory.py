@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from tests.checkpoints import CONFIG, write_config, write_sharded, write_single
 from tests.checkpoints import tensors as seeded
 from tests.sources.test_layouts import comfy
 from tests.synthetic import synthetic
-from zimage import arms, inputs, low_memory, saving, transforms, weights
+from zimage import ablation, arms, inputs, low_memory, saving, transforms, weights
 from zimage.config import TransformerConfig
 from zimage.errors import InputError, WeightsError
 from zimage.inputs import Inputs
+from zimage.layers import packed
+from zimage.measure import memory
 from zimage.measure.memory import peak_bytes
+from zimage.quantization import Quantization
 from zimage.transformer import State, Transformer, weight_bytes
 
 import mlx.core as mx
@@ -78,8 +82,8 @@ def test_what_is_streamed_computes_the_same(folder: Path, resident: int, ahead: 
 @pytest.mark.parametrize("mode", ["8bit-g32", "4bit-g32", "mxfp4"])
 def test_packed_weights_are_streamed_as_they_are_stored(mode: str, folder: Path, tmp_path: Path) -> None:
     """A packed checkpoint streams too, bit for bit, and its blocks take as little memory as they do packed."""
-    packed = weights.convert(folder, tmp_path / "packed", "float32", mode)
-    loaded, streamed = weights.load_transformer(packed), low_memory.streamed(packed)
+    stored = weights.convert(folder, tmp_path / "packed", "float32", mode)
+    loaded, streamed = weights.load_transformer(stored), low_memory.streamed(stored)
     given = example(DEEP, batch=2)
     assert same(streamed(*given), loaded(*given))
     assert weight_bytes(streamed) == weight_bytes(loaded) < weight_bytes(weights.load_transformer(folder))
@@ -95,6 +99,25 @@ def test_sharded_and_single_checkpoints_are_streamed(tmp_path: Path) -> None:
         write_config(source, config)
         for dtype in ("float32", "bfloat16"):
             assert same(low_memory.streamed(source, dtype)(*given), weights.load_transformer(source, dtype)(*given))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+def test_a_block_is_cast_while_the_device_computes(layout: str, tmp_path: Path) -> None:
+    """What is read ahead is ready, cast and split into its rows, before the device is done with what it computes."""
+    config = replace(CONFIG, n_layers=3)
+    write_config(tmp_path, config)
+    path, values = tmp_path / "z_image.safetensors", seeded(config)
+    save_file(comfy(values) if layout == "comfy" else values, path)
+    x = mx.random.normal((2000, 2000), key=mx.random.key(0))
+    mx.eval(x)
+    start = time.perf_counter()
+    mx.async_eval(busy := x @ x)  # type: ignore[no-untyped-call]
+    arrays = weights.Unread.of(path, "bfloat16").arrays("layers.1")
+    mx.eval(list(arrays.values()))
+    ready_s = time.perf_counter() - start
+    mx.eval(busy)
+    assert ready_s < 0.7 * (time.perf_counter() - start)
+    assert {array.dtype for array in arrays.values()} == {mx.bfloat16}
 
 
 def test_fused_tensors_of_other_layouts_are_streamed(tmp_path: Path) -> None:
@@ -363,6 +386,56 @@ def test_transforms_go_block_by_block(transform: Callable[[Transformer], Transfo
     assert same(own(*given), wanted(*given))
 
 
+def test_a_transform_that_fails_leaves_a_model_that_works() -> None:
+    """Where a block cannot be changed, it and all after it are as they were, and the model computes what it did."""
+    model, given = synthetic(DEEP), example(DEEP)
+    odd = model.layers[2].attention
+    odd.to_k = packed(odd.to_k, Quantization("affine", 8, 32))
+    wanted = model(*given)
+    with pytest.raises(InputError, match="must be stored alike"):
+        low_memory.block_by_block(model, transforms.fuse_qkv)
+    assert "to_qkv" in model.layers[1].attention and "to_q" in model.layers[2].attention
+    assert low_memory_error(model(*given), wanted) < 1e-5
+
+
+def test_only_what_changes_each_block_for_itself_goes_block_by_block() -> None:
+    """Another transform is refused in one line, before anything of the model is changed."""
+    model = synthetic(CONFIG)
+    for other in (transforms.join_blocks, lambda model: model):
+        with pytest.raises(InputError, match=r"takes zimage\.transforms\.fuse_qkv or fuse_gate_up") as caught:
+            low_memory.block_by_block(model, other)
+        assert "\n" not in str(caught.value)
+    assert model.layers[0] is not None
+
+
+def test_a_copy_leaves_blocks_on_disk(folder: Path) -> None:
+    """A copy for a noise floor has other arrays for what is in memory, reads no block, and computes the same."""
+    model = low_memory.streamed(folder, None, 1)
+    before, given = mx.get_active_memory(), example(DEEP)
+    copy = ablation.copied(model)
+    assert mx.get_active_memory() - before < weight_bytes(model) - 4.5 * block_bytes(model)
+    assert copy.layers[0].attention.to_q.weight is not model.layers[0].attention.to_q.weight
+    assert [block.streamed for block in copy.layers] == [False] + [True] * 5
+    assert same(copy(*given), model(*given))
+
+
+def test_what_stays_in_memory_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident blocks and those read ahead must find room on the device, as a loaded model must; else it is a line."""
+    one = block_bytes(synthetic(DEEP))
+    outside = weight_bytes(synthetic(DEEP)) - 6 * one
+    real = memory.device()
+    monkeypatch.delenv("ZIMAGE_FORCE", raising=False)
+    monkeypatch.setattr(memory, "device", lambda: real | {"memory_bytes": outside + 3 * one})
+    for resident, ahead in ((1, 1), (0, 2), (2, 0)):
+        assert low_memory.streamed(folder, None, resident, ahead)
+    for resident, ahead in ((1, 2), (2, 1), (6, 0)):
+        with pytest.raises(
+            InputError, match=r"its weights in memory take .* let fewer blocks stay there, or set"
+        ) as caught:
+            low_memory.streamed(folder, None, resident, ahead)
+        assert "\n" not in str(caught.value)
+
+
 def test_an_order_holds_what_it_leaves_lying_about() -> None:
     """Keeping the plain model beside the fused one holds more than never having both; other names are refused."""
     from zimage import orders
@@ -371,10 +444,16 @@ def test_an_order_holds_what_it_leaves_lying_about() -> None:
     names = ["load, step", "load, fuse, step", "load, fuse block by block, step"]
     rows = orders.peaks(case, names)
     peaks = {row["arm"]: row["bytes"] for row in rows if row["metric"] == "peak_bytes"}
-    whole = weight_bytes(weights.load_transformer("digits", "float32"))
+    loaded = weights.load_transformer("digits", "float32")
+    whole, fused = weight_bytes(loaded), [*transforms.blocks(arms.transformed(loaded, ["fuse_qkv", "fuse_gate_up"]))]
     plain, kept, gradual = (peaks[name] for name in names)
     assert whole < plain < kept and whole < gradual < kept
     assert {row["stage"] for row in rows} == {"process"}
+    held = {row["arm"]: row["bytes"] for row in rows if row["metric"] == "weight_bytes"}
+    stacked = weight_bytes([b.attention.to_qkv for _, b in fused]) + weight_bytes(
+        [b.feed_forward.w13 for _, b in fused]
+    )
+    assert [held[name] for name in names] == [whole, whole + stacked, whole]  # what both models have counts once
     with pytest.raises(InputError, match="order 'load, pack, step' is not known; known are 'load, step', "):
         orders.peaks(case, ["load, pack, step"])
 

@@ -6,10 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.synthetic import synthetic
 from tests.test_trust import FACTS
-from zimage import backend, blas, trust
+from zimage import backend, blas, half, trust
+from zimage.config import TransformerConfig
 from zimage.kernels import native
+from zimage.kernels.gate import SWIGLU
+from zimage.kernels.heads import QK_NORM_ROPE
 from zimage.kernels.native import Kernel, Launch, normal
+from zimage.kernels.stream import RESIDUAL_NORM_MODULATE
+from zimage.layers import clone
+from zimage.transforms import blocks
 
 import mlx.core as mx
 import pytest
@@ -181,6 +188,33 @@ def test_what_was_not_checked_does_not_run(gpu: Gpu, double: Kernel) -> None:
     assert gpu.calls == before
     answers_right(double)
     assert gpu.calls == before + 1
+
+
+def test_what_a_call_met_unchecked_can_be_installed(gpu: Gpu, double: Kernel) -> None:
+    """A call without a verdict bars nothing: installed for that dtype, the kernel is checked, and then runs."""
+    assert double.install(REQUEST)
+    with pytest.warns(RuntimeWarning, match="not checked for"):
+        answers_right(double, mx.bfloat16)
+    assert double.install(REQUEST | {"dtype": "bfloat16"})
+    before = gpu.calls
+    answers_right(double, mx.bfloat16)
+    assert gpu.calls == before + 1
+
+
+def test_measuring_a_model_starts_none_of_its_kernels(gpu: Gpu) -> None:
+    """How far a fast model's values reach is computed by plain operations, and no kernel is asked for fp32."""
+    plain = synthetic(TransformerConfig.tiny())
+    model = clone(plain)
+    for _, block in blocks(model):
+        block.feed_forward.swiglu, block.residual_norm_modulate = SWIGLU, RESIDUAL_NORM_MODULATE
+        block.attention.norm_then_rotate = QK_NORM_ROPE
+    latents = mx.random.normal((1, plain.config.in_channels, 4, 4), key=mx.random.key(1))
+    example = (latents, mx.array([0.5]), mx.ones((1, 3, plain.config.cap_feat_dim)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, (velocity,) = half.measure(model, [example])
+    assert gpu.calls == 0 and found.keys() == half.measure(plain, [example])[0].keys()
+    assert half.relative_l2(velocity, plain(*example)) < 1e-5
 
 
 def test_arguments_that_only_the_composed_form_takes(gpu: Gpu, double: Kernel) -> None:

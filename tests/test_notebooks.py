@@ -1,6 +1,7 @@
 """Every notebook, and every experiment file of this repository: what they say, that they run, and what they record."""
 
 import ast
+import gc
 import json
 import re
 import subprocess
@@ -9,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import zimage
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
-from zimage import arms, backend, cli, ladder, practices, sources
+from zimage import arms, backend, cli, ladder, measure, orders, practices, scheduler, sources
 from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.tables import conform
+from zimage.errors import MeasurementError
 from zimage.lab import notebook as notebooks
 from zimage.lab.store import Run, Store
+from zimage.transformer import Transformer
 
 import numpy as np
 import pandas as pd
@@ -181,17 +185,27 @@ def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None
 
 @WITHOUT_KERNEL
 def test_memory_takes_a_model_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A synthetic source is written to be streamed, without packings where its widths take none; nothing is left."""
+    """A synthetic source is written to be streamed, without packings where its widths take none; nothing is left,
+
+    and no model of this process lies beside those of the orders.
+    """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    before, held, peaks = live_models(), [], orders.peaks
+
+    def alone(*arguments: Any) -> list[dict[str, Any]]:
+        held.extend(live_models().keys() - before.keys())
+        return peaks(*arguments)
+
+    monkeypatch.setattr(orders, "peaks", alone)
     given = {"source": "synthetic:tiny", "height": 32, "width": 32, "caption_tokens": 3, "modes": "[]"}
     given |= {"sizes": "[[32, 64, 2, 3]]", "streams": "[[0.0, 1]]", "unload": '["stream, step"]'}
     path = ROOT / "notebooks" / "memory.ipynb"
     assert zimage_run(path, tmp_path / "results", **given, **LEAST) == 0
     (run,) = Store(tmp_path / "results").runs("memory")
     assert list(run.table("ablation")["arm"]) == ["chunked", "submit_early", "streamed 0/1"]
-    assert [*scratch.rglob("*.safetensors")] == []
+    assert [*scratch.rglob("*.safetensors")] == [] and held == []
 
 
 def test_the_profile_has_every_stage(ran: Callable[[Path], Run]) -> None:
@@ -412,14 +426,95 @@ def test_details_refuses_before_it_measures(name: str, given: str, words: str, t
     assert set(run.tables()) <= {"environment"}
 
 
+@pytest.mark.parametrize(
+    ("notebook", "name", "given", "words"),
+    [
+        ("memory", "sizes", "[[8, 8, 1]]", "a size is a list of height, width, batch, caption_tokens, each an integer"),
+        ("memory", "sizes", "[[8, 8, 1, 1.0]]", "found [8, 8, 1, 1.0]"),
+        ("memory", "sizes", "[8]", "found 8"),
+        ("memory", "streams", "[[0.5]]", "a stream is a list of the share of main blocks"),
+        ("memory", "streams", "[[1.5, 1]]", "from 0 to 1, and of the blocks read ahead, found [1.5, 1]"),
+        ("memory", "streams", "[[0.5, -1]]", "blocks read ahead must be an integer of at least 0, found -1"),
+        ("memory", "unload", "['load, stop']", "order 'load, stop' is not known"),
+        ("memory", "rows", "0", "rows must be an integer of at least 1, found 0"),
+        ("scaling", "sizes", "[[8, 8, 1]]", "a size is a list of height, width, batch, caption_tokens"),
+        ("scaling", "sizes", "[[8]]", "found [8]"),
+        ("scaling", "sustained_sizes", "[[8, 8]]", "found [8, 8]"),
+        ("scaling", "block_sizes", "[[8, 8, 1]]", "a size is a list of height, width, each an integer of at least 1"),
+    ],
+)
+@WITHOUT_KERNEL
+def test_bad_sizes_and_shares_are_refused_before_anything_is_loaded(
+    notebook: str, name: str, given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no size, share, order or number of rows ends a run in its first cell, with one line."""
+    monkeypatch.setattr(zimage, "load_transformer", lambda *_: pytest.fail("it was loaded"))
+    assert zimage_run(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path, **LEAST | {name: given}) == 1
+    (run,) = Store(tmp_path).runs(notebook)
+    assert words in run.meta["error"] and "\n" not in run.meta["error"]
+    assert set(run.tables()) <= {"environment"}
+
+
 @WITHOUT_KERNEL
 def test_some_details_on_the_fast_step(tmp_path: Path) -> None:
     """Details are compared beside other transforms, and those that these rule out are left out with the reason."""
-    given = {"details": '["norms_in_dtype", "bf16_timestep"]', "transforms": '["fast"]', **LEAST}
+    given = {"details": '["norms_composed", "bf16_timestep", "submit_early"]', "transforms": '["fast"]', **LEAST}
     assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
     (run,) = Store(tmp_path).runs("details")
     reasons = run.table("ablation").set_index("arm")["reason"]
-    assert "computes residual_norm_modulate by a kernel" in reasons["norms_in_dtype"]
+    assert "computes residual_norm_modulate by a kernel" in reasons["norms_composed"]
+    assert reasons["submit_early"] == (
+        "left out: submit_early: the model is so already, which nothing can be compared with"
+    )
+
+
+def live_models() -> dict[int, Transformer]:
+    """The models that something still holds, by their ids."""
+    gc.collect()
+    return {id(found): found for found in gc.get_objects() if isinstance(found, Transformer)}
+
+
+@pytest.mark.parametrize(
+    ("name", "started", "given"),
+    [
+        ("details", "Resident", {"variables": '["MLX_MAX_OPS_PER_BUFFER=10"]', "details": '["submit_early"]'}),
+        ("qkv_fusion", "in_fresh_processes", {"processes": 8, "arms": '["fused_qkv"]', "scopes": '["step"]'}),
+    ],
+)
+@WITHOUT_KERNEL
+def test_what_was_measured_is_kept_when_a_process_fails(
+    name: str, started: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of their own start when this one holds no model any more, and what they end in loses no table."""
+    before, held = live_models(), []
+
+    def failing(*_: Any, **__: Any) -> None:
+        held.extend(live_models().keys() - before.keys())
+        raise MeasurementError("no room for another process")
+
+    monkeypatch.setattr(measure, started, failing)
+    assert zimage_run(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, **given, **LEAST) == 1
+    (run,) = Store(tmp_path).runs(name)
+    assert "no room for another process" in run.meta["error"] and held == []
+    assert len(run.table("ablation")) == 1 and len(run.table("samples")) and len(run.table("quality"))
+
+
+@WITHOUT_KERNEL
+def test_details_draws_in_batches_of_the_timed_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many trajectories are judged, no call of a model has more items than the step that is timed."""
+    largest, velocity = [0], scheduler.velocity
+
+    def watched(model: Transformer, latents: Any, *others: Any) -> Any:
+        largest.append(latents.shape[0])
+        return velocity(model, latents, *others)
+
+    monkeypatch.setattr(scheduler, "velocity", watched)
+    given = LEAST | {"details": '["bf16_positions"]', "draws": 3, "batch": 2}
+    assert zimage_run(ROOT / "notebooks" / "details.ipynb", tmp_path, **given) == 0
+    assert max(largest) == 2
+    (run,) = Store(tmp_path).runs("details")
+    errors = run.table("quality").query("baseline == 'plain' and metric == 'relative_l2_error'")
+    assert list(errors["count"]) == [3] and list(errors["value"]) == [0]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class PointsAtData:
     At noise level sigma a latent is sigma * noise + (1 - sigma) * data, so the velocity is (data - latent) / sigma.
     """
 
-    config, latents_dtype = TransformerConfig.tiny(), mx.float32
+    config, latents_dtype, kept_captions = TransformerConfig.tiny(), mx.float32, None
 
     def __init__(self, data: mx.array) -> None:
         self.data = data

@@ -130,10 +130,15 @@ def compare(
 
 
 def copied(model: Transformer) -> Transformer:
-    """The model with all its parameters at other places in memory, as if it had been loaded a second time."""
+    """The model with all its parameters at other places in memory, as if it had been loaded a second time.
+
+    Blocks on disk stay there: their arrays are read anew in every call as it is.
+    """
     new = clone(model)
-    new.update(tree_map(mx.array, model.parameters()))
+    layers, new.layers = new.layers, [block for block in new.layers if not block.streamed]
+    new.update(tree_map(mx.array, new.parameters()))
     mx.eval(new.parameters())
+    new.layers = layers
     return new
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from zimage import backend, details, execution, fusing, half, inputs, step_caching, tuning
 from zimage.errors import InputError
 from zimage.inputs import Inputs
-from zimage.layers import clone
+from zimage.layers import alike, clone
 from zimage.low_memory import chunk_feed_forward
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
@@ -118,6 +118,14 @@ def transformed(model: Transformer, names: Sequence[str], *examples: Inputs) -> 
     for name in names:
         model = TRANSFORMS[name](model, *examples) if name in NEED_EXAMPLES else TRANSFORMS[name](model)
     return model
+
+
+def changed(model: Transformer, name: str, *examples: Inputs) -> Transformer:
+    """`transformed` by one name. Raises InputError also where that changes nothing, for the model is so already."""
+    new = transformed(model, [name], *examples)
+    if alike(new, model):
+        raise InputError(f"{name}: the model is so already, which nothing can be compared with")
+    return new
 
 
 def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples: Inputs) -> dict[str, Transformer]:

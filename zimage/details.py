@@ -144,10 +144,14 @@ def bf16_latents(model: Transformer) -> Transformer:
 
 
 def norms_in_dtype(model: Transformer) -> Transformer:
-    """The model whose blocks compute RMS norms by plain operations in the activations' own dtype, sums too.
+    """The model whose blocks compute RMS norms by plain operations, each rounded to the activations' own dtype.
 
-    The published model and `mx.fast.rms_norm` accumulate in fp32. Raises InputError where kernels compute the norms.
+    Squares, their mean, its root and every product are rounded; MLX adds the squares up in something wider. The
+    published model and `mx.fast.rms_norm` compute all of it in fp32, and round once at the end. Raises InputError for
+    a model in fp32, and where kernels compute the norms.
     """
+    if model.dtype == mx.float32:
+        raise InputError("norms_in_dtype: the norms are in float32 already")
     return _normed_by(_rms_norm_in_dtype, model, "norms_in_dtype")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from zimage import launching
-from zimage.errors import InputError
+from zimage.errors import InputError, require_integer
 from zimage.kernels import heads, stream, swiglu
 from zimage.layers import clone
 from zimage.transformer import Transformer
@@ -60,9 +60,10 @@ def submit_every(model: Transformer, blocks: int | None = None) -> Transformer:
     All blocks at once, after the last one, where none is said. Raises InputError for a number below 1.
     """
     count = sum(len(model[part]) for part in ("noise_refiner", "context_refiner", "layers"))
-    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
-        raise InputError(f"blocks must be an integer from 1, found {blocks!r:.60}")
-    return _launched(model, launching.Every(count if blocks is None else blocks))
+    if blocks is None:
+        blocks = count
+    require_integer("blocks", blocks, 1)
+    return _launched(model, launching.Every(blocks))
 
 
 def eval_every(model: Transformer, stages: bool = False) -> Transformer:

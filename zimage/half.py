@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from zimage.errors import InputError
+from zimage.fusing import without_kernels
 from zimage.layers import clone
 from zimage.transformer import Transformer, TransformerBlock
 from zimage.transforms import RoundedTimestepEmbedder, RoundedTransformerBlock, blocks, require_unscaled, unfuse
@@ -113,11 +114,12 @@ def measure(
 ) -> tuple[dict[str, dict[str, Reach]], list[mx.array]]:
     """How far values reach in the plain model: stage -> operation -> Reach, the widest over all examples.
 
-    Computed in fp32, one block of it in memory at a time. The velocities of the examples come with it. Raises
-    InputError for examples of other shapes and, with the first stage and operation, where values are not finite.
+    Computed in fp32, by plain operations, one block of it in memory at a time. The velocities of the examples come with
+    it. Raises InputError for examples of other shapes and, with the first stage and operation, where values are not
+    finite.
     """
     found: dict[str, dict[str, Reach]] = {}
-    watched = _cast_around_blocks(unfuse(model))
+    watched = _cast_around_blocks(without_kernels(unfuse(model)))  # kernels are not checked for fp32
     watched.compiled = False  # in a compiled step nothing is seen
     watched.joined = False  # what stands in for a block does a block's own work only
     plain = dict(blocks(watched))

@@ -73,6 +73,22 @@ def _own(value: Any) -> Any:
     return set(value) if isinstance(value, set) else value
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two modules, or what they hold, are of one kind with the same arrays: the same objects, not equal ones.
+
+    What a model has kept or counted for itself is no difference.
+    """
+    if isinstance(one, (mx.array, OfOneModel)) or type(one) is not type(other):
+        return one is other or (isinstance(one, OfOneModel) and type(one) is type(other))
+    if isinstance(one, nn.Module) and not alike(one.__dict__, other.__dict__):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
 def as_class(kind: type[_T], module: nn.Module) -> _T:
     """A module of class `kind` with the attributes and children of `module`."""
     new = kind.__new__(kind)

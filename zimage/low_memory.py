@@ -6,12 +6,13 @@ None of it changes the output by more than rounding, and reading weights from di
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from zimage.errors import WeightsError, require_integer
+from zimage.errors import InputError, WeightsError, require_integer
 from zimage.layers import as_class, clone
-from zimage.transformer import Transformer, TransformerBlock
-from zimage.transforms import blocks
-from zimage.weights import Unread
+from zimage.transformer import Transformer, TransformerBlock, weight_bytes
+from zimage.transforms import blocks, fuse_gate_up, fuse_qkv
+from zimage.weights import Unread, require_room
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -35,11 +36,17 @@ def chunk_feed_forward(model: Transformer, rows: int = 1024) -> Transformer:
 
 
 def block_by_block(model: Transformer, transform: Callable[[Transformer], Transformer]) -> Transformer:
-    """`transform(model)` of a model that is given up: every block is replaced before the next one is looked at.
+    """`transform(model)`, of `fuse_qkv` or `fuse_gate_up`, of a model that is given up: block after block is replaced.
 
-    Peak memory is then the model and one block, where new weights for all blocks would lie beside the old ones. For
-    transforms that change each block for itself: `fuse_qkv`, `fuse_gate_up`. The argument becomes the result.
+    Peak memory is then the model and one block, where new weights for all blocks would lie beside the old ones. The
+    argument becomes the result. Raises InputError for other transforms, which may change more than each block for
+    itself, and as the transform does: the blocks before the one that it refuses are changed then, and all can be used.
     """
+    if transform not in (fuse_qkv, fuse_gate_up):
+        raise InputError(
+            f"block_by_block takes zimage.transforms.fuse_qkv or fuse_gate_up, found {transform!r:.60}; apply it to "
+            "the whole model"
+        )
     empty = clone(model)
     for part in _PARTS:
         empty[part] = []
@@ -47,12 +54,30 @@ def block_by_block(model: Transformer, transform: Callable[[Transformer], Transf
         for i in range(len(model[part])):
             alone = clone(empty)
             alone[part] = [model[part][i]]
-            model[part][i] = None  # or the list would keep it beside the new one
-            alone = transform(alone)
-            model[part][i] = alone[part][0]
-            del alone
+            model[part][i] = transform(alone)[part][0]
+            del alone  # and with it the old block
             mx.clear_cache()
     return model
+
+
+class Stream(NamedTuple):
+    """How a model is streamed: the share of its main blocks that stays in memory, and the blocks read ahead."""
+
+    share: float
+    ahead: int
+
+    @classmethod
+    def of(cls, values: object) -> "Stream":
+        """From a list of the two. Raises InputError for what is none, and for numbers out of range."""
+        pair = isinstance(values, (list, tuple)) and len(values) == 2
+        share, ahead = values if pair else (None, None)  # type: ignore[misc]
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise InputError(
+                "a stream is a list of the share of main blocks that stays in memory, from 0 to 1, and of the blocks "
+                f"read ahead, found {values!r:.60}"
+            )
+        require_integer("blocks read ahead", ahead, 0)
+        return cls(share, ahead)
 
 
 def streamed(source: str | Path, dtype: str | None = None, resident: int = 0, ahead: int = 1) -> Transformer:
@@ -65,8 +90,8 @@ def streamed(source: str | Path, dtype: str | None = None, resident: int = 0, ah
     inside `mx.compile`; they are neither compiled nor joined, whatever `compile_blocks` and `join_blocks` do to others,
     and transforms that make new weights refuse them: convert the source instead.
 
-    Raises as `load_transformer`, InputError for a source without files and for other numbers; a call of the model
-    raises WeightsError where a file is gone or was changed meanwhile.
+    Raises as `load_transformer`, of what is held at most; InputError for a source without files and for other numbers;
+    a call of the model raises WeightsError where a file is gone or was changed meanwhile.
     """
     require_integer("ahead", ahead, 0)
     unread = Unread.of(source, dtype)
@@ -74,6 +99,12 @@ def streamed(source: str | Path, dtype: str | None = None, resident: int = 0, ah
     model = unread.model()
     reader = BlockReader(unread, resident, ahead)
     layers, model.layers = model.layers, model.layers[:resident]
+    read = sorted(weight_bytes(block) for block in layers[resident:])[-1 - ahead :]
+    require_room(
+        f"{unread.info.source}: its weights in memory",
+        weight_bytes(model) + sum(read),
+        "let fewer blocks stay there, or ",
+    )
     unread.read([array for _, array in tree_flatten(model.parameters())])
     model.layers += [_streamed(block, reader, i) for i, block in enumerate(layers) if i >= resident]
     return model

@@ -16,10 +16,11 @@ from zimage.errors import InputError, ZImageError
 from zimage.measure import memory
 from zimage.measure.processes import run_to_end
 from zimage.sources import plain
-from zimage.transformer import Transformer, weight_bytes
+from zimage.transformer import Transformer
 from zimage.weights import load_transformer
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 _Models = dict[str, Transformer]
 
@@ -151,13 +152,10 @@ def peaks(
 
     peak_bytes: of arrays; allocated_bytes: with the buffers that MLX keeps for reuse, seen between loading, changing
     and stepping; process_bytes: how far the process's own memory rose, which a GPU's is no part of; weight_bytes: of
-    the models that are there at the end, streamed ones counted whole. Raises InputError for a name that no order of
-    this case has, and MeasurementError where an order fails.
+    the models that are there at the end, what several share counted once and streamed ones whole. Raises InputError as
+    `require_known`, and MeasurementError where an order fails.
     """
-    known = [*ORDERS, *(OF_PACKED if case.packed else ())]
-    for name in names:
-        if name not in known:
-            raise InputError(f"order {name!r} is not known; known are {', '.join(map(repr, known))}")
+    known = require_known(names, bool(case.packed))
     rows: list[dict[str, Any]] = []
     for name in names or known:
         command = [sys.executable, "-m", "zimage.orders", name, json.dumps(asdict(case))]
@@ -167,14 +165,24 @@ def peaks(
     return rows
 
 
+def require_known(names: Sequence[str], packed: bool) -> list[str]:
+    """All orders that there are, with packed models or without. Raises InputError unless `names` are among them."""
+    known = [*ORDERS, *(OF_PACKED if packed else ())]
+    for name in names:
+        if name not in known:
+            raise InputError(f"order {name!r} is not known; known are {', '.join(map(repr, known))}")
+    return known
+
+
 def _report(run: _Run, before: int | None) -> str:
     """What `peaks` reads: the numbers of a finished order as JSON."""
     after = memory.process()["resident_peak_bytes"]
+    arrays = [array for model in run.models.values() for _, array in tree_flatten(model.parameters())]
     found = {
         "peak_bytes": mx.get_peak_memory(),
         "allocated_bytes": run.most_bytes,
         "process_bytes": None if before is None or after is None else after - before,
-        "weight_bytes": sum(weight_bytes(model) for model in run.models.values()),
+        "weight_bytes": sum({id(array): array.nbytes for array in arrays}.values()),
     }
     return json.dumps({name: value for name, value in found.items() if value is not None})
 

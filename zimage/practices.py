@@ -30,7 +30,7 @@ OUTPUT: dict[str, Practice] = {  # what changes the output, be it by a rounding
     "fp32_embedding": Practice("a float32 timestep embedding, which promotes every activation after it", _GO),
     "bf16_timestep": Practice("the timestep rounded to bfloat16: 38.1 becomes 38", _GO),
     "bf16_latents": Practice("latents in bfloat16 between the steps", _GO),
-    "norms_in_dtype": Practice("RMS norms of plain operations, accumulated in the activations' dtype", _UNKNOWN),
+    "norms_in_dtype": Practice("RMS norms of plain operations, each rounded to the activations' dtype", _UNKNOWN),
     "norms_composed": Practice("RMS norms of plain operations in float32", "code without a fused norm"),
 }
 EXECUTION: dict[str, Practice] = {  # what leaves the output as it is, but for the rounding of a compiled operation

@@ -2,15 +2,18 @@
 
 Errors are of `found` against `wanted`, pooled over all seeds: the relative L2 error |found - wanted| / |wanted|, the
 cosine between both, and the SNR in decibels, 20 log10(|wanted| / |found - wanted|), infinite where nothing differs.
-Intervals are 95 % percentile bootstraps over the seeds, a seed being drawn with all its steps.
+Intervals are 95 % percentile bootstraps over six seeds or more, a seed being drawn with all its steps.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from zimage import scheduler
 from zimage.errors import InputError
+from zimage.measure import statistics
 from zimage.transformer import Captions, Transformer
 
 import mlx.core as mx
@@ -24,6 +27,7 @@ Row = dict[str, Any]
 Result = TypeVar("Result")
 RESAMPLES = 1000
 LEVEL = 0.95
+FEWEST = 6  # seeds of an interval, as many as the exact 95 % interval of a ratio needs
 AT_ONCE = 50  # seeds denoised together
 
 
@@ -91,14 +95,24 @@ def trajectory(
     return Trajectory(tuple(scheduler.sigmas(steps, shift)), *joined)
 
 
-def along(model: Transformer, reference: Trajectory, captions: Captions, patch_size: int | None = None) -> Floats:
+def along(
+    model: Transformer,
+    reference: Trajectory,
+    captions: Captions,
+    patch_size: int | None = None,
+    at_once: int = AT_ONCE,
+) -> Floats:
     """The model's velocities [S, B, C, H, W] at every latent of another's run, so that no error of one step enters the
-    next. Captions are those of the reference's seeds. Raises InputError where a velocity is not finite."""
-    found = []
-    for i, (sigma, latents) in enumerate(zip(reference.sigmas[:-1], reference.latents[:-1], strict=True)):
-        velocity = scheduler.velocity(model, mx.array(latents), captions, sigma, patch_size)
-        found.append(_finite(_numpy(velocity), i))
-    return np.stack(found)
+    next. Captions are those of the reference's seeds, and at_once that of its `trajectory`: a batch of another size
+    may be rounded otherwise. Raises InputError where a velocity is not finite."""
+    parts = []
+    for start in range(0, reference.latents.shape[1], at_once):
+        some, found = captions[start : start + at_once], []
+        for i, (sigma, latents) in enumerate(zip(reference.sigmas[:-1], reference.latents[:-1], strict=True)):
+            velocity = scheduler.velocity(model, mx.array(latents[start : start + at_once]), some, sigma, patch_size)
+            found.append(_finite(_numpy(velocity), i))
+        parts.append(np.stack(found))
+    return np.concatenate(parts, axis=1)
 
 
 def errors(found: Floats, wanted: Floats) -> Errors:
@@ -110,7 +124,7 @@ def errors(found: Floats, wanted: Floats) -> Errors:
 def drift(reference: Trajectory, arm: Trajectory, seed: int = 0) -> list[Row]:
     """Rows of a `quality` table: after each step 1 to S, how far the arm's latents are from the reference's.
 
-    Three rows a step: `drift_relative_l2`, `drift_cosine` and `drift_snr_db`, with low and high (None with one seed)
+    Three rows a step: `drift_relative_l2`, `drift_cosine` and `drift_snr_db`, with low and high (as `interval_rows`)
     and the count of seeds. seed: of the bootstrap. Raises InputError for runs that don't start from the same noise or
     have other noise levels.
     """
@@ -139,14 +153,15 @@ def velocity_rows(found: Floats, wanted: Floats, baseline: str, seed: int = 0) -
 def interval_rows(found: Floats, wanted: Floats, prefix: str = "", seed: int = 0) -> list[Row]:
     """The errors of arrays [B, ...] as rows: metric (`prefix` before its name), value, low, high, count.
 
-    low and high come from resampling the B items; they are None where there is but one. Raises InputError as `errors`.
+    low and high come from resampling the B items; they are None for fewer than FEWEST, of which resamples are too much
+    alike. Raises InputError as `errors`.
     """
     _same_shape(found, wanted)
     sums, count = _sums(found, wanted, axis=tuple(range(1, found.ndim))), len(found)
     values = _pooled(sums.sum(axis=1))
     if not np.isfinite(values[0]):
         raise InputError("an error is relative to a reference, and this one is zero everywhere")
-    resampled = _pooled(sums @ _weights(count, seed).T) if count > 1 else [None] * len(values)
+    resampled = _pooled(sums @ _weights(count, seed).T) if count >= FEWEST else [None] * len(values)
     rows = []
     for name, value, some in zip(Errors._fields, values, resampled, strict=True):
         low, high = (None, None) if some is None else _percentiles(some)
@@ -154,19 +169,30 @@ def interval_rows(found: Floats, wanted: Floats, prefix: str = "", seed: int = 0
     return rows
 
 
-def error_ratio(found: Floats, beside: Floats, wanted: Floats, seed: int = 0) -> tuple[float, float] | None:
+def error_ratio(found: Floats, beside: Floats, wanted: Floats, level: float = 1 - LEVEL) -> tuple[float, float]:
     """The interval of the relative L2 error of `found` by that of `beside`, arrays [B, ...] of the same B seeds.
 
-    Both are resampled together, so that what is harder about some seeds is no difference between the two. None where
-    there is but one seed, or where `beside` has no error in some resample. Raises InputError as `errors`.
+    The exact signed-rank interval over the seeds' own ratios, so that what is harder about some seeds is no difference
+    between the two. It misses the typical ratio with a chance of `level` at most: that of one of several is to be
+    shared out among them. 0 to infinity with fewer than `fewest_seeds` and where only some seeds have no error; exact
+    where one side has none at all, (1, 1) where neither has. Raises InputError as `errors`.
     """
     for each in (found, beside):
         _same_shape(each, wanted)
-    count, axis = len(found), tuple(range(1, found.ndim))
-    if count < 2:
-        return None
-    own, other = (_weights(count, seed) @ _sums(each, wanted, axis)[0] for each in (found, beside))
-    return _percentiles(np.sqrt(own / other)) if (other > 0).all() else None
+    axis = tuple(range(1, found.ndim))
+    own, other = (_sums(each, wanted, axis)[0] for each in (found, beside))
+    if not own.any() or not other.any():
+        exact = 1.0 if not own.any() and not other.any() else 0.0 if not own.any() else math.inf
+        return exact, exact
+    if not ((own > 0) & (other > 0)).all():
+        return 0.0, math.inf
+    ratio = statistics.analyse(np.log(own / other) / 2, level)
+    return ratio.low, ratio.high
+
+
+def fewest_seeds(level: float = 1 - LEVEL) -> int:
+    """How many seeds an interval needs that misses with a chance of `level` at most: 6 for 0.05."""
+    return next(count for count in itertools.count(1) if statistics.critical(count, level) >= 0)
 
 
 def repeated(compute: Callable[[], Result], arrays: Callable[[Result], list[Floats]]) -> tuple[Result, float]:

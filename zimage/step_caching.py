@@ -250,7 +250,10 @@ def started(model: Transformer, steps: int) -> Transformer:
     """The model as a trajectory of `steps` steps calls it: one of its own where it reuses steps, else the same one.
 
     It shares all modules, and so what is compiled, with `model`, whose `report` is from now on that of this trajectory.
+    Captions that `model` kept are let go: every trajectory pays for refining its own once, whoever drew them before.
     """
+    if model.kept_captions is not None:
+        model.kept_captions = model.kept_captions.fresh()
     if not isinstance(model, StepCached):
         return model
     model.report = Report()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage import adapters, caching, launching, recipes, rounding
-from zimage.errors import InputError
+from zimage.errors import InputError, require_integer
 from zimage.layers import (
     LINEAR,
     AdaptedLinear,
@@ -288,9 +288,8 @@ def submit_early(model: Transformer, part_bytes: int = 2**27, waiting_bytes: int
     of the whole step: see `launching.Submission`. A call computes at once what it would else leave to `mx.eval`, and so
     cannot be inside `mx.compile`. Raises InputError for numbers below 1.
     """
-    for name, value in (("part_bytes", part_bytes), ("waiting_bytes", waiting_bytes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be an integer from 1, found {value!r}")
+    require_integer("part_bytes", part_bytes, 1)
+    require_integer("waiting_bytes", waiting_bytes, 1)
     new = clone(model)
     new.submission = launching.Submission(part_bytes, waiting_bytes)
     return new

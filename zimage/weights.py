@@ -136,8 +136,8 @@ class Unread:
 
     def arrays(self, path: str) -> dict[str, mx.array]:
         """New arrays of the module at `path`, by their names below it, not read before they are used."""
-        found = _stored(self._part(path))
-        return {name.removeprefix(f"{path}."): self._cast(array) for name, array in found.items()}
+        found = _stored(self._part(path), self.target)
+        return {name.removeprefix(f"{path}."): array for name, array in found.items()}
 
     def read(self, arrays: Sequence[mx.array]) -> None:
         """Read these arrays now. Raises WeightsError where a file cannot be read."""
@@ -147,11 +147,6 @@ class Unread:
     def _part(self, path: str) -> SourceInfo:
         tensors = {name: tensor for name, tensor in self.info.tensors.items() if name.startswith(f"{path}.")}
         return replace(self.info, tensors=tensors)
-
-    def _cast(self, array: mx.array) -> mx.array:
-        if self.target is None or not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        return array.astype(self.target)
 
 
 def check_values(source: str | Path) -> None:
@@ -174,17 +169,20 @@ def _asked(info: SourceInfo, dtype: str | None, quantization: Asked | None) -> t
 
 
 def _require_room(info: SourceInfo, wanted: Packing, target: mx.Dtype | None) -> None:
-    """Raise InputError where the weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
+    way = "" if wanted or info.packing else 'pack them (quantization="4bit"), or '
+    require_room(f"{info.source}: its weights", info.loaded_bytes(None if target is None else target.size, wanted), way)
 
-    What is free at the moment is no measure: caches take it and give it back.
+
+def require_room(what: str, need_bytes: int, way: str) -> None:
+    """Raise InputError where weights alone are more than the device has in all, unless ZIMAGE_FORCE is 1.
+
+    What is free at the moment is no measure: caches take it and give it back. what, way: words of the line.
     """
     total = memory.device()["memory_bytes"]
-    need = info.loaded_bytes(None if target is None else target.size, wanted)
-    if total is not None and need > total and os.environ.get("ZIMAGE_FORCE") != "1":
-        way = "" if wanted or info.packing else 'pack them (quantization="4bit"), or '
+    if total is not None and need_bytes > total and os.environ.get("ZIMAGE_FORCE") != "1":
         raise InputError(
-            f"{info.source}: its weights take {need:,} bytes, more than the device's {total:,}; {way}set "
-            "ZIMAGE_FORCE=1 to try all the same"
+            f"{what} take {need_bytes:,} bytes, more than the device's {total:,}; {way}set ZIMAGE_FORCE=1 to try all "
+            "the same"
         )
 
 
@@ -236,22 +234,32 @@ def _parts(model: Transformer, group_bytes: int) -> Iterator[list[mx.array]]:
     yield group
 
 
-def _stored(info: SourceInfo) -> dict[str, mx.array]:
-    """The source's tensors, not read before they are used, and then several at a time."""
+def _stored(info: SourceInfo, target: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """The source's tensors, not read before they are used, and then several at a time.
+
+    target: what floating-point ones are cast to, on the stream that reads them: on the device's own, what is computed
+    there meanwhile would come after the cast, and wait for the disk.
+    """
     _allow_open_files(len(info.files) + _LANES**2)
     lanes = _LANES if mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available() else 1
     streams, lane_of = _streams(), {path: i for i, path in enumerate(info.files)}
     contents: dict[tuple[Path, int], dict[str, mx.array]] = {}
-    arrays: dict[tuple[Path, str], mx.array] = {}
-    for tensor in info.tensors.values():
+    arrays: dict[tuple[Path, str], tuple[mx.array, mx.Stream]] = {}
+    found = {}
+    for name, tensor in info.tensors.items():
         stored = (tensor.file, tensor.stored)
         if stored not in arrays:
             lane = (lane_of[tensor.file] if len(info.files) >= lanes else len(arrays)) % lanes
             content = contents.get((tensor.file, lane))
             if content is None:
                 content = contents[tensor.file, lane] = _load(tensor.file, streams[lane])
-            arrays[stored] = content[tensor.stored]
-    return {name: _rows(arrays[tensor.file, tensor.stored], tensor) for name, tensor in info.tensors.items()}
+            arrays[stored] = content[tensor.stored], streams[lane]
+        array, stream = arrays[stored]
+        with mx.stream(stream):
+            own = _rows(array, tensor)
+            floating = target is not None and mx.issubdtype(own.dtype, mx.floating)
+            found[name] = own.astype(target) if floating else own
+    return found
 
 
 def _streams() -> list[mx.Stream]:

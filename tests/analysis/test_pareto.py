@@ -148,6 +148,13 @@ def test_errors_measured_in_pairs_decide_where_their_intervals_overlap() -> None
     assert classify([fast, plain], paired={("fast", "plain"): (0.98, 1.2)})["plain"].category == "indistinguishable"
 
 
+def test_errors_that_few_draws_do_not_tell_apart_decide_nothing() -> None:
+    """Where nothing is known of a ratio of errors, an arm dominates no other, however far apart their own intervals."""
+    slow, fast = (Point(n, Quantity.exact(t), Quantity.exact(10), Quantity.exact(t)) for n, t in (("s", 2), ("f", 1)))
+    assert classify([fast, slow])["s"] == Place("dominated", "f")
+    assert classify([fast, slow], paired={("f", "s"): (0, math.inf)})["s"] == Place("indistinguishable", "f")
+
+
 def test_the_dominator_that_is_named_is_on_the_front() -> None:
     """Of several that dominate an arm one of the front is named, and of these that of the least error."""
     points = [exact("bad", 9, 9, 9), exact("middle", 5, 5, 1), exact("x", 1, 1, 2), exact("y", 4, 4, 1)]

@@ -27,6 +27,15 @@ def test_peak_bytes_count_what_is_held_and_what_is_added() -> None:
     assert memory.peak_bytes(lambda: None) == mx.get_active_memory() == before
 
 
+def test_an_arm_needs_its_weights_and_the_most_of_three_runs() -> None:
+    """What others hold is left out, the arm's own weights are counted, and the run that holds the most decides."""
+    others, weights = mx.ones((8, 512, 512)), mx.ones((512, 512))
+    mx.eval(others, weights)
+    copies = iter([1, 4, 2])
+    found = memory.needed_bytes(weights.nbytes, lambda: [weights + i for i in range(next(copies))])
+    assert found == pytest.approx((1 + 4) * MB, rel=0.05)
+
+
 def test_memory_by_stage() -> None:
     """Every prefix has its own peak: a large second stage doesn't show in the third, nor in the first's cache."""
     x = mx.ones((256, 1024))

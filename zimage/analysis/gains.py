@@ -168,7 +168,9 @@ def clause(frame: pd.DataFrame | None, arm: str) -> str:
     worst = largest_loss(frame, arm)
     kept = [row["scope"] for row in rows[1:] if is_known(row) and row["saved_s"] > 0]
     if worst is not None:
-        lost = "all of which is" if worst.time_s >= product["saved_s"] else f"of which {units.seconds(worst.time_s)} are"
+        lost = (
+            "all of which is" if worst.time_s >= product["saved_s"] else f"of which {units.seconds(worst.time_s)} are"
+        )
         rest = f"{lost} lost in {worst.to}"
     elif kept:
         rest = f"and none of that is known to be lost up to the {kept[-1].replace('_', '-')}"

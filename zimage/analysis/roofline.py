@@ -13,7 +13,7 @@ from typing import Any, Literal
 from zimage.analysis import cost, units
 from zimage.analysis.cost import UNATTRIBUTED, Operation
 from zimage.config import TransformerConfig
-from zimage.errors import MeasurementError
+from zimage.errors import InputError, MeasurementError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,17 @@ class Size:
     width: int
     batch: int = 1
     caption_tokens: int | tuple[int, ...] = 32
+
+    @classmethod
+    def of(cls, values: object, *rest: int) -> "Size":
+        """From a list of all four, or of the first of them with the rest given. Raises InputError for what is none."""
+        names = ["height", "width", "batch", "caption_tokens"][: 4 - len(rest)]
+        listed = isinstance(values, (list, tuple)) and len(values) == len(names)
+        if not listed or not all(type(value) is int and value >= 1 for value in values):  # type: ignore[attr-defined]
+            raise InputError(
+                f"a size is a list of {', '.join(names)}, each an integer of at least 1, found {values!r:.60}"
+            )
+        return cls(*values, *rest)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

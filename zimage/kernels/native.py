@@ -72,9 +72,11 @@ class Kernel:
         launch = None if here is None else self.prepare(MOST_THREADS[here], *arguments)
         if here is None or launch is None:
             return self.composed(*arguments)
-        if (self.name, launch.variant) not in _verdicts:
-            self._refuse([launch], f"it is not checked for {launch.dtypes[0]} at these sizes; apply its transform last")
-        if _verdicts[self.name, launch.variant]:
+        variant = self.name, launch.variant
+        if variant not in _verdicts and variant not in _unchecked:
+            _unchecked.add(variant)  # no verdict, or it could not be installed any more
+            self._warn(f"it is not checked for {launch.dtypes[0]} at these sizes; apply its transform last")
+        if _verdicts.get(variant, "not checked"):
             return self.composed(*arguments)
         try:
             return self.start(here, launch)
@@ -166,6 +168,9 @@ class Kernel:
     def _refuse(self, launches: Sequence[Launch], reason: str) -> None:
         """Use the composed form for such launches from now on, and say so once."""
         _verdicts.update({(self.name, launch.variant): reason for launch in launches})
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
         warnings.warn(
             f"the kernel {self.name} is not used, its plain form is: {reason} (see zimage doctor)",
             RuntimeWarning,
@@ -175,12 +180,14 @@ class Kernel:
 
 # Kernels and variants this process has checked: why one is refused, "" where it is trusted.
 _verdicts: dict[tuple[str, Variant], str] = {}
+_unchecked: set[tuple[str, Variant]] = set()  # those that a call met without a verdict, which was said
 _made: dict[tuple[str, str], Any] = {}  # MLX's kernels by name and platform
 
 
 def forget() -> None:
     """Trust no kernel any more, as in a new process."""
     _verdicts.clear()
+    _unchecked.clear()
     _made.clear()
 
 

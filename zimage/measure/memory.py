@@ -31,6 +31,16 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return max(int(mx.get_peak_memory()), int(mx.get_active_memory()))  # the first is 0 until something is allocated
 
 
+def needed_bytes(own_bytes: int, work: Callable[[], Any], runs: int = 3) -> int:
+    """What an arm needs alone: its `own_bytes` of weights, which are held already, and the most that `work` adds.
+
+    What others hold beside it is no part of that. The most of several runs: how far the host is ahead of the device
+    changes what is alive at once, and the first run builds what is not built yet.
+    """
+    held = int(mx.get_active_memory())
+    return own_bytes + max(peak_bytes(work) for _ in range(runs)) - held
+
+
 def by_stage(names: Sequence[str], run: Callable[[int], Any]) -> list[dict[str, Any]]:
     """MLX's memory for each prefix of a chain, as rows (stage, metric, bytes) of the `memory` table.
 
