@@ -12,6 +12,7 @@ from tests.lab.test_comparing import PAIR, both, put
 from tests.sweeping import ROOT, environment
 from tests.test_quickstart import WITHOUT_MLX
 from zimage import cli, sources
+from zimage.analysis import combining
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (qkv_row["a"]["value"], qkv_row["b"]["high"], qkv_row["regression"]) == (0.931, 1.06, True)
     assert qkv_row["ratio"]["value"] == pytest.approx(1.05 / 0.931)
     assert (block["b"]["high"], block["ratio"]["high"], block["verdict"]) == (None, None, "inconclusive")
-    assert step["noise_floor"] == 0.004 and "independent" in content["method"]
+    assert step["noise_floor"] == combining.combined_floor(0.004, 0.004, 3) and "independent" in content["method"]
 
 
 def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ def clean(yes: bool, dry_run: bool, as_json: bool, results: Path) -> int:
     """Remove failed and superseded runs, after asking; nothing else.
 
     Superseded is a run that the last sweep did not ask for, where a newer one differs from it in nothing but the
-    notebook's code or changes to zimage that have no commit; runs of other versions and commits stay.
+    notebook's code; runs of other versions, commits and sources of zimage stay, for a trend is made of them.
     """
     from zimage.lab import cleaning
     from zimage.lab.store import Store

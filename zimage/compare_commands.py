@@ -35,7 +35,7 @@ def compare(
     if pythons and not rerun:
         raise ExperimentError("--python says who measures again: give it with --rerun")
     store = Store(results)
-    sides = comparing.side(a, store), comparing.side(b, store)
+    sides = comparing.side(a, store), comparing.side(b, store, completed=False)
     terminal.skipped(list(dict.fromkeys(problem for one in sides for problem in one.problems)))
     if rerun:
         return rerunning.rerun(*sides, pythons, pairs, samples, as_json)

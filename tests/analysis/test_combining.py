@@ -106,6 +106,27 @@ def test_times_are_judged_as_measure_judges_them(b: Interval, floor: float | Non
     assert change.worse == (verdict == "slower")
 
 
+def test_floors_add_in_squares() -> None:
+    """The floor of a ratio of ratios has both sides' noise in it, and grows with the intervals."""
+    assert combining.combined_floor(0.03, 0.04) == pytest.approx(0.05)
+    assert combining.combined_floor(0.03, None) == combining.combined_floor(None, 0.03) == 0.03
+    assert combining.combined_floor(None, None) is None
+    assert combining.combined_floor(0.03, 0.04, 20) == pytest.approx(0.05 * combining.widening(20))
+
+
+def test_what_copies_differ_by_is_no_change() -> None:
+    """Of gates over sides whose copies differ by what their floors say, at most 5 % have any slower or faster."""
+    random, spread, arms = np.random.default_rng(7), 0.02, 20
+    floor = combining.combined_floor(1.96 * spread, 1.96 * spread, arms)
+    one, two = np.exp(spread * random.standard_normal((2, 1000, arms)))
+    closed = 0
+    for family in zip(one, two, strict=True):
+        sides = [[Interval(x, x / 1.001, x * 1.001) for x in side] for side in family]
+        changes = [time_change(a, b, floor, arms) for a, b in zip(*sides, strict=True)]
+        closed += any(change.verdict in ("faster", "slower") for change in changes)
+    assert closed <= 0.05 * 1000
+
+
 @pytest.mark.parametrize(
     ("a", "b", "verdict"),
     [
@@ -142,6 +163,9 @@ def test_bytes(a: int, b: int, verdict: str) -> None:
         ("digit_accuracy", Interval(0.98), Interval(0.5), "worse"),
         ("psnr_db", Interval(40.0), Interval(math.inf), "better"),
         ("psnr_db", Interval(40.0), Interval(-math.inf), "worse"),
+        ("psnr_db", Interval(math.inf), Interval(math.inf), "same"),
+        ("psnr_db", Interval(math.inf, math.inf, math.inf), Interval(40.0, 39.0, 41.0), "worse"),
+        ("psnr_db", Interval(math.inf), Interval(-math.inf), "worse"),
     ],
 )
 def test_quality(metric: str, a: Interval, b: Interval, verdict: str) -> None:

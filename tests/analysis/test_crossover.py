@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from zimage import sources
-from zimage.analysis import axes, cost, crossover, roofline
+from zimage.analysis import axes, cost, crossover, roofline, scaling_words
 from zimage.analysis.crossover import Crossing, Measured
 from zimage.analysis.roofline import Size
 from zimage.analysis.tables import conform
@@ -86,6 +86,26 @@ def test_operations_that_never_cross_say_so() -> None:
     assert crossover.by_operations(falling).note == "never"
     one_bad = [Measured(n, [-1.0, *[1e-9 * n**2] * 6], [1e-6 * n] * 7) for n in (500, 2000)]
     assert crossover.by_operations(one_bad).tokens == pytest.approx(1000)
+
+
+def test_attention_that_is_slower_everywhere_is_not_faster() -> None:
+    """Where it takes longer at every size, and less so at larger ones, it is not told from where on; that it is, is."""
+    above = [Measured(n, [s] * 6, [1e-6 * n] * 6) for n, s in ((100, 1.5e-4), (200, 2.98e-4))]
+    found = crossover.by_operations(above)
+    assert math.isnan(found.tokens) and found.note == "not told"
+    rows = [found.row(TURBO), *(one.row() for one in above)]
+    ((text, _),) = scaling_words.crossing(pd.DataFrame(rows))
+    assert text == "attention takes more time than the linear layers at all sizes measured, from 100 tokens on"
+
+
+def test_shapes_of_as_many_tokens_are_one_size() -> None:
+    """Two shapes of the least size do not make a line of their own that is drawn on."""
+    measured = [
+        Measured(n, [1e-9 * n**2 * off] * 6, [1.5e-5 * n] * 6)
+        for n, off in ((30000, 0.99), (30000, 1.01), (60000, 1.0))
+    ]
+    found = crossover.by_operations(measured)
+    assert found.tokens == pytest.approx(15000, rel=1e-3) and found.note == "extrapolated"
 
 
 def test_a_blocks_operations_are_told_apart() -> None:

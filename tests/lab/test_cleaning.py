@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.lab.making import FACTS, fake_kernels, meta, write_experiment, write_notebook
 from zimage import cli
+from zimage.errors import StoreError
 from zimage.lab import cleaning
 from zimage.lab.files import write_json
 from zimage.lab.store import Store
@@ -39,6 +40,7 @@ def root(tmp_path: Path) -> Path:
     add(tmp_path, "othermlx", environment=FACTS | {"mlx": "0.31.0"})
     add(tmp_path, "othervariable", environment=FACTS | {"MLX_Y": "2"})
     add(tmp_path, "othercommit", environment=FACTS | {"commit": "abc"})
+    add(tmp_path, "othersources", digests={"sources": "5" * 64})
     add(tmp_path, "otherversion", versions={"zimage": "0.0.9"})
     add(tmp_path, "otherweights", weights={"source": "a", "kind": "trained", "digest": "b"})
     add(tmp_path, "othernotebook", notebook="notebooks/b.ipynb")
@@ -109,6 +111,43 @@ def test_what_changes_meanwhile_stays(root: Path) -> None:
     shutil.move(root / "demo" / "failed", elsewhere)
     (root / "demo" / "failed").symlink_to(elsewhere)
     assert cleaning.remove(store, chosen[:1]) == [] and (elsewhere / "run.json").is_file()
+
+
+def test_it_judges_again_before_it_removes(root: Path) -> None:
+    """A run that a sweep has asked for since the question stays, and so does one whose successor is gone."""
+    store = Store(root)
+    chosen = cleaning.removable(store)
+    store.write_experiment("demo", {"schema": 1, "name": "demo", "run_keys": ["old"]})
+    assert [run.key for run in cleaning.remove(store, chosen)] == ["failed"]
+    store.write_experiment("demo", {"schema": 1, "name": "demo", "run_keys": []})
+    chosen = [(run, reason) for run, reason in cleaning.removable(store) if run.key == "old"]
+    shutil.rmtree(root / "demo" / "new")
+    assert cleaning.remove(store, chosen) == [] and "old" in kept(root)
+
+
+def test_what_cannot_be_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk refuses in the middle the rest keeps its name and is no run, and pages show what went before."""
+    (root / "demo" / "old" / "tables").mkdir()
+    remove = shutil.rmtree
+
+    def refuse(path: Path, **options: Any) -> None:
+        if Path(path).name.startswith(".old."):
+            raise PermissionError(13, "Permission denied")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    store = Store(root)
+    with pytest.raises(StoreError, match="demo/old: cannot be removed: Permission denied"):
+        cleaning.remove(store, cleaning.removable(store))
+    assert {"failed", "old"} & kept(root) == set() and (root / "demo" / "old" / "tables").is_dir()
+    assert "no good" not in (root / "demo" / "index.html").read_text()
+    assert not list((root / "demo").glob(".*"))
+
+
+def test_odd_versions_are_no_crash(root: Path) -> None:
+    """Versions or digests in a run.json that are no mappings count as none."""
+    add(root, "odd", versions=["1"], digests=3)
+    assert ("odd", "superseded") in {(run.key, reason) for run, reason in cleaning.removable(Store(root))}
 
 
 def test_two_at_once(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Stores made by hand, compared: what is paired, what is a regression, what is left out and why."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from tests.lab import fabricated
 from tests.lab.fabricated import ablation, add_experiment, add_run, qkv, quantization
+from zimage import cli
 from zimage.analysis.combining import WORSE
 from zimage.analysis.comparing import Compared, Pair
 from zimage.errors import StoreError
@@ -82,13 +84,13 @@ def test_a_slower_arm_is_a_regression(tmp_path: Path) -> None:
     assert text.endswith("1 compared (1 slower), 2 not: 1 regression")
 
 
-def test_the_larger_noise_floor_counts(tmp_path: Path) -> None:
-    """What lies within either side's floor is no regression."""
+def test_both_noise_floors_count(tmp_path: Path) -> None:
+    """What lies within the floors of both sides, added in squares, is no regression."""
     rose = ablation((*PAIR, 1.06, 1.055, 1.065, "slower")).assign(noise_floor=0.07)
     a, b = both(tmp_path, tables={"ablation": rose})
     for found in (compared(a, b), compared(b, a)):
         (row,) = found.rows
-        assert (row.noise_floor, row.change.verdict) == (0.07, "inconclusive")
+        assert (row.noise_floor, row.change.verdict) == (math.hypot(0.07, 0.004), "inconclusive")
         assert row.change.reason == "the difference is within the noise floor of 7.0 %"
 
 
@@ -202,6 +204,17 @@ def test_memory_and_quality(tmp_path: Path) -> None:
     assert "it is no finite number any more" in text
 
 
+def test_a_perfect_picture_can_get_worse(tmp_path: Path) -> None:
+    """An infinite PSNR in A is compared: the same in B is as good, a finite one is worse."""
+    perfect = pd.DataFrame([{"arm": "x", "metric": "psnr_db", "value": math.inf, "weights_kind": "trained"}])
+    put(tmp_path / "a", tables={"quality": perfect})
+    put(tmp_path / "b", tables={"quality": perfect.assign(value=40.0)})
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert [compared(*sides).worse for sides in ((a, a), (a, b), (b, a))] == [0, 1, 0]
+    text = said(a, b)
+    assert "there was no error" in text and compared(a, b).left_out == []
+
+
 def test_peaks_of_two_devices_are_not_compared(tmp_path: Path) -> None:
     """Weights are the same anywhere; a peak is its device's allocator's. Steps are not set beside each other either."""
     a, b = both(tmp_path, tables=quantization(), device="apple-m3-max")
@@ -261,6 +274,34 @@ def test_a_run_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     assert compared(b, a).worse == 0 and "the run of A failed: ValueError: no" in said(b, a)
 
 
+def test_if_all_fails_now_that_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every run of B failed it is status 1, not one that was asked wrongly; A needs a completed run."""
+    a, b = both(tmp_path, status="failed", error="ValueError: no")
+    assert cli.main(["compare", str(a), str(b)]) == 1
+    assert "ValueError: no (a regression)" in capsys.readouterr().out
+    assert cli.main(["compare", str(b), str(a)]) == 2
+    assert "has no completed run" in capsys.readouterr().err
+
+
+def test_a_damaged_run_that_is_named(tmp_path: Path) -> None:
+    """A named run that is damaged, of another schema, or in a folder of another name than its key: one line says so."""
+    put(tmp_path)
+    path = put(tmp_path, "bb22") / "run.json"
+    put(tmp_path, "aa00")
+    (tmp_path / "qkv" / "aa00" / "run.json").write_text("{")
+    text = path.read_text()
+    for content, words in (
+        ("{", "bb22/run.json: not valid JSON"),
+        (text.replace('"schema": 1', '"schema": 99'), "schema 99 is not known"),
+        (text.replace("bb22", "cc33"), "says run_key 'cc33', but its folder has another name"),
+    ):
+        path.write_text(content)
+        for completed in (True, False):
+            with pytest.raises(StoreError, match=words) as caught:
+                comparing.side(str(path.parent), Store(tmp_path), completed)
+            assert "\n" not in str(caught.value)
+
+
 def test_one_run_of_several_alike(tmp_path: Path) -> None:
     """Of several runs of the same inputs the one of the same experiment counts, and of those the newest."""
     a, b = both(tmp_path, key="bb22", started="2027-01-01T00:00:00+00:00")
@@ -269,6 +310,40 @@ def test_one_run_of_several_alike(tmp_path: Path) -> None:
     found = compared(a, b)
     assert [(pair.a.name, pair.b.name) for pair in found.pairs] == [("qkv/aa11", "qkv/cc33")]
     assert {one.reason for one in found.left_out} == {"another run of the same inputs is compared"}
+
+
+def test_the_same_device_and_effort_count_first(tmp_path: Path) -> None:
+    """A run is paired with that of its own device, whichever is newer, and with that of as many quads."""
+    a, b = both(tmp_path, key="bb22", started="2026-01-01")
+    put(b, "cc33", device="apple-m3-max", started="2027-01-01")
+    put(a, "dd44", device="cpu-third", started="2027-02-01")  # the newest of A does not take another's away
+    put(b, "ee55", parameters={"quads": 10}, started="2027-03-01")
+    pairs = {pair.a.name: pair.b.name for pair in compared(a, b).pairs}
+    assert (pairs["qkv/aa11"], len(pairs)) == ("qkv/bb22", 2)
+
+
+def test_which_of_several_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    """A run without a parameter over which the other side was swept is in no pair, either way round, and it is said."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    put(a)
+    for key, batch in (("bb22", 1), ("cc33", 4)):
+        put(b, key, parameters={"batch": batch})
+    text = refusal(a, b)
+    assert "A qkv/aa11: B has several runs that fit, which differ in batch; this one has no such (and 2 more)" in text
+    assert "B has several runs that fit" not in refusal(b, a) and "A has several" not in refusal(b, a).split("(and")[1]
+    put(b, "dd44")  # one that has no batch either is meant
+    assert [(pair.a.name, pair.b.name) for pair in compared(a, b).pairs] == [("qkv/aa11", "qkv/dd44")]
+    assert all(pair.same for pair in compared(b, b).pairs) and len(compared(b, b).pairs) == 3
+
+
+def test_a_copied_experiment_is_its_folder(tmp_path: Path) -> None:
+    """What was copied or renamed is called as it is now, whatever its run.json says."""
+    put(tmp_path)
+    shutil.copytree(tmp_path / "qkv", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "aa11" / "tables")
+    found = comparing.side(str(tmp_path / "other" / "aa11"), Store(tmp_path))
+    assert found.what.startswith("run other/aa11 in ") and [run.name for run in found.runs] == ["other/aa11"]
+    assert comparing.side("other/aa11", Store(tmp_path)).runs[0].tables == {}
 
 
 def test_only_current_runs_of_an_experiment_count(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.fabricated import DEVICE, ablation, add_experiment, add_run
-from zimage.analysis import gains
+from zimage.analysis import gain_plots, gains, over_runs
 from zimage.lab import dashboard
 from zimage.lab.cases import case
 from zimage.lab.store import Store
@@ -141,6 +141,24 @@ def test_several_runs_say_together_what_became_of_the_step(tmp_path: Path) -> No
     page = (tmp_path / "qkv_fusion" / "index.html").read_text()
     assert "in 4 of 4 the largest loss of the product&#39;s gain is in QK norm" in page
     assert page.index("in all of 4 runs") < page.index("fused_qkv is equivalent in time to separate_qkv per step")
+
+
+def test_an_arm_that_is_not_in_every_run() -> None:
+    """Where a run lacks an arm it is told in how many it was measured, and never as of all."""
+    full = ladder()
+    less = {name: frame[frame["arm"] != "fused_qkv"] for name, frame in full.items() if name != "samples"}
+    texts = [one.text for one in over_runs.step([("a", full), ("b", full), ("c", less)])]
+    first = "fused_qkv against separate_qkv per step is equivalent in all that measured it (2 of 3 runs)"
+    assert texts[0] == first and "in all of 3 runs" in texts[1]
+
+
+def test_the_ladder_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a run has rungs is asked of its table, not by drawing them."""
+    drawn: list[int] = []
+    draw = gain_plots.ladder
+    monkeypatch.setattr(gain_plots, "ladder", lambda frame: drawn.append(1) or draw(frame))
+    case(ladder(), [], "x")
+    assert drawn == [1]
 
 
 def test_one_run_speaks_for_itself(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def test_findings_say_what_is_needed_and_what_it_is_traded_for(tables: dict[str,
     ]
 
 
+def test_where_no_arm_holds_less_that_is_said(tables: dict[str, pd.DataFrame]) -> None:
+    """Arms that all hold more than plain are not told as one that holds the least."""
+    memory = tables["memory"]
+    memory.loc[(memory["arm"] == "streamed") & (memory["stage"] == "step"), "bytes"] = 12 * MB
+    texts = [found.text for found in findings(tables)]
+    assert "no arm holds less in a step than plain; streamed, the next, holds 120 % of what plain does" in texts
+    assert not [text for text in texts if "holds the least" in text]
+
+
 def test_what_was_not_recorded_is_left_out(tables: dict[str, pd.DataFrame]) -> None:
     """Predictions alone make one section and one finding; without a footprint table memory is shown as elsewhere."""
     alone = {"footprint": tables["footprint"].head(3)}

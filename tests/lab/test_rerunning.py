@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.lab.fabricated import ablation, add_run, qkv
+from tests.lab.fabricated import DEVICE, ablation, add_run, qkv
 from tests.measure.clock import Clock
+from zimage.errors import StoreError
 from zimage.lab import comparing, keys, rerunning
 from zimage.lab.store import Store
 from zimage.measure import Program, compare
@@ -13,7 +14,7 @@ from zimage.measure import Program, compare
 import pytest
 
 SIZES = {"source": "digits", "height": 8, "width": 8, "batch": 1, "caption_tokens": 1, "seed": 0, "device": "cpu"}
-FACTS = {"device": "cpu-test-2c", "mlx": "0.32.4", "commit": "c0"}
+FACTS = {"device": DEVICE, "mlx": "0.32.4", "commit": "c0"}
 
 
 class Asked:
@@ -36,8 +37,9 @@ class Asked:
 def rerun(root: Path, ratio: float, monkeypatch: pytest.MonkeyPatch, *pythons: str, b: str = "e") -> tuple[int, Asked]:
     asked = Asked(ratio)
     monkeypatch.setattr(rerunning, "in_fresh_processes", asked)
+    known = {"gpu": {"device": "apple-m3-max"}, "": {}, "new": {"mlx": "0.33.0"}}
     monkeypatch.setattr(
-        keys, "device_facts", lambda _device, python="": FACTS | {"mlx": {"new": "0.33.0"}.get(python, "0.32.4")}
+        keys, "device_facts", lambda device, python="": FACTS | known.get(device, {}) | known.get(python, {})
     )
     sides = (comparing.side(one, Store(root)) for one in ("e", b))
     return rerunning.rerun(*sides, pythons, 8, 5, False), asked
@@ -99,6 +101,36 @@ def test_each_step_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     add_run(tmp_path, "e", "dd", tables, parameters={"source": "digits"}, weights=None, notebook="notebooks/s.ipynb")
     _, asked = rerun(tmp_path, 1.0, monkeypatch)
     assert sorted(a.arguments["batch"] for a, _ in asked.arms) == [1, 2]
+
+
+def test_many_steps_share_one_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The level is divided by the number of steps, and the pairs are enough to show something at it."""
+    for place in range(20):
+        add(tmp_path, f"a{place}", batch=place + 1)
+    _, asked = rerun(tmp_path, 1.0, monkeypatch)
+    assert [(options["alpha"], options["pairs"]) for options in asked.options] == [(0.05 / 20, 10)] * 20
+
+
+def test_floors_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A floor of another device is none here; one from before there were regimes is one of bursts."""
+    tables = {"ablation": qkv().assign(noise_floor=0.03, regime=None)}
+    inputs = {"parameters": SIZES, "weights": None, "notebook": "notebooks/q.ipynb"}
+    add_run(tmp_path, "e", "aa", tables, **inputs)
+    other = {"ablation": qkv().assign(noise_floor=0.5)}
+    add_run(tmp_path, "f", "bb", other, device="apple-m3-max", **inputs)
+    _, asked = rerun(tmp_path, 1.0, monkeypatch, b="f")
+    assert [options["noise_floor"] for options in asked.options] == [0.03]
+
+
+def test_runs_of_two_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are timed on the device they ran on, or one line says that there are two; two names of one are one."""
+    add(tmp_path, "aa")
+    add(tmp_path, "bb", batch=2, device="auto")
+    _, asked = rerun(tmp_path, 1.0, monkeypatch)
+    assert len(asked.arms) == 2
+    add(tmp_path, "cc", batch=3, device="gpu")
+    with pytest.raises(StoreError, match="ran with device cpu and auto and gpu: name runs of one device"):
+        rerun(tmp_path, 1.0, monkeypatch)
 
 
 def test_a_recipe_counts_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

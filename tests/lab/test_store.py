@@ -235,7 +235,7 @@ def test_killed_before_the_rename(store: Store) -> None:
         process.stdout.readline()
         store.tidy("demo")
         assert [name.split(".")[-1] for name in names(store)] == ["partial", "lock"]  # it lives, so it stays
-        with store.lock("demo", "aa11", wait=False) as mine:
+        with store.lock("demo", "aa11", wait_s=0) as mine:
             assert not mine
         os.kill(process.pid, signal.SIGKILL)
     assert store.runs("demo") == []

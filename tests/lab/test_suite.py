@@ -1,13 +1,17 @@
 """Suites: several experiments within a stated time, each in its own folder; no kernels here."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tests.lab.making import fake_kernels, write_experiment, write_notebook
+from tests.lab.making import fake_kernels, meta, write_experiment, write_notebook
 from tests.lab.test_sweep import Silent
 from zimage import cli
 from zimage.errors import ExperimentError
 from zimage.lab import executing, suite, sweep
+from zimage.lab.files import write_json
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
 from zimage.yaml_lines import load
@@ -22,6 +26,12 @@ def write(root: Path, text: str) -> Path:
     path = root / "experiments" / "night.yaml"
     path.write_text(SUITE + text)
     return path
+
+
+def run_of(job: Job, **changes: Any) -> dict[str, Any]:
+    """The run.json of an earlier run of this job."""
+    named = {"experiment": job.experiment, "notebook": job.notebook.name, "parameters": job.parameters}
+    return meta(job.key, **named, **changes)
 
 
 @pytest.fixture
@@ -113,12 +123,12 @@ def test_what_does_not_fit_the_time_is_left_out_and_told(
 
 
 def test_time_that_runs_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known to take no longer than is left is begun, and stopped when the time is over at the latest."""
+    """What took no longer than is left, with a margin, is begun, and stopped when the time is over at the latest."""
     now = [0.0]
     limits: list[float] = []
 
     def act(job: Job) -> None:
-        limits.append(job.timeout_s)
+        limits.append(min(job.timeout_s, job.left_s))
         now[0] += 30
 
     fake_kernels(monkeypatch, act)
@@ -129,11 +139,73 @@ def test_time_that_runs_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [job.timeout_s for job in every] == [60, 60]
     estimates = sweep.Estimates(store)
     budget = suite.Budget(100, estimates, lambda: now[0])
-    assert len(sweep.sweep(every, store, Silent(), False, budget.grant).completed) == 2
-    estimates.of = lambda _job: 35.0  # type: ignore[method-assign]
-    outcome = sweep.sweep(every, store, Silent(), True, budget.grant)
+    assert len(sweep.sweep(every, store, Silent(), False, budget).completed) == 2
+    estimates.exact = lambda _job: 20.0  # type: ignore[method-assign]
+    outcome = sweep.sweep(every, store, Silent(), True, budget)
     assert (len(outcome.completed), len(outcome.left_out)) == (1, 1)
     assert (limits, budget.left_s) == ([60, 60, 40], 10)
+
+
+def test_other_parameters_tell_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick run of the same notebook is no reason to begin a run that was never done; its time limit is."""
+    fake_kernels(monkeypatch)
+    store = Store(project / "r")
+    asked = suite.read(load(write(project, "experiments: [one.yaml]\nbudget_s: 59\n")))
+    quick, full = executing.part(asked.experiments[0], store, False, {}).jobs
+    write_json(store.root / "one" / quick.key / "run.json", run_of(quick, duration_s=12.0))
+    estimates = sweep.Estimates(store)
+    assert (estimates.of(full), suite.needed_s(full, estimates)) == (12.0, 60)
+    assert suite.needed_s(quick, estimates) == 18
+    assert suite.not_in_time([quick, full], estimates, 59) == [full]
+    outcome = sweep.sweep([full, quick], store, Silent(), True, suite.Budget(59, estimates, lambda: 0.0))
+    assert ([run.key for run in outcome.completed], outcome.left_out) == ([quick.key], [full])
+
+
+def test_a_run_that_the_budget_ends_is_left_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no failure, nothing of it is kept, and with --fresh the earlier completed run stays."""
+
+    def act(_job: Job) -> None:
+        time.sleep(0.02)
+        raise ValueError("stopped")
+
+    fake_kernels(monkeypatch, act)
+    store = Store(project / "r")
+    asked = suite.read(load(write(project, "experiments: [one.yaml]\nbudget_s: 0.01\n")))
+    (job,) = executing.part(asked.experiments[0], store, False, {"batch": 1}).jobs
+    before = run_of(job, duration_s=0.001)
+    write_json(store.root / "one" / job.key / "run.json", before)
+    outcome = sweep.sweep([job], store, Silent(), True, suite.Budget(0.01, sweep.Estimates(store), lambda: 0.0))
+    assert (outcome.failed, outcome.left_out) == ([], [job])
+    (run,) = store.runs("one")
+    assert run.meta == before and {path.name for path in (store.root / "one").iterdir()} == {job.key}
+    limited = replace(job, timeout_s=0.01)
+    outcome = sweep.sweep([limited], store, Silent(), True, suite.Budget(9, sweep.Estimates(store), lambda: 0.0))
+    assert (len(outcome.failed), outcome.left_out) == (1, [])
+
+
+def test_waiting_for_another_process_ends_with_the_time(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that another process is at is left out once the time is over."""
+    fake_kernels(monkeypatch)
+    store = Store(project / "r")
+    (job,) = executing.part(suite.read(load(project / RUN[1])).experiments[0], store, False, {"batch": 1}).jobs
+    reporter = Silent()
+    with store.lock(job.experiment, job.key):
+        outcome = sweep.sweep([job], store, reporter, False, suite.Budget(0.3, sweep.Estimates(store)))
+    assert (outcome.left_out, reporter.waited, reporter.began) == ([job], [job.key], [])
+
+
+def test_what_was_not_reached_keeps_its_page(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An experiment none of whose runs was done or found, after it changed, shows its earlier runs."""
+    ran = fake_kernels(monkeypatch)
+    assert said(capsys)[0] == 0
+    page, store = project / "results" / "one" / "index.html", Store(project / "results")
+    before, text = store.experiment("one"), page.read_text()
+    write_experiment(project, "grid: {batch: [5, 6]}\ntimeout_s: 9000\n", name="one")
+    status, out, _ = said(capsys)
+    assert (status, len(ran), out.count("page: ")) == (0, 4, 1) and "one: 0 completed, 0 failed; 2 left out" in out
+    assert (store.experiment("one"), page.read_text()) == (before, text)
 
 
 @pytest.mark.usefixtures("project")

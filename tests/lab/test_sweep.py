@@ -14,7 +14,7 @@ from typing import Any
 from tests.lab.making import FACTS, RECORDS, write_experiment, write_notebook
 from tests.sweeping import side_by_side
 from zimage import machine
-from zimage.lab import experiment, sweep
+from zimage.lab import experiment, runner, sweep
 from zimage.lab.runner import Job, describe_failure
 from zimage.lab.store import Run, Store
 
@@ -139,6 +139,16 @@ def test_nothing_is_left_over(swept: Store) -> None:
     """After a sweep there are only whole runs, and no process of its runs lives."""
     assert all((path / "run.json").is_file() for path in (swept.root / "demo").iterdir())
     assert kernels_of(str(swept.root.resolve())) == []
+
+
+def test_a_run_ends_with_what_is_left_of_the_time(project: Path) -> None:
+    """A run that may not take its whole limit is stopped before it; then there is no run, no folder and no process."""
+    (job,) = (job for job in jobs_in(project) if job.parameters["batch"] == 3)
+    store, started = Store(project / "ended results"), time.monotonic()
+    with store.lock(job.experiment, job.key):
+        assert runner.run(replace(job, timeout_s=300.0, left_s=2.0), store) is None
+    assert time.monotonic() - started < 150
+    assert [*(store.root / "demo").iterdir()] == [] and kernels_of(str(store.root.resolve())) == []
 
 
 def test_kill_and_resume(project: Path) -> None:

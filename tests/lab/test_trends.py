@@ -9,8 +9,8 @@ from tests.lab.fabricated import DEVICE, ablation, add_experiment, add_run, qkv
 from tests.lab.test_dashboard import HOSTILE, Page
 from zimage.analysis import trend_plots
 from zimage.analysis import trends as analysis
-from zimage.lab import dashboard, trends
-from zimage.lab.store import Store
+from zimage.lab import comparing, dashboard, trends
+from zimage.lab.store import Run, Store
 
 import pytest
 
@@ -64,6 +64,36 @@ def test_other_things_are_no_history(change: dict[str, Any], tmp_path: Path) -> 
     add(tmp_path, "a1", "0.31.0")
     add(tmp_path, "a2", "0.32.0", **change)
     assert trends.read(Store(tmp_path), "e") == ([], [])
+
+
+def test_a_history_breaks_where_a_run_fits_several(tmp_path: Path) -> None:
+    """A run from before there was a batch is a version of neither of two batches; of a single one it is."""
+    add(tmp_path, "a0", "0.30.0")
+    inputs = {"source": "digits", "height": 8, "seed": 0}
+    add(tmp_path, "a1", "0.31.0", parameters=inputs | {"batch": 1})
+    add(tmp_path, "a2", "0.32.0", parameters=inputs | {"batch": 1})
+    assert only(tmp_path).versions == ["MLX 0.30.0", "MLX 0.31.0", "MLX 0.32.0"]
+    add(tmp_path, "a3", "0.31.0", parameters=inputs | {"batch": 4})
+    assert only(tmp_path).versions == ["MLX 0.31.0", "MLX 0.32.0"]
+    add(tmp_path, "a4", "0.32.0", parameters=inputs | {"batch": 4})
+    found, _ = trends.read(Store(tmp_path), "e")
+    assert [[run.name for run in one.runs] for one in found] == [["e/a1", "e/a2"], ["e/a3", "e/a4"]]
+
+
+def test_a_page_reads_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cases a page has, what its runs are compared by is made once, not anew for every case."""
+    for place in range(6):
+        add(tmp_path, f"a{place}", "0.32.0", parameters={"source": "digits", "height": 8 * place})
+    add_experiment(tmp_path, "e", "q?", [f"a{place}" for place in range(6)])
+    made: list[str] = []
+
+    def counted(run: Run, *names: Any) -> Any:
+        made.append(run.key)
+        return comparing.recorded(run, *names)
+
+    monkeypatch.setattr(trends, "recorded", counted)
+    dashboard.build(Store(tmp_path))
+    assert len(made) == 6
 
 
 def test_superseded_runs_count(tmp_path: Path) -> None:

@@ -88,10 +88,20 @@ def divided(a: Interval, b: Interval, together: int = 1) -> Interval:
     return Interval(math.exp(found.value), math.exp(found.low), _exp(found.high))
 
 
+def combined_floor(a: float | None, b: float | None, together: int = 1) -> float | None:
+    """The noise floor of the ratio of two time ratios with these floors, each a |log ratio|; None where none is known.
+
+    What makes copies differ is there on both sides, independently, so floors add in squares as the intervals do, and
+    are widened as they are where `together` are to hold at once.
+    """
+    known = [floor for floor in (a, b) if floor is not None]
+    return widening(together) * math.hypot(*known) if known else None
+
+
 def time_change(a: Interval, b: Interval, noise_floor: float | None, together: int = 1) -> Change:
     """How the time ratio of an arm to its baseline changed, judged as `measure` judges one.
 
-    noise_floor: the larger one of the two sides, a |log ratio|, or None.
+    noise_floor: that of the ratio of both, see `combined_floor`, or None.
     """
     found = divided(a, b, together)
     word, reason = verdict(Estimate(found.value, found.low, found.high, math.nan), DELTA, noise_floor)
@@ -109,10 +119,15 @@ def size_change(a_bytes: float, b_bytes: float) -> Change:
 def quality_change(metric: str, a: Interval, b: Interval, together: int = 1) -> Change:
     """How a number of quality changed, by the interval of the difference, or without intervals by a tolerance.
 
-    metric: one of LOWER_IS_BETTER or HIGHER_IS_BETTER. A number that is no number any more is worse.
+    metric: one of LOWER_IS_BETTER or HIGHER_IS_BETTER. A number that is no number any more is worse; where more is
+    better an infinite one, as the PSNR of the same picture, is perfect.
     """
     higher = metric in HIGHER_IS_BETTER
     grows, shrinks = ("better", "worse") if higher else ("worse", "better")
+    if higher and a.value == math.inf:
+        if b.value == math.inf:
+            return Change(Interval(0.0), "same", "nothing was and is left of the error", True)
+        return Change(Interval(-math.inf), "worse", "there was no error", True)
     if not math.isfinite(b.value):
         perfect = higher and b.value == math.inf
         reason = "nothing is left of the error" if perfect else "it is no finite number any more"

@@ -4,13 +4,14 @@ Runs are paired by notebook and inputs (`matching`), their rows by what they are
 regime for a time ratio; arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What
 counts as a regression:
 
-    a time ratio    slower: the interval of B / A excludes 1, beyond the larger of the two recorded noise floors
+    a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
     quality         the interval of B - A excludes 0 for the worse; without intervals, worse by more than 10 %
     a run           that completed in A and failed in B
 
-The intervals of all times and qualities of one comparison hold together with 95 %, so that a gate over many of them
-rarely closes by chance. Absolute times are context: no clock links two runs, so they are shown and not judged.
+The intervals of all times and qualities of one comparison hold together with 95 %, and noise floors are widened with
+them, so that a gate over many of them rarely closes by chance. Absolute times are context: no clock links two runs, so
+they are shown and not judged.
 """
 
 import math
@@ -27,7 +28,7 @@ import pandas as pd
 BURST = "burst"  # the regime of rows from before there were others
 METHOD = (
     "each side's time ratios are to its own baseline, so that one also rises where only the baseline got faster; "
-    "intervals are combined as independent, half-widths in quadrature on the log scale, and hold together with 95 %"
+    "intervals and floors are combined as independent, in quadrature on the log scale, and hold together with 95 %"
 )
 KEYS = {
     "ablation": ("arm", "baseline", "scope", "regime"),
@@ -105,11 +106,11 @@ class Compared:
 
 def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
     """Compare B with A, the reference."""
-    matched, left_a, left_b = matching.match(a, b)
-    alone = [Alone(f"A {r.name}", matching.why_alone(r, b, [p[0] for p in matched], "B")) for r in left_a]
-    alone += [Alone(f"B {r.name}", matching.why_alone(r, a, [p[1] for p in matched], "A")) for r in left_b]
-    alone += [_failed(one, two) for one, two in matched if one.error or two.error]
-    completed = [(one, two) for one, two in matched if not (one.error or two.error)]
+    matched = matching.match(a, b)
+    alone = [Alone(f"A {run.name}", reason) for run, reason in matched.alone_a]
+    alone += [Alone(f"B {run.name}", reason) for run, reason in matched.alone_b]
+    alone += [_failed(one, two) for one, two in matched.pairs if one.error or two.error]
+    completed = [(one, two) for one, two in matched.pairs if not (one.error or two.error)]
     found = [_common(one, two) for one, two in completed]
     together = max(1, sum(both.has_intervals for common, _ in found for both in common))
     pairs = []
@@ -145,10 +146,10 @@ def interval_of(table: str, row: Mapping[str, Any]) -> Interval:
     return Interval(*(number(row.get(name)) for name in _ENDS[table]))
 
 
-def larger_floor(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
-    """The larger noise floor of two rows, a |log ratio|; None where neither has one."""
-    floors = [number(row.get("noise_floor")) for row in (a, b)]
-    return max((floor for floor in floors if floor >= 0), default=None)
+def floor_of(row: Mapping[str, Any]) -> float | None:
+    """The noise floor of a row, a |log ratio|; None where it has none."""
+    floor = number(row.get("noise_floor"))
+    return floor if floor >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _judged(both: _Both, together: int) -> Row:
     a, b = (interval_of(both.table, row) for row in (both.a, both.b))
     floor = None
     if both.table == "ablation":
-        floor = larger_floor(both.a, both.b)
+        floor = combining.combined_floor(floor_of(both.a), floor_of(both.b), together)
         change = combining.time_change(a, b, floor, together)
     elif both.table == "memory":
         change = combining.size_change(a.value, b.value)
@@ -219,7 +220,8 @@ def _unusable(table: str, row: Mapping[str, Any]) -> str:
     value = interval_of(table, row)
     if table == "ablation" and not (0 <= value.low <= value.value <= value.high and 0 < value.value < math.inf):
         return "recorded no usable interval"
-    return "recorded no finite number" if units.missing(value.value) else ""
+    perfect = table == "quality" and value.value == math.inf and row["metric"] in combining.HIGHER_IS_BETTER
+    return "recorded no finite number" if units.missing(value.value) and not perfect else ""
 
 
 def _other_allocator(table: str, key: tuple[str, ...], a: Recorded, b: Recorded) -> str:

@@ -116,18 +116,20 @@ def by_rates(
 def by_operations(measured: Sequence[Measured], alpha: float = 0.05) -> Crossing:
     """Where the ratio of their times is one, between the two sizes around it or along the two next to it.
 
-    The ratio's logarithm is taken as a line in that of the tokens. Rounds in which a time is not positive are left out.
+    The ratio's logarithm is taken as a line in that of the tokens; sizes of as many tokens are one. Not told where
+    attention takes longer at every size and less so as they grow. Rounds with a time that is not positive are left out.
     Raises MeasurementError for fewer than two different sizes, or where no round is left.
     """
     ordered = sorted(measured, key=lambda one: one.tokens)
     if len({one.tokens for one in ordered}) < 2:
         raise MeasurementError(f"a crossing needs two different sizes of a block, found {len(measured)}")
-    x = np.log([one.tokens for one in ordered])
     attention, linear = (np.array([getattr(one, name) for one in ordered]) for name in ("attention_s", "linear_s"))
     kept = (attention > 0).all(axis=0) & (linear > 0).all(axis=0)
     if not kept.any():
         raise MeasurementError("no round has positive times of all operations; take larger sizes or more rounds")
-    attention, linear = attention[:, kept], linear[:, kept]
+    tokens, place = np.unique([one.tokens for one in ordered], return_inverse=True)
+    x, means = np.log(tokens), np.array([(place == i) / (place == i).sum() for i in range(len(tokens))])
+    attention, linear = means @ attention[:, kept], means @ linear[:, kept]
     values = [_root(x, y) for y in np.log(attention / linear).T]
     estimate = _root(x, np.log(np.array(_centres(attention)) / np.array(_centres(linear))))
     found = _crossing(OPERATIONS, estimate, values, alpha)
@@ -136,12 +138,13 @@ def by_operations(measured: Sequence[Measured], alpha: float = 0.05) -> Crossing
 
 
 def _root(x: Floats, y: Floats) -> float:
-    """exp of where the broken line through (x, y) comes to 0, drawn on at its ends; _NEVER where it does not."""
+    """exp of where the broken line through (x, y) comes to 0, drawn on at its ends; _NEVER where it stays below 0, and
+    NaN where it lies above it at the least x and does not come down to it before."""
     lines = list(pairwise(zip(x, y, strict=True)))
     inside = [line for line in lines if line[0][1] <= 0 <= line[1][1]]
     ((x0, y0), (x1, y1)) = inside[0] if inside else lines[0] if y[0] > 0 else lines[-1]
     if y1 <= y0:
-        return float(math.exp(x0)) if y0 == 0 else _NEVER
+        return float(math.exp(x0)) if y0 == 0 else _NEVER if y0 < 0 else math.nan
     return float(math.exp(min(max(x0 - y0 * (x1 - x0) / (y1 - y0), 0.0), math.log(_NEVER))))
 
 

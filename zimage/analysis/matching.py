@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from zimage.machine import MOMENTARY, UNKNOWN
@@ -48,6 +49,7 @@ class Recorded:
         """The kind of its weights: "trained", "synthetic" or ""."""
         return str((self.weights or {}).get("kind", ""))
 
+    @cached_property
     def inputs(self) -> dict[str, Any]:
         """What it computed on: its parameters but for those of the effort, each as what it meant."""
         said: dict[str, Any] = dict.fromkeys(OF_THE_MODEL) | dict(self.parameters)
@@ -61,10 +63,19 @@ class Recorded:
         return {name: _plain(value) for name, value in said.items() if name not in OF_THE_EFFORT}
 
 
+@dataclass(frozen=True)
+class Matched:
+    """Runs of A and B in pairs, and those of A and of B that have no counterpart, each with why."""
+
+    pairs: list[tuple[Recorded, Recorded]]
+    alone_a: list[tuple[Recorded, str]]
+    alone_b: list[tuple[Recorded, str]]
+
+
 def differences(a: Recorded, b: Recorded, allowed: Sequence[str] = ()) -> list[str]:
     """In which inputs two runs of one notebook differ, each in words; a parameter that only one of them has does not
     count, because one version of a notebook has more of them than another."""
-    left, right = a.inputs(), b.inputs()
+    left, right = a.inputs, b.inputs
     return [
         f"{name} {_words(name, left[name])} against {_words(name, right[name])}"
         for name in left
@@ -74,41 +85,89 @@ def differences(a: Recorded, b: Recorded, allowed: Sequence[str] = ()) -> list[s
 
 def only_one_has(a: Recorded, b: Recorded) -> list[str]:
     """The inputs that only one of two runs has a parameter for, in words."""
-    sides = ((a.inputs(), b.inputs(), "A"), (b.inputs(), a.inputs(), "B"))
+    sides = ((a.inputs, b.inputs, "A"), (b.inputs, a.inputs, "B"))
     return [f"{n}={v} only in {side}" for own, other, side in sides for n, v in own.items() if n not in other]
 
 
-def match(
-    a: Iterable[Recorded], b: Iterable[Recorded], allowed: Sequence[str] = ()
-) -> tuple[list[tuple[Recorded, Recorded]], list[Recorded], list[Recorded]]:
-    """Runs of A and B with the same notebook and inputs, in pairs, and those of A and of B that are left over.
+def fitting(run: Recorded, others: Iterable[Recorded], allowed: Sequence[str] = ()) -> list[Recorded]:
+    """Those of the others that are of the same notebook and differ from `run` in no input that both have."""
+    return [one for one in others if one.notebook == run.notebook and not differences(run, one, allowed)]
 
-    Of several that fit, one of the same experiment counts first, then one that completed, then the newest.
+
+def untold(run: Recorded, fits: Sequence[Recorded]) -> list[str]:
+    """The parameters that `run` has not and in which runs that fit it differ: it does not tell which of them it is."""
+    known = run.inputs
+    values: dict[str, list[Any]] = {}
+    for one in fits:
+        for name, value in one.inputs.items():
+            values.setdefault(name, []).append(value)
+    return [name for name, some in values.items() if name not in known and any(v != some[0] for v in some)]
+
+
+def match(a: Sequence[Recorded], b: Sequence[Recorded], allowed: Sequence[str] = ()) -> Matched:
+    """Runs of A and B with the same notebook and inputs, but for the `allowed` ones, in pairs; and what is left over.
+
+    Of several that fit, those with the same parameters count first, then those of the same device, then of the same
+    effort, then of the same experiment, then such as completed, then the newest. A run that does not tell which of
+    several it is like, see `untold`, is in no pair.
     """
-    pairs: list[tuple[Recorded, Recorded]] = []
-    left_a: list[Recorded] = []
-    left_b = sorted(b, key=lambda run: run.started)
-    for one in sorted(a, key=lambda run: (not run.error, run.started), reverse=True):
-        fitting = [two for two in left_b if two.notebook == one.notebook and not differences(one, two, allowed)]
-        if not fitting:
-            left_a.append(one)
-            continue
-        found = max(fitting, key=lambda two: (two.experiment == one.experiment, not two.error, two.started))
-        left_b = [two for two in left_b if two is not found]
-        pairs.append((one, found))
-    return pairs, left_a, left_b
+    sides = {"A": a, "B": b}
+    unclear = {}
+    for side, other in (("A", "B"), ("B", "A")):
+        for run in sides[side]:
+            fits = fitting(run, sides[other], allowed)
+            same = [one for one in fits if one.inputs.keys() == run.inputs.keys()]
+            if names := untold(run, same or fits):
+                unclear[id(run)] = names
+    clear = [one for one in a if id(one) not in unclear]
+    close = [(one, two) for one in clear for two in fitting(one, b, allowed) if id(two) not in unclear]
+    taken: dict[int, Recorded] = {}
+    for one, two in sorted(close, key=_nearness, reverse=True):
+        if id(one) not in taken and id(two) not in taken:
+            taken |= {id(one): two, id(two): one}
+    ordered = sorted(a, key=lambda run: (not run.error, run.started), reverse=True)
+
+    def alone(side: str, other: str) -> list[tuple[Recorded, str]]:
+        paired = [run for run in sides[side] if id(run) in taken]
+        return [
+            (run, _why_alone(run, sides[other], paired, other, unclear, allowed))
+            for run in (ordered if side == "A" else sorted(b, key=lambda run: run.started))
+            if id(run) not in taken
+        ]
+
+    pairs = [(one, taken[id(one)]) for one in ordered if id(one) in taken]
+    return Matched(pairs, alone("A", "B"), alone("B", "A"))
 
 
-def why_alone(run: Recorded, others: Sequence[Recorded], paired: Iterable[Recorded], side: str) -> str:
+def _nearness(pair: tuple[Recorded, Recorded]) -> tuple[bool | str, ...]:
+    a, b = pair
+    efforts = [{name: run.parameters.get(name) for name in OF_THE_EFFORT} for run in pair]
+    return (
+        a.inputs.keys() == b.inputs.keys(), a.device == b.device, efforts[0] == efforts[1],
+        a.experiment == b.experiment, not a.error, a.started, not b.error, b.started,
+    )  # fmt: skip
+
+
+def _why_alone(
+    run: Recorded, others: Sequence[Recorded], paired: Sequence[Recorded], side: str,
+    unclear: Mapping[int, list[str]], allowed: Sequence[str],
+) -> str:  # fmt: skip
     """Why a run has no counterpart among the `others`, which are those of `side`; `paired` are its own side's."""
-    if any(one.notebook == run.notebook and not differences(run, one) for one in paired):
-        return "another run of the same inputs is compared"
+    if id(run) in unclear:
+        return f"{side} has several runs that fit, which differ in {', '.join(unclear[id(run)])}; this one has no such"
     same = [one for one in others if one.notebook == run.notebook]
     if not same:
         return f"{side} has no run of {run.notebook}"
-    apart = [differences(*((run, one) if side == "B" else (one, run))) for one in same]
+    if fitting(run, paired, allowed):
+        return "another run of the same inputs is compared"
+    apart = [differences(*((run, one) if side == "B" else (one, run)), allowed) for one in same]
     nearest = min(apart, key=len)
-    return ", ".join(nearest) if nearest else f"{side}'s run of the same inputs is compared with another one"
+    if nearest:
+        return ", ".join(nearest)
+    names = [name for one in fitting(run, others, allowed) for name in unclear.get(id(one), [])]
+    if names:
+        return f"{side}'s run that fits has no {', '.join(dict.fromkeys(names))}, in which several that fit it differ"
+    return f"{side}'s run of the same inputs is compared with another one"
 
 
 def environments(a: Iterable[Mapping[str, str]], b: Iterable[Mapping[str, str]]) -> list[tuple[str, str, str]]:

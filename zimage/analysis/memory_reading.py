@@ -164,7 +164,7 @@ def _signed(fraction: float) -> str:
 
 
 def _least(memory: pd.DataFrame, ablation: pd.DataFrame | None) -> list[tuple[str, tuple[str, ...]]]:
-    """The arm whose step holds least beside the plain one's, and its time."""
+    """The arm whose step holds least beside the plain one's, and its time; or that none holds less than plain."""
     peaks = peaks_of_arms(memory)
     plain = peaks.pop(PLAIN, None)
     if plain is None or not peaks:
@@ -174,7 +174,10 @@ def _least(memory: pd.DataFrame, ablation: pd.DataFrame | None) -> list[tuple[st
     if ablation is not None:
         timed = reading.records(ablation[ablation["arm"] == name].dropna(subset=["ratio"]))
         numbers += [f"{units.ratio(row['ratio'])} times its time, {row['verdict']}" for row in timed[:1]]
-    text = f"of the arms {name} holds the least in a step, {share(peaks[name], plain)} of what plain does"
+    beside = f"{share(peaks[name], plain)} of what plain does"
+    text = f"of the arms {name} holds the least in a step, {beside}"
+    if peaks[name] >= plain:
+        text = f"no arm holds less in a step than plain; {name}, the next, holds {beside}"
     return [(text, tuple(numbers))]
 
 

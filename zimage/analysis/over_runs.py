@@ -31,9 +31,13 @@ def _of(arm: str, rows: list[dict[str, object]], saved: Sequence[pd.DataFrame]) 
     found = {verdict: count for verdict, count in counts.items() if count}
     words = [f"{_WORDS[verdict]} in {count}" for verdict, count in found.items()]
     ratios = [float(row["ratio"]) for row in rows if not units.missing(row["ratio"])]  # type: ignore[arg-type]
-    text = f"{arm} against {rows[0]['baseline']} per step, in {len(rows)} runs: {', '.join(words)}"
+    where, every = f"{len(rows)} runs", f"all of {len(rows)} runs"
+    if len(rows) < len(saved):
+        where = f"the {len(rows)} of {len(saved)} runs that measured it"
+        every = f"all that measured it ({len(rows)} of {len(saved)} runs)"
+    text = f"{arm} against {rows[0]['baseline']} per step, in {where}: {', '.join(words)}"
     if len(found) == 1:
-        text = f"{arm} against {rows[0]['baseline']} per step is {_WORDS[next(iter(found))]} in all of {len(rows)} runs"
+        text = f"{arm} against {rows[0]['baseline']} per step is {_WORDS[next(iter(found))]} in {every}"
     span = f"ratios {units.ratio(min(ratios))} to {units.ratio(max(ratios))}" if ratios else "no ratio"
     verdict = next(iter(found)) if len(found) == 1 else ""
     return Finding(text, verdict, (span, *_lost(arm, saved)), f"{text} ({span})")

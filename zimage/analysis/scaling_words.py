@@ -28,6 +28,8 @@ def crossing(frame: pd.DataFrame | None) -> list[Said]:
         return []
     if by_times["note"] == "never":
         text = "attention takes less time than the linear layers however many tokens there are"
+    elif units.missing(by_times["tokens"]) and (least := _least_above(frame)) is not None:
+        text = f"attention takes more time than the linear layers at all sizes measured, from {least:,.0f} tokens on"
     elif units.missing(by_times["tokens"]):
         text = "from how many tokens on attention takes more time than the linear layers is undecided"
     else:
@@ -41,6 +43,12 @@ def crossing(frame: pd.DataFrame | None) -> list[Said]:
     if not units.missing(flops["tokens"]):
         evidence.append(f"by FLOPs alone from {_tokens(flops)} on")
     return [(text, tuple(evidence))]
+
+
+def _least_above(frame: pd.DataFrame) -> float | None:
+    """The least tokens at which a block was timed, where attention took longer at all; else None."""
+    timed = frame[frame["note"] == "measured"]
+    return float(timed["tokens"].min()) if len(timed) and (timed["attention_s"] > timed["linear_s"]).all() else None
 
 
 def _tokens(row: Mapping[str, Any]) -> str:

@@ -56,16 +56,33 @@ class Trend:
         return list(dict.fromkeys(point.about for point in self.points))
 
 
+def alike(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
+    """The completed runs on the same device of the same notebook and inputs.
+
+    Where one has no parameter in which several that fit it differ, it is none of them: there a history breaks.
+    """
+    known = [one for one in runs if one.device == run.device and not one.error]
+    fits = matching.fitting(run, known)
+    unclear = set(matching.untold(run, fits))
+    return [
+        one
+        for one in fits
+        if not unclear & one.inputs.keys()
+        and (
+            one.inputs.keys() >= run.inputs.keys()
+            or not run.inputs.keys() & set(matching.untold(one, matching.fitting(one, known)))
+        )
+    ]
+
+
 def history(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
-    """The completed runs on the same device of the same notebook and inputs, the newest of each version.
+    """Of the runs that are `alike`, the newest of each version.
 
     Ordered by the versions of MLX and of zimage, then by date.
     """
     newest: dict[tuple[str, ...], Recorded] = {}
-    for one in sorted(runs, key=lambda one: one.started):
-        alike = one.notebook == run.notebook and one.device == run.device and not matching.differences(run, one)
-        if alike and not one.error:
-            newest[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
+    for one in sorted(alike(run, runs), key=lambda one: one.started):
+        newest[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
     return sorted(newest.values(), key=lambda one: (*(_number(one, name) for name in ("mlx", "zimage")), one.started))
 
 
@@ -82,7 +99,7 @@ def trend(runs: Sequence[Recorded], earlier: int = 0) -> Trend | None:
     points = []
     for run, version, found in zip(runs, versions, rows, strict=True):
         for about, row in found.items():
-            ratio, floor = comparing.interval_of("ablation", row), comparing.larger_floor(row, {})
+            ratio, floor = comparing.interval_of("ablation", row), comparing.floor_of(row)
             change = None
             if about in before:
                 change = _changed(before[about], (ratio, floor), together)
@@ -134,8 +151,7 @@ def best(found: Trend) -> list[tuple[str, ...]]:
 
 
 def _changed(a: tuple[Interval, float | None], b: tuple[Interval, float | None], together: int) -> Change:
-    floors = [floor for floor in (a[1], b[1]) if floor is not None]
-    return combining.time_change(a[0], b[0], max(floors, default=None), together)
+    return combining.time_change(a[0], b[0], combining.combined_floor(a[1], b[1], together), together)
 
 
 def _labels(runs: Sequence[Recorded]) -> list[str]:

@@ -1,5 +1,6 @@
 """What may be removed from a store: failed runs, and those that a newer run of the same question took the place of."""
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -17,33 +18,47 @@ def removable(store: Store) -> list[tuple[Run, str]]:
     """The runs that may go, each with the reason: "failed" or "superseded".
 
     Superseded is a completed run that the last sweep did not ask for, where a newer completed one differs from it in
-    nothing but code that has no version: the notebook's, or changes to zimage beside its commit. Parameters, weights,
-    device, versions and commit, and what else the run key holds, are the same; a trend over versions loses nothing.
+    nothing but the notebook's code. Parameters, weights, device, versions, commit and sources of zimage, and what else
+    the run key holds, are the same; a trend over versions loses nothing.
     """
+    return [one for name in store.experiments() for one in _removable(store, name)]
+
+
+def _removable(store: Store, experiment: str) -> list[tuple[Run, str]]:
+    runs, asked = store.runs(experiment), set(store.experiment(experiment).get("run_keys", []))
+    newest: dict[str, Run] = {}
+    for run in sorted((run for run in runs if run.completed), key=_started):
+        newest[_question(run)] = run
     found = []
-    for name in store.experiments():
-        runs, asked = store.runs(name), set(store.experiment(name).get("run_keys", []))
-        newest: dict[str, Run] = {}
-        for run in sorted((run for run in runs if run.completed), key=_started):
-            newest[_question(run)] = run
-        for run in runs:
-            if not run.completed:
-                found.append((run, "failed"))
-            elif run.key not in asked and newest[_question(run)] is not run:
-                found.append((run, "superseded"))
+    for run in runs:
+        if not run.completed:
+            found.append((run, "failed"))
+        elif run.key not in asked and newest[_question(run)] is not run:
+            found.append((run, "superseded"))
     return found
 
 
 def remove(store: Store, chosen: Sequence[tuple[Run, str]]) -> list[Run]:
     """Remove those of the chosen runs that are still what they were, and build the pages again; gives what went.
 
-    A run that another process is at, or has replaced meanwhile, stays. Raises StoreError where the store cannot be
-    written.
+    A run that another process is at, has replaced meanwhile, or has asked for again, stays. Raises StoreError where the
+    store cannot be written; the pages show what went before that.
     """
-    gone = [run for run, _ in chosen if store.remove(run)]
-    if gone:
-        dashboard.build(store, dict.fromkeys(run.experiment for run in gone if run.experiment in store.experiments()))
+    gone: list[Run] = []
+    try:
+        for run, reason in chosen:
+            if store.remove(run, functools.partial(_still, store, run, reason)):
+                gone.append(run)
+    finally:
+        if gone:
+            names = dict.fromkeys(run.experiment for run in gone if run.experiment in store.experiments())
+            dashboard.build(store, names)
     return gone
+
+
+def _still(store: Store, run: Run, reason: str) -> bool:
+    """Whether a run may still go, as the store is now; a failed one that is as it was may."""
+    return reason == "failed" or run.key in {one.key for one, _ in _removable(store, run.experiment)}
 
 
 def clean(store: Store, yes: bool, dry_run: bool, as_json: bool) -> int:
@@ -91,10 +106,11 @@ def _started(run: Run) -> str:
 
 
 def _question(run: Run) -> str:
-    """All that a run's key holds, but for code its version and commit."""
-    facts, weights, versions = (run.meta.get(name) or {} for name in ("environment", "weights", "versions"))
+    """All that a run's key holds but for the notebook's code, with the version and commit."""
+    facts, weights, versions, digests = map(run.mapping, ("environment", "weights", "versions", "digests"))
     chosen = {
         name: value for name, value in facts.items() if name in (*NAMED_FACTS, "commit") or name.startswith("MLX_")
     }
-    parts = [run.notebook, run.parameters, run.device, weights, run.meta.get("recipe"), chosen, versions.get("zimage")]
+    code = [versions.get("zimage"), digests.get("sources")]
+    parts = [run.notebook, run.parameters, run.device, weights, run.meta.get("recipe"), chosen, code]
     return json.dumps(parts, sort_keys=True, default=str)

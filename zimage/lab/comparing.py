@@ -34,11 +34,12 @@ class Side:
         return sum(not run.error for run in self.runs)
 
 
-def side(asked: str, store: Store) -> Side:
+def side(asked: str, store: Store, completed: bool = True) -> Side:
     """The runs that `asked` names: in `store` an experiment, a run's key or the start of it, experiment/key; or a
     results folder, PATH/experiment, or PATH/experiment/key.
 
-    Of experiments and stores the current runs count. Raises StoreError for what is neither, or has no completed run.
+    Of experiments and stores the current runs count. Raises StoreError for what is neither, and where there is no run,
+    or none that `completed` although one is asked for.
     """
     found, names, key = _place(asked, store)
     problems: list[str] = []
@@ -50,20 +51,21 @@ def side(asked: str, store: Store) -> Side:
         runs += [run for run in readable if (run.key in current if key is None else run.key == key)]
     kept = [recorded(run) for run in runs]
     problems += [reason for run in kept for reason in run.unreadable.values()]
-    what = f"run {runs[0].experiment}/{key}" if key else f"experiment {names[0]}" if len(names) == 1 else "store"
+    if key is not None:  # what is wrong with that run before what is wrong with others
+        problems.sort(key=lambda problem: f"/{key}/" not in problem)
+    what = f"run {names[0]}/{key}" if key else f"experiment {names[0]}" if len(names) == 1 else "store"
     given = Side(asked, f"{what} in {found.root}", kept, problems)
-    if not given.completed:
+    if not (given.completed if completed else kept):
         said = f": {problems[0]}" if problems else ""
-        raise StoreError(
-            f"{asked}: {given.what} has no completed run{said}; `zimage list --results DIR` shows the runs"
-        )
+        none = f"{given.what} has no {'completed ' * completed}run"
+        raise StoreError(f"{asked}: {none}{said}; `zimage list --results DIR` shows the runs")
     return given
 
 
 def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
     """A run as it is compared, with those of its tables that have these names."""
     tables, unreadable = {}, {}
-    for name in [name for name in run.tables() if name in names]:
+    for name in [name for name in run.tables() if name in names] if names else []:
         try:
             tables[name] = run.table(name)
         except StoreError as error:

@@ -159,7 +159,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     for run in sorted((r for r in runs if r.completed), key=lambda r: str(r.meta["started"])):
         newest[run.notebook, run.device, of_parameters(run, swept)] = run
     chosen = [run for run in runs if run in newest.values()]
-    groups: dict[str, list[Case]] = {}
+    groups, comparable = dict[str, list[Case]](), trends.grouped(every)
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
         differ = len({of_parameters(r, swept) for r in siblings}) > 1
@@ -174,7 +174,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
                 problems.append(str(error))
         trend = None
         with _reported(run, problems):
-            trend = trends.of(run, every, VERSIONS_ON_A_PAGE)
+            trend = trends.of(run, comparable[run.notebook, run.device], VERSIONS_ON_A_PAGE)
         with _reported(run, problems):
             found = [*findings_of(tables), *(findings_of_trend(trend) if trend else [])]
             one = Case(run, label, tables, found, trend)

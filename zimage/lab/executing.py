@@ -53,13 +53,12 @@ def execute(
     if to_do and (doubt := machine.warning(jobs[0].facts)):
         terminal.note(doubt)
     started = time.monotonic()
-    grant = Budget(suite.budget_s, estimates).grant if suite is not None else lambda job: job
+    limit = sweep.NO_LIMIT if suite is None else Budget(suite.budget_s, estimates)
     teller, told = Teller(jobs, estimates), []
     try:
         with _farewells(), machine.awake(), teller:
             for part in parts:
-                part.note()
-                told.append(_do(part.jobs, store, teller, fresh, grant))
+                told.append(_do(part, store, teller, fresh, limit))
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
         complain(
@@ -79,16 +78,21 @@ def execute(
 
 
 def _do(
-    jobs: Sequence[Job], store: Store, teller: Teller, fresh: bool, grant: sweep.Grant
+    part: Part, store: Store, teller: Teller, fresh: bool, limit: sweep.Limit
 ) -> tuple[Outcome, dict[str, Any], list[str]]:
-    """Do the jobs of one experiment and build its page: what came of them, the same for programs, and in lines."""
-    name, started = jobs[0].experiment, time.monotonic()
-    outcome = sweep.sweep(jobs, store, teller, fresh, grant)
+    """Do the jobs of one experiment and build its page: what came of them, the same for programs, and in lines.
+
+    What the time did not reach keeps its record and page as they were.
+    """
+    jobs, name, started = part.jobs, part.jobs[0].experiment, time.monotonic()
+    outcome = sweep.sweep(jobs, store, teller, fresh, limit, part.note)
     said = f"{name}: {_counts(outcome, time.monotonic() - started)}"
-    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
-    finding = dashboard.findings(store, name, {job.key for job in jobs})
     ended = {run.key: run.status for run in (*outcome.completed, *outcome.failed, *outcome.found)}
     runs = [{"key": j.key, "status": ended.get(j.key, "left out"), "notebook": j.notebook.name} for j in jobs]
+    if not ended:
+        return outcome, {"experiment": name, "runs": runs, "finding": None, "page": None}, [said]
+    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
+    finding = dashboard.findings(store, name, {job.key for job in jobs})
     content = {"experiment": name, "runs": runs, "finding": finding, "page": str(pages[0])}
     return outcome, content, [said, finding, f"page: {link(pages[0])}"]
 

@@ -55,7 +55,7 @@ def sections(tables: Tables, id: str) -> list[Section]:
 def folds(tables: Tables, id: str) -> list[Section]:
     """All comparisons of a run with rungs, where the page shows those of the step."""
     ablation = some(tables, "ablation")
-    if ablation is None or not sections(tables, id):
+    if ablation is None or not gains.has_ladder(some(tables, "gains")):
         return []
     return [replace(verdicts(ablation, f"{id}-every"), title="Every comparison")]
 

@@ -54,7 +54,7 @@ def run_content(run: Run) -> dict[str, Any]:
     """One run: its run.json, and what it kept."""
     tables = {name: len(run.table(name)) for name in run.tables()}
     pictures = [{"name": p.name, "path": str(p.path), "caption": p.caption} for p in run.pictures()]
-    return {**run.meta, "path": str(run.path), "tables": tables, "pictures": pictures}
+    return {**run.meta, "experiment": run.experiment, "path": str(run.path), "tables": tables, "pictures": pictures}
 
 
 def run_lines(run: Run) -> list[str]:

@@ -5,20 +5,20 @@ timed beside the other's, so that two versions of MLX or of zimage, each in an i
 this one, are compared as such.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimage import peers
 from zimage.analysis import comparing, matching
-from zimage.analysis.combining import DELTA, WORSE
+from zimage.analysis.combining import ALPHA, DELTA, WORSE
 from zimage.analysis.matching import Recorded
 from zimage.errors import ExperimentError, StoreError
 from zimage.lab import keys, terminal
 from zimage.lab.comparing import Side
 from zimage.measure.comparison import Comparison
-from zimage.measure.fresh import FEWEST_PAIRS, in_fresh_processes
+from zimage.measure.fresh import FEWEST_PAIRS, fewest_pairs, in_fresh_processes
 from zimage.measure.processes import Arm, Program
 
 # What `arms.step` takes of a notebook's parameters; what a run leaves at null is left to each side's own default.
@@ -35,19 +35,23 @@ class Steps:
     b: Recorded
     arguments: tuple[dict[str, Any], dict[str, Any]]
 
-    @property
-    def noise_floor(self) -> float | None:
-        """The largest floor that either run recorded of a step in bursts."""
-        rows = [
-            row for run in (self.a, self.b) for key, row in comparing.ratios(run.tables).items() if key[2] == "step"
+    def noise_floor(self, device: str) -> float | None:
+        """The largest floor that either run recorded of a step in bursts, where it ran on this device."""
+        floors = [
+            comparing.floor_of(row)
+            for run in (self.a, self.b)
+            if run.device == device
+            for (_, _, scope, regime), row in comparing.ratios(run.tables).items()
+            if (scope, regime) == ("step", comparing.BURST)
         ]
-        floors = [comparing.larger_floor(row, {}) for row in rows if row.get("regime") == comparing.BURST]
         return max((floor for floor in floors if floor is not None), default=None)
 
 
 def rerun(a: Side, b: Side, pythons: Sequence[str], pairs: int, samples: int, as_json: bool) -> int:
     """Time the steps of both sides, each of them once, and tell; the exit status.
 
+    Their intervals hold together: the level is divided by their number, and `pairs` raised where so few could not show
+    anything at it.
     pythons: the interpreters of A and of B, each with a zimage installed; none for this one. Raises ExperimentError for
     anything else, StoreError where the sides have no step to time in common, and MeasurementError where it fails.
     """
@@ -56,13 +60,21 @@ def rerun(a: Side, b: Side, pythons: Sequence[str], pairs: int, samples: int, as
     if pairs < FEWEST_PAIRS or samples < 1:
         raise ExperimentError(f"--pairs {pairs} --samples {samples}: give at least {FEWEST_PAIRS} and 1")
     wanted = steps(a, b)
-    device = str(wanted[0].a.parameters.get("device", "auto"))
+    device = _device(wanted)
     facts = [keys.device_facts(device, python) for python in pythons or ("", "")]
     found: list[Comparison] = []
+    alpha = ALPHA / len(wanted)
+    pairs = max(pairs, fewest_pairs(alpha))
     terminal.note(f"{len(wanted)} step{'s' * (len(wanted) > 1)} to time, {2 * pairs} processes each")
     with terminal.progress("measuring", 2 * pairs * len(wanted)) as on:
         for one in wanted:
-            found.append(_timed(one, pythons, device, pairs, samples, on))
+            found.append(
+                in_fresh_processes(
+                    *_arms(one, pythons, device), seed=int(one.a.parameters.get("seed", 0)), pairs=pairs,
+                    samples=samples, alpha=alpha, delta=DELTA, noise_floor=one.noise_floor(facts[0]["device"]),
+                    names=("A", "B"), advance=on,
+                )
+            )  # fmt: skip
     differing = matching.environments(facts[:1], facts[1:])
     worse = sum(one.verdict in WORSE for one in found)
     content = {
@@ -82,16 +94,16 @@ def steps(a: Side, b: Side) -> list[Steps]:
     Raises StoreError where there is none, or where a source holds other weights today than when it ran.
     """
     completed_a, completed_b = ([run for run in side.runs if not run.error] for side in (a, b))
-    matched, left, _ = matching.match(completed_a, completed_b, _MAY_DIFFER)
+    matched = matching.match(completed_a, completed_b, _MAY_DIFFER)
     found: list[Steps] = []
-    for one, two in matched:
+    for one, two in matched.pairs:
         if any(name not in run.parameters for run in (one, two) for name in _NEEDED):
             continue
         asked = Steps(one, two, (_arguments(one), _arguments(two)))
         if asked.arguments not in [other.arguments for other in found]:
             found.append(asked)
     if not found:
-        reason = matching.why_alone(left[0], completed_b, [], "B") if left else "no run has one step of one size"
+        reason = matched.alone_a[0][1] if matched.alone_a else "no run has one step of one size"
         raise StoreError(f"{a.asked} and {b.asked} have no step to time again: {reason}")
     for run in [run for one in found for run in (one.a, one.b)]:
         _check_weights(run)
@@ -109,17 +121,19 @@ def _check_weights(run: Recorded) -> None:
         raise StoreError(f"{run.name}: {source} holds other weights today than when it ran; run it again first")
 
 
-def _timed(
-    one: Steps, pythons: Sequence[str], device: str, pairs: int, samples: int, advance: Callable[..., None]
-) -> Comparison:
+def _device(wanted: Sequence[Steps]) -> str:
+    """The `device` that all runs were given, or names of one device. Raises StoreError for several devices."""
+    given = list(dict.fromkeys(str(run.parameters.get("device", "auto")) for one in wanted for run in (one.a, one.b)))
+    if len(given) > 1 and len({keys.device_facts(device)["device"] for device in given}) > 1:
+        raise StoreError(f"the runs ran with device {' and '.join(given)}: name runs of one device to time them again")
+    return given[0]
+
+
+def _arms(one: Steps, pythons: Sequence[str], device: str) -> list[Arm]:
     arguments = [said | {"device": device} for said in one.arguments]
-    arms: list[Arm] = [Program("zimage.arms:step", said) for said in arguments]
     if pythons:
-        arms = [peers.of_zimage(python, said) for python, said in zip(pythons, arguments, strict=True)]
-    return in_fresh_processes(
-        *arms, seed=int(one.a.parameters.get("seed", 0)), pairs=pairs, samples=samples, delta=DELTA,
-        noise_floor=one.noise_floor, names=("A", "B"), advance=advance,
-    )  # fmt: skip
+        return [peers.of_zimage(python, said) for python, said in zip(pythons, arguments, strict=True)]
+    return [Program("zimage.arms:step", said) for said in arguments]
 
 
 def _side_content(side: Side, python: Sequence[str], facts: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One run: a notebook executed in a process of its own, and its folder put into the store, whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,6 +40,7 @@ class Job:
     identity: keys.Identity
     root: Path  # the kernel's working folder
     timeout_s: float
+    left_s: float = math.inf  # to several runs together; one that this ends is not kept
 
     @property
     def key(self) -> str:
@@ -51,11 +53,12 @@ class Job:
         return self.identity.facts
 
 
-def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
+def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run | None:
     """Execute `job` and put it into `store`; a failed run is kept too, with its error. The caller holds its lock.
 
-    tick is called a few times a second meanwhile. Raises StoreError when the store cannot be written. On Ctrl-C the
-    processes are ended and nothing is left behind.
+    None, and the store as it was, where what is left of the time ended it and not its own limit. tick is called
+    a few times a second meanwhile. Raises StoreError when the store cannot be written. On Ctrl-C the processes are
+    ended and nothing is left behind.
     """
     partial = store.begin(job.experiment, job.key)
     facts = machine.facts_now(job.facts)  # a sweep may take hours, and the machine has warmed up since it began
@@ -64,6 +67,8 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run:
         with tempfile.TemporaryDirectory(prefix="zimage-", ignore_cleanup_errors=True) as scratch:
             error = _execute(job, partial, Path(scratch), tick)
         duration = time.monotonic() - clock
+        if error is not None and job.left_s < job.timeout_s and duration >= job.left_s:
+            return None  # cut short, which says nothing of the run
         failed_cell = _tidy_notebook(job, partial / "notebook.ipynb")
         _keep_environment(job, facts, partial)
         meta = {
@@ -117,7 +122,7 @@ def _execute(job: Job, partial: Path, scratch: Path, tick: Callable[[], None]) -
         assert worker.stdin is not None
         try:
             _send(worker.stdin, order)
-            in_time = _wait(worker, job.timeout_s, tick)
+            in_time = _wait(worker, min(job.timeout_s, job.left_s), tick)
         finally:
             _end(worker)
     try:

@@ -12,11 +12,13 @@ file, which the kernel lets go when the process ends, however it ends: so a fold
 """
 
 import fcntl
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
 RESERVED = ("assets", "reference")  # folders under results/ that are no experiment
+_POLL_S = 0.2  # while another process has a lock that we wait for
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "experiment": str,
@@ -74,8 +77,8 @@ class Run:
 
     @property
     def experiment(self) -> str:
-        """The name of its experiment."""
-        return str(self.meta["experiment"])
+        """The name of its experiment's folder, which may have been copied or renamed since run.json was written."""
+        return self.path.parent.name
 
     @property
     def status(self) -> str:
@@ -283,13 +286,13 @@ class Store:
         write_json(self.root / check_name(name) / "experiment.json", content)
 
     @contextmanager
-    def lock(self, experiment: str, key: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the right to build this run. Gives False at once if another process has it and `wait` is False."""
+    def lock(self, experiment: str, key: str, *, wait_s: float = math.inf) -> Iterator[bool]:
+        """Hold the right to build this run. Gives False if another process still has it after `wait_s`."""
         folder = self.root / check_name(experiment)
         path = folder / f".{key}.lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _locked(path, wait)
+            handle = _locked(path, wait_s)
         except OSError as error:
             raise refused(path, "cannot be locked", error) from None
         if handle is None:
@@ -328,22 +331,28 @@ class Store:
             raise refused(target, "cannot be written", error) from None
         return Run(target, meta)
 
-    def remove(self, run: Run) -> bool:
-        """Remove a run, whole or not at all. False where another process is at it or it is no longer this one.
+    def remove(self, run: Run, still: Callable[[], bool] = lambda: True) -> bool:
+        """Remove a run. False where another process is at it or it is no longer this one, or not `still` to go.
 
-        A folder that is a link, or holds another run by now, stays. Raises StoreError where it cannot be removed.
+        A folder that is a link, or holds another run by now, stays. still: asked once nobody else can change the run.
+        Raises StoreError where it cannot be removed; what is left then has its name again, and is a whole run or none.
         """
-        with self.lock(run.experiment, run.key, wait=False) as mine:
+        with self.lock(run.experiment, run.key, wait_s=0) as mine:
             try:
                 if not mine or run.path.is_symlink() or read_json(run.path / "run.json") != run.meta:
                     return False
             except StoreError:  # gone, or damaged since
                 return False
+            if not still():
+                return False
             leftover = run.path.parent / f".{run.key}.{os.getpid()}.partial"
             try:
                 os.rename(run.path, leftover)
+                (leftover / "run.json").unlink()  # first: without it the rest is no run
                 shutil.rmtree(leftover)
             except OSError as error:
+                with suppress(OSError):
+                    os.rename(leftover, run.path)
                 raise refused(run.path, "cannot be removed", error) from None
         return True
 
@@ -351,7 +360,7 @@ class Store:
         """Remove what killed processes left behind; folders that a living process builds are not touched."""
         folder = self.root / check_name(experiment)
         for key in {name.name[1:].split(".")[0] for name in folder.glob(".*.*") if _LEFTOVER.fullmatch(name.name)}:
-            with self.lock(experiment, key, wait=False) as mine:
+            with self.lock(experiment, key, wait_s=0) as mine:
                 if not mine:
                     continue
                 for replaced in folder.glob(f".{key}.*.replaced"):
@@ -374,12 +383,13 @@ def _readable(root: Path) -> Iterator[None]:
         raise refused(Path(error.filename or root), "cannot be read", error) from None
 
 
-def _locked(path: Path, wait: bool) -> int | None:
-    """A descriptor that holds the lock on `path`, or None if it is taken and we do not wait."""
+def _locked(path: Path, wait_s: float) -> int | None:
+    """A descriptor that holds the lock on `path`, or None if it is still taken after `wait_s`."""
+    deadline = time.monotonic() + wait_s
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_s == math.inf else fcntl.LOCK_NB))
             # The one before us removes the file when done: then our lock is on a file nobody else will see.
             if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
                 os.ftruncate(handle, 0)
@@ -387,7 +397,10 @@ def _locked(path: Path, wait: bool) -> int | None:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            return None
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_POLL_S)
+            continue
         except FileNotFoundError:
             pass
         except BaseException:

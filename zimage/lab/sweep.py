@@ -1,5 +1,6 @@
 """A sweep: the runs of an experiment that the store does not have yet, one after the other."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,26 @@ from zimage.lab.experiment import Experiment, Planned
 from zimage.lab.runner import Job
 from zimage.lab.store import Run, Store
 
-Grant = Callable[[Job], Job | None]
+
+class Limit(Protocol):
+    """What time the runs of a sweep have together."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left, 0 or more."""
+
+    def grant(self, job: Job) -> Job | None:
+        """The job as it may be done, or None where it is to be left out."""
+
+
+class _NoLimit:
+    left_s = math.inf
+
+    def grant(self, job: Job) -> Job:
+        return job
+
+
+NO_LIMIT = _NoLimit()
 
 
 class Reporter(Protocol):
@@ -58,44 +78,71 @@ def missing(jobs: Sequence[Job], store: Store, fresh: bool = False) -> list[Job]
 
 
 def sweep(
-    jobs: Sequence[Job], store: Store, reporter: Reporter, fresh: bool = False, grant: Grant = lambda job: job
+    jobs: Sequence[Job],
+    store: Store,
+    reporter: Reporter,
+    fresh: bool = False,
+    limit: Limit = NO_LIMIT,
+    note: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Do the jobs that the store lacks, in order; those that another process is at come last, and are waited for.
 
-    A failed run is kept with its error and the others go on. grant: gives each job as it may be done, or None where it
-    is to be left out. Raises StoreError if the store cannot be written.
+    A failed run is kept with its error and the others go on. note: called before the first job that is done or found.
+    Raises StoreError if the store cannot be written.
     """
-    outcome = Outcome()
     for name in dict.fromkeys(job.experiment for job in jobs):
         store.tidy(name)
-    busy = [job for job in jobs if not _do(job, store, reporter, fresh, outcome, grant, wait=False)]
+    mine = _Sweep(store, reporter, limit, note)
+    busy = [job for job in jobs if not mine.do(job, fresh, 0)]
     for job in busy:
         reporter.waits(job)
         # What the other process has just done is as fresh as it gets.
-        _do(job, store, reporter, False, outcome, grant, wait=True)
-    return outcome
+        if not mine.do(job, False, limit.left_s):
+            mine.leave(job)
+    return mine.outcome
 
 
-def _do(job: Job, store: Store, reporter: Reporter, fresh: bool, outcome: Outcome, grant: Grant, *, wait: bool) -> bool:
-    """Do one job unless it is done or not granted. False if another process is at it."""
-    with store.lock(job.experiment, job.key, wait=wait) as mine:
-        if not mine:
-            return False
-        found = None if fresh else store.done(job.experiment, job.key)
-        if found is not None:
-            outcome.found.append(found)
-            reporter.ends(job, found, new=False)
-            return True
-        granted = grant(job)
-        if granted is None:
-            outcome.left_out.append(job)
-            reporter.leaves(job)
-            return True
-        reporter.begins(job)
-        run = runner.run(granted, store, reporter.tick)
-    (outcome.completed if run.completed else outcome.failed).append(run)
-    reporter.ends(job, run, new=True)
-    return True
+@dataclass
+class _Sweep:
+    """A sweep on its way."""
+
+    store: Store
+    reporter: Reporter
+    limit: Limit
+    note: Callable[[], None]
+    outcome: Outcome = field(default_factory=Outcome)
+    noted: bool = False
+
+    def do(self, job: Job, fresh: bool, wait_s: float) -> bool:
+        """Do one job unless it is done or not granted. False if another process is still at it after `wait_s`."""
+        with self.store.lock(job.experiment, job.key, wait_s=wait_s) as mine:
+            if not mine:
+                return False
+            found = None if fresh else self.store.done(job.experiment, job.key)
+            granted = self.limit.grant(job) if found is None else job
+            if granted is None:
+                self.leave(job)
+                return True
+            if not self.noted:
+                self.note()
+                self.noted = True
+            if found is not None:
+                self.outcome.found.append(found)
+                self.reporter.ends(job, found, new=False)
+                return True
+            self.reporter.begins(job)
+            run = runner.run(granted, self.store, self.reporter.tick)
+        if run is None:
+            self.leave(job)
+        else:
+            (self.outcome.completed if run.completed else self.outcome.failed).append(run)
+            self.reporter.ends(job, run, new=True)
+        return True
+
+    def leave(self, job: Job) -> None:
+        """Leave a job out for want of time."""
+        self.outcome.left_out.append(job)
+        self.reporter.leaves(job)
 
 
 def note_sweep(
@@ -154,10 +201,13 @@ class Estimates:
         self._exact[run.device, run.notebook, repr(sorted(run.parameters.items()))] = seconds
         self._notebook.setdefault((run.device, run.notebook), []).append(seconds)
 
+    def exact(self, job: Job) -> float | None:
+        """Seconds that `job` took with the same parameters, or None if it has not run."""
+        return self._exact.get((job.facts["device"], job.notebook.name, repr(sorted(job.parameters.items()))))
+
     def of(self, job: Job) -> float | None:
         """Seconds that `job` may take, or None if nothing is known."""
-        exact = self._exact.get((job.facts["device"], job.notebook.name, repr(sorted(job.parameters.items()))))
-        if exact is not None:
+        if (exact := self.exact(job)) is not None:
             return exact
         known = self._notebook.get((job.facts["device"], job.notebook.name))
         return statistics.median(known) if known else None

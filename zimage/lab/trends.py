@@ -2,27 +2,45 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from zimage.analysis import comparing, trends, units
-from zimage.analysis.matching import differences
+from zimage.analysis.matching import Recorded
 from zimage.analysis.trends import Point, Trend
 from zimage.lab.comparing import inputs_line, recorded
 from zimage.lab.store import Run, Store
 
 
-def of(run: Run, runs: Iterable[Run], last: int | None = None) -> Trend | None:
-    """The trend that `run` is a point of, among all `runs` of its experiment; None where there is only its version.
+@dataclass(frozen=True)
+class Comparable:
+    """Completed runs of one notebook on one device, by key, and what each is compared by, without tables."""
+
+    runs: dict[str, Run]
+    bare: dict[str, Recorded]
+
+
+def grouped(runs: Iterable[Run]) -> dict[tuple[str, str], Comparable]:
+    """The completed ones of an experiment's runs, by notebook and device."""
+    groups: dict[tuple[str, str], Comparable] = {}
+    for run in runs:
+        if run.completed:
+            group = groups.setdefault((run.notebook, run.device), Comparable({}, {}))
+            group.runs[run.key], group.bare[run.key] = run, recorded(run, ())
+    return groups
+
+
+def of(run: Run, group: Comparable, last: int | None = None) -> Trend | None:
+    """The trend that `run` is a point of, among all of its `group`; None where there is only its version.
 
     last: how many versions at most, the newest.
     """
-    known = {f"{one.experiment}/{one.key}": one for one in runs}
-    bare = [recorded(one, ()) for one in known.values()]
-    found = trends.history(recorded(run, ()), bare)
+    found = trends.history(group.bare[run.key], group.bare.values())
     if len(found) < 2:
         return None
     earlier = 0 if last is None else max(0, len(found) - last)
-    return trends.trend([recorded(known[one.name], trends.TABLES) for one in found[earlier:]], earlier)
+    keys = [one.name.partition("/")[2] for one in found[earlier:]]
+    return trends.trend([recorded(group.runs[key], trends.TABLES) for key in keys], earlier)
 
 
 def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
@@ -31,20 +49,17 @@ def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
     All runs count, not only those of the last sweep.
     """
     runs, problems = store.scan(experiment)
-    completed = [run for run in runs if run.completed]
-    bare = {run.key: recorded(run, ()) for run in completed}
     found: list[Trend] = []
-    seen: list[Run] = []
-    for run in completed:
-        one = bare[run.key]
-        if any(
-            (r.notebook, r.device) == (run.notebook, run.device) and not differences(bare[r.key], one) for r in seen
-        ):
-            continue
-        seen.append(run)
-        if (trend := of(run, completed)) is not None:
-            found.append(trend)
-            problems += [reason for one in trend.runs for reason in one.unreadable.values()]
+    for group in grouped(runs).values():
+        seen: set[str] = set()
+        for key, run in group.runs.items():
+            one = group.bare[key]
+            if one.name in seen:
+                continue
+            seen |= {other.name for other in trends.alike(one, group.bare.values())}
+            if (trend := of(run, group)) is not None:
+                found.append(trend)
+                problems += [reason for one in trend.runs for reason in one.unreadable.values()]
     return found, problems
 
 

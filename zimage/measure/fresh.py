@@ -22,6 +22,11 @@ FEWEST_PAIRS = 8
 REGIME = "fresh processes"
 
 
+def fewest_pairs(alpha: float) -> int:
+    """How many pairs it takes to show anything at `alpha`; never fewer than are worth it."""
+    return max(FEWEST_PAIRS, math.ceil(math.log2(2 / alpha)))
+
+
 def in_fresh_processes(
     baseline: Arm,
     arm: Arm,
@@ -50,10 +55,9 @@ def in_fresh_processes(
     require_integer("samples", samples, 1)
     require_fractions(alpha=alpha, delta=delta)
     if critical(pairs, alpha) < 0:
-        needed = math.ceil(math.log2(2 / alpha))
         raise MeasurementError(
             f"{pairs} pairs cannot show anything at alpha {alpha:g}: their p is at least {2.0 ** (1 - pairs):.2g}; "
-            f"take {needed} pairs"
+            f"take {fewest_pairs(alpha)} pairs"
         )
     require_floor(noise_floor)
     rng = random.Random(seed)
