@@ -6,7 +6,7 @@ None of it changes the output by more than rounding, and reading weights from di
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zimage.errors import InputError, WeightsError, require_integer
 from zimage.layers import as_class, clone
@@ -69,15 +69,15 @@ class Stream(NamedTuple):
     @classmethod
     def of(cls, values: object) -> "Stream":
         """From a list of the two. Raises InputError for what is none, and for numbers out of range."""
-        pair = isinstance(values, (list, tuple)) and len(values) == 2
-        share, ahead = values if pair else (None, None)  # type: ignore[misc]
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        pair: Any = values if isinstance(values, (list, tuple)) and len(values) == 2 else (None, None)
+        kept, early = pair
+        if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 <= kept <= 1:
             raise InputError(
                 "a stream is a list of the share of main blocks that stays in memory, from 0 to 1, and of the blocks "
                 f"read ahead, found {values!r:.60}"
             )
-        require_integer("blocks read ahead", ahead, 0)
-        return cls(share, ahead)
+        require_integer("blocks read ahead", early, 0)
+        return cls(kept, early)
 
 
 def streamed(source: str | Path, dtype: str | None = None, resident: int = 0, ahead: int = 1) -> Transformer:

@@ -257,8 +257,9 @@ def _stored(info: SourceInfo, target: mx.Dtype | None = None) -> dict[str, mx.ar
         array, stream = arrays[stored]
         with mx.stream(stream):
             own = _rows(array, tensor)
-            floating = target is not None and mx.issubdtype(own.dtype, mx.floating)
-            found[name] = own.astype(target) if floating else own
+            if target is not None and mx.issubdtype(own.dtype, mx.floating):
+                own = own.astype(target)
+            found[name] = own
     return found
 
 
