@@ -13,6 +13,7 @@ PAGE = ROOT / "docs" / "findings.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 REFERENCE = ROOT / "results" / "reference"
 LINKS = re.findall(r"\[`([0-9a-f]{7})`\]\((\.\./results/reference/[^)]+)\)", TEXT)
+DEVICES = sorted(path for path in REFERENCE.iterdir() if path.is_dir())
 RUNS = sorted(path.parent for path in REFERENCE.glob("*/*/*/run.json"))
 
 
@@ -34,8 +35,8 @@ def test_every_paragraph_with_numbers_names_a_run() -> None:
 
 def test_each_device_that_was_measured_is_told() -> None:
     """The page speaks of every device of results/reference, and what that has is whole and by a clean checkout."""
-    for device in sorted(path.name for path in REFERENCE.iterdir()):
-        assert f"../results/reference/{device}/" in TEXT
+    for device in DEVICES:
+        assert f"../results/reference/{device.name}/" in TEXT
     assert RUNS
     for folder in RUNS:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -44,7 +45,7 @@ def test_each_device_that_was_measured_is_told() -> None:
 
 def test_the_stores_read() -> None:
     """Every run of results/reference is read with all its tables by this version."""
-    for device in sorted(REFERENCE.iterdir()):
+    for device in DEVICES:
         store = Store(device)
         for name in store.experiments():
             runs, problems = store.scan(name)
