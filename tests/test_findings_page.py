@@ -2,10 +2,8 @@
 
 import json
 import re
-from pathlib import Path
 
 from tests.sweeping import ROOT
-from zimage.lab.store import Store
 
 import pytest
 
@@ -14,7 +12,6 @@ TEXT = PAGE.read_text(encoding="utf-8")
 REFERENCE = ROOT / "results" / "reference"
 LINKS = re.findall(r"\[`([0-9a-f]{7})`\]\((\.\./results/reference/[^)]+)\)", TEXT)
 DEVICES = sorted(path for path in REFERENCE.iterdir() if path.is_dir())
-RUNS = sorted(path.parent for path in REFERENCE.glob("*/*/*/run.json"))
 
 
 @pytest.mark.parametrize(("commit", "link"), sorted(set(LINKS)))
@@ -34,28 +31,6 @@ def test_every_paragraph_with_numbers_names_a_run() -> None:
 
 
 def test_each_device_that_was_measured_is_told() -> None:
-    """The page speaks of every device of results/reference, and what that has is whole and by a clean checkout."""
+    """The page speaks of every device of results/reference."""
     for device in DEVICES:
         assert f"../results/reference/{device.name}/" in TEXT
-    assert RUNS
-    for folder in RUNS:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        assert re.fullmatch(r"[0-9a-f]{12}", run["environment"]["commit"]), folder
-
-
-def test_the_stores_read() -> None:
-    """Every run of results/reference is read with all its tables by this version."""
-    for device in DEVICES:
-        store = Store(device)
-        for name in store.experiments():
-            runs, problems = store.scan(name)
-            assert runs and not problems
-            for run in runs:
-                assert all(len(run.table(table)) for table in run.tables())
-
-
-def test_nothing_of_a_machine_is_left_in_the_runs() -> None:
-    """Executed notebooks and run.json name no folder of the machine that they ran on."""
-    for folder in RUNS:
-        for path in (folder / "run.json", folder / "notebook.ipynb"):
-            assert not re.search(r"(?<![\w.])/(root|home|Users|opt)/", Path(path).read_text(encoding="utf-8")), path
