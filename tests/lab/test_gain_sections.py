@@ -147,9 +147,11 @@ def test_an_arm_that_is_not_in_every_run() -> None:
     """Where a run lacks an arm it is told in how many it was measured, and never as of all."""
     full = ladder()
     less = {name: frame[frame["arm"] != "fused_qkv"] for name, frame in full.items() if name != "samples"}
-    texts = [one.text for one in over_runs.step([("a", full), ("b", full), ("c", less)])]
+    found = over_runs.step([("a", full), ("b", full), ("c", less)])
+    texts = [one.text for one in found]
     first = "fused_qkv against separate_qkv per step is equivalent in all that measured it (2 of 3 runs)"
     assert texts[0] == first and "in all of 3 runs" in texts[1]
+    assert found[0].short == f"{first} (ratio 0.998)"  # the same in both
 
 
 def test_the_ladder_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,10 @@ def _of(arm: str, rows: list[dict[str, object]], saved: Sequence[pd.DataFrame]) 
     text = f"{arm} against {rows[0]['baseline']} per step, in {where}: {', '.join(words)}"
     if len(found) == 1:
         text = f"{arm} against {rows[0]['baseline']} per step is {_WORDS[next(iter(found))]} in {every}"
-    span = f"ratios {units.ratio(min(ratios))} to {units.ratio(max(ratios))}" if ratios else "no ratio"
+    span = "no ratio"
+    if ratios:
+        ends = [units.ratio(end) for end in (min(ratios), max(ratios))]
+        span = f"ratio {ends[0]}" if ends[0] == ends[1] else f"ratios {ends[0]} to {ends[1]}"
     verdict = next(iter(found)) if len(found) == 1 else ""
     return Finding(text, verdict, (span, *_lost(arm, saved)), f"{text} ({span})")
 
