@@ -6,11 +6,13 @@ from unittest.mock import patch
 
 from tests.emulation.device import COMPILER, Device
 from zimage import trust
-from zimage.kernels import stream
+from zimage.kernels import dequantize, stream
 from zimage.kernels.catalogue import KERNELS
 from zimage.kernels.native import MOST_THREADS, Kernel, compare, normal
+from zimage.quantization import MODES
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,10 +29,19 @@ CASES: list[tuple[str, trust.Request]] = [
     ("metal", {"kernel": "residual_norm_modulate", "dtype": "float16", "width": 72}),
     ("cuda", {"kernel": "swiglu", "dtype": "bfloat16"}),
     ("metal", {"kernel": "swiglu", "dtype": "float32"}),
-    ("cuda", {"kernel": "dequantize", "dtype": "bfloat16", "bits": 4, "group_size": 64}),
-    ("cuda", {"kernel": "dequantize", "dtype": "bfloat16", "bits": 8, "group_size": 64}),
-    ("metal", {"kernel": "dequantize", "dtype": "float32", "bits": 4, "group_size": 128}),
-    ("metal", {"kernel": "dequantize", "dtype": "float16", "bits": 8, "group_size": 32}),
+    *[
+        (here, {"kernel": "dequantize", "dtype": dtype, "mode": mode, "bits": bits, "group_size": group})
+        for here, dtype, mode, bits, group in [
+            ("cuda", "bfloat16", "affine", 4, 64), ("cuda", "bfloat16", "affine", 8, 64),
+            ("cuda", "bfloat16", "affine", 2, 32), ("cuda", "float32", "affine", 3, 32),
+            ("cuda", "bfloat16", "affine", 5, 128), ("cuda", "float32", "affine", 6, 64),
+            ("metal", "float32", "affine", 4, 128), ("metal", "float16", "affine", 8, 32),
+            ("metal", "bfloat16", "affine", 3, 64), ("metal", "float32", "affine", 5, 32),
+            ("cuda", "bfloat16", "mxfp4", 4, 32), ("cuda", "bfloat16", "nvfp4", 4, 16),
+            ("cuda", "bfloat16", "mxfp8", 8, 32), ("metal", "float32", "nvfp4", 4, 16),
+            ("metal", "float32", "mxfp8", 8, 32),
+        ]
+    ],  # fmt: skip
 ]
 
 
@@ -107,13 +118,33 @@ def test_swiglu_of_any_width(batch: int, length: int, eighths: int, seed: int) -
     assert problem(_shared(), "cuda", KERNELS["swiglu"], (gate, up), slices=(0, 1)) == ""
 
 
-@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**16))
+PACKINGS = [*[("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)], *[(mode, *sizes) for mode, sizes in MODES.items()]]
+
+
+@given(st.sampled_from(PACKINGS), st.integers(1, 70), st.integers(1, 9), st.integers(-20, 20), st.integers(0, 2**16))
 @few
-def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
+def test_dequantize_of_any_size(packing: tuple[str, int, int], rows: int, groups: int, power: int, seed: int) -> None:
     """Every packed weight comes out as MLX's own dequantize gives it, also in a last thread group that isn't full."""
-    packed = mx.quantize(normal(seed, rows, groups * 64), group_size=64, bits=4)
-    example = (*packed, 64, 4, "affine", mx.float32)
+    mode, bits, group = packing
+    values = 2.0**power * normal(seed, rows, 2 * groups * group)
+    weight, scales, *biases = mx.quantize(values, group_size=group, bits=bits, mode=mode)
+    example = (weight, scales, biases[0] if biases else None, group, bits, mode, mx.float32)
     assert problem(_shared(), "cuda", KERNELS["dequantize"], example) == ""
+
+
+@pytest.mark.parametrize(("mode", "group"), [("mxfp4", 32), ("nvfp4", 16), ("mxfp8", 32)])
+def test_every_code_and_scale_of_narrow_numbers(mode: str, group: int, gpu: Device) -> None:
+    """All numbers of 4 and 8 bits under all finite scales, the smallest included, as MLX reads them; NaN where it has it."""
+    codes = np.arange(256, dtype=np.uint8).repeat(256).reshape(256, 256)
+    weight = mx.array(np.ascontiguousarray(codes.T if mode == "mxfp8" else codes)).view(mx.uint32)
+    width = weight.shape[1] * (4 if mode == "mxfp8" else 8)
+    scales = mx.array(np.resize(np.arange(1, 127, dtype=np.uint8), (256, width // group)))
+    example = (weight, scales, None, group, *((8, mode) if mode == "mxfp8" else (4, mode)), mx.float32)
+    launch = KERNELS["dequantize"].prepare(256, *example)
+    assert launch is not None
+    for here in ("cuda", "metal"):
+        (found,) = gpu.run(here, KERNELS["dequantize"], launch)
+        assert np.array_equal(np.array(found), np.array(dequantize(*example)), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +167,16 @@ def test_dequantize_of_any_size(rows: int, groups: int, seed: int) -> None:
         ("swiglu", "  if (column < width) {", "  {"),
         ("dequantize", "if (chunk < chunks)", ""),
         ("dequantize", "chunk * 8 / GROUP", "chunk / GROUP"),
+        ("dequantize", "chunk * BITS % 4 * 8", "0"),
+        ("dequantize", "packed[word + 1]", "packed[word]"),
+        ("dequantize", "word + 1 < words", "true"),
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, what: str, instead: str, gpu: Device) -> None:
     """A change of one place in a body is found, as a wrong result or as memory touched that is not the kernel's."""
     kernel = KERNELS[name]
     assert what in kernel.body
-    sizes = {"head_dim": 32, "width": 2056, "bits": 4, "group_size": 64}
+    sizes = {"head_dim": 32, "width": 2056, "mode": "affine", "bits": 3, "group_size": 64}
     wrong = replace(kernel, body=kernel.body.replace(what, instead))
     for example in kernel.examples({"dtype": "float32", **sizes}):
         try:

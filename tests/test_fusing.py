@@ -156,8 +156,12 @@ class Gpu:
     def swiglu(self, gate: mx.array, up: mx.array, **_: Any) -> list[mx.array]:
         return [kernels.swiglu(gate, up)]
 
-    def dequantize(self, *packed: mx.array, BITS: int, GROUP: int, dtype: mx.Dtype, **_: Any) -> list[mx.array]:
-        return [kernels.dequantize(*packed, GROUP, BITS, "affine", dtype)]
+    def dequantize(
+        self, weight: mx.array, scales: mx.array, biases: mx.array, MODE: int, BITS: int, GROUP: int,
+        dtype: mx.Dtype, **_: Any,
+    ) -> list[mx.array]:  # fmt: skip
+        mode = ("affine", "mxfp4", "nvfp4", "mxfp8")[MODE]
+        return [kernels.dequantize(weight, scales, None if MODE else biases, GROUP, BITS, mode, dtype)]
 
 
 @pytest.fixture

@@ -49,13 +49,11 @@ def fuse_swiglu(model: Transformer) -> Transformer:
 def wide_dequantize(model: Transformer) -> Transformer:
     """Packed weights unpacked by a kernel near the memory's bandwidth, where they are unpacked before a product.
 
-    Covers a part of each linear operation. Only layers that are quantized already change, and of those affine ones of 4
-    and 8 bits.
+    Covers a part of each linear operation. Only layers that are quantized already change.
     """
     layers = [layer for _, block in blocks(model) for layer in _packed(block)]
-    for bits, group in sorted({(layer.bits, layer.group_size) for layer in layers if layer.mode == "affine"}):
-        if bits in (4, 8):
-            DEQUANTIZE.install({"dtype": _dtype(model), "bits": bits, "group_size": group})
+    for mode, bits, group in sorted({(layer.mode, layer.bits, layer.group_size) for layer in layers}):
+        DEQUANTIZE.install({"dtype": _dtype(model), "mode": mode, "bits": bits, "group_size": group})
     return _with(model, _packed, unpack=DEQUANTIZE)
 
 

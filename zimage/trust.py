@@ -26,8 +26,8 @@ DEFAULTS: tuple[Request, ...] = (
     {"kernel": "qk_norm_rope", "dtype": "bfloat16", "head_dim": 128},
     {"kernel": "residual_norm_modulate", "dtype": "bfloat16", "width": 3840},
     {"kernel": "swiglu", "dtype": "bfloat16"},
-    {"kernel": "dequantize", "dtype": "bfloat16", "bits": 4, "group_size": 64},
-    {"kernel": "dequantize", "dtype": "bfloat16", "bits": 8, "group_size": 64},
+    {"kernel": "dequantize", "dtype": "bfloat16", "mode": "affine", "bits": 4, "group_size": 64},
+    {"kernel": "dequantize", "dtype": "bfloat16", "mode": "affine", "bits": 8, "group_size": 64},
 )
 _DECIDING = ("device", "driver", "mlx", "mlx_build", "os")
 _PASSING = ("memory", "timed out waiting", "busy")  # in a reason: it says nothing of the kernel

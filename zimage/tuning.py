@@ -150,9 +150,10 @@ def _usable(layer: Any, product: Product, way: str) -> str:
 
 
 def _wide_runs(layer: Any, product: Product) -> bool:
-    if platform() is None or layer.mode != "affine" or layer.bits not in (4, 8):
+    if platform() is None:
         return False
-    return DEQUANTIZE.install({"dtype": product.dtype, "bits": layer.bits, "group_size": layer.group_size})
+    sizes = {"mode": layer.mode, "bits": layer.bits, "group_size": layer.group_size}
+    return DEQUANTIZE.install({"dtype": product.dtype, **sizes})
 
 
 def tune(

@@ -26,7 +26,7 @@ TYPES = {
     "cuda": {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"},
     "metal": {mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t"},
 }
-ITEM = {mx.float32: "<f4", mx.bfloat16: "<u2", mx.float16: "<f2", mx.uint32: "<u4", mx.int32: "<i4"}
+ITEM = {mx.float32: "<f4", mx.bfloat16: "<u2", mx.float16: "<f2", mx.uint32: "<u4", mx.int32: "<i4", mx.uint8: "u1"}
 
 
 class Device:
@@ -77,7 +77,7 @@ def _compile(*arguments: str) -> None:
 
 def write(here: str, kernel: Kernel, launch: Launch) -> str:
     """The program: the kernel's function, and a main that reads its inputs and writes its outputs."""
-    types = {**TYPES[here], mx.uint32: "uint32_t", mx.int32: "int"}
+    types = {**TYPES[here], mx.uint32: "uint32_t", mx.int32: "int", mx.uint8: "uint8_t"}
     source = kernel.source(here)
     parameters, arguments = [], []
     for number, (name, array) in enumerate(zip(kernel.inputs, launch.inputs, strict=True)):

@@ -3,7 +3,8 @@
 Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), the number
 `group_count` of groups along x, SHARED arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the
 mask's bits, RSQRT, SIGMOID, TANH, FLOAT(bits), and packs of N values: `load` reads one from anywhere in an input,
-`store8` writes one of eight to an output, `widen` and `narrow` make floats of a pack and a pack of floats.
+`store8` writes one of eight to an output, `widen` and `narrow` make floats of a pack and a pack of floats. FROM_E2M1 and
+FROM_E4M3 make floats of narrow ones.
 """
 
 # An int64 step, as strides are; outputs are contiguous and begin at an aligned address.
@@ -135,7 +136,17 @@ inline void load_words(const device uint32_t* from, thread uint32_t* to) {
 } // namespace zimage
 """
 
-PRELUDES = {"cuda": _CUDA, "metal": _METAL}
+# Numbers of 4 and of 8 bits as floats: two and four bits of exponent, one and three of mantissa. Seven ones are NaN.
+_NARROW = r"""
+#define FROM_E2M1(code) \
+  (((code) & 8 ? -0.5f : 0.5f) * ((code) & 6 ? (2 + ((code) & 1)) << (((code) >> 1 & 3) - 1) : (code) & 1))
+#define FROM_E4M3(code) \
+  (((code) & 128 ? -1.0f : 1.0f) * \
+   (((code) & 127) == 127 ? FLOAT(0x7fc00000) \
+    : (code) & 120 ? FLOAT((((code) & 127) << 20) + 0x3c000000) : ((code) & 7) * 0.001953125f))
+"""
+
+PRELUDES = {"cuda": _CUDA + _NARROW, "metal": _METAL + _NARROW}
 # MLX gives a Metal kernel those positions only whose names it finds in the source.
 STARTS = {
     "cuda": """
