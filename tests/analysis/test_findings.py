@@ -129,7 +129,7 @@ def test_quality_stands_beside_the_arms_own_baseline_only() -> None:
     assert not any("against" in text for text in texts)
     assert [one.short for one in found] == [
         "no_mask takes 50.0 % less time than all_ones_mask per step (40.0 to 60.0 %)",
-        "4bit takes 200.0 % more time than matmul (matmul) (100.0 to 300.0 %), relative L2 error 0.0900",
+        "4bit takes 3.00 times as long as matmul (matmul) (2.00 to 4.00 times), relative L2 error 0.0900",
         "all_ones_mask: relative L2 error 0.0100",
     ]
 
@@ -189,11 +189,30 @@ def test_baseline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "text"), [(0.95, "5.0 % less time"), (1.3, "30.0 % more time"), (1.0002, "the same time to 0.1 %")]
+    ("ratio", "text", "beside"),
+    [
+        (0.95, "5.0 % less time", " than it"),
+        (1.3, "30.0 % more time", " than it"),
+        (1.0002, "the same time to 0.1 %", " than it"),
+        (23.961, "24.0 times as long", " as it"),
+    ],
 )
-def test_time_phrase(ratio: float, text: str) -> None:
-    """A ratio is told as a change of time, and as none where it rounds to none."""
+def test_time_phrase(ratio: float, text: str, beside: str) -> None:
+    """A ratio is told as a change of time, as none where it rounds to none, and as times where there are many."""
     assert time_phrase(ratio) == text
+    assert time_phrase(ratio, "it") == text + beside
+
+
+def test_of_many_arms_those_with_an_answer_come_first() -> None:
+    """Where there are more arms than a page shows at once, what is known stands before what is not."""
+    odd = [("undecided", 1.0, 0.9, 1.1, "inconclusive"), ("slow", 1.2, 1.1, 1.3, "slower")]
+    rows = [(f"{name}_{n}", "plain", "step", *rest) for n in range(4) for name, *rest in odd]
+    rows += [("fast_0", "plain", "step", 0.8, 0.7, 0.9, "faster")]
+    few = [one.verdict for one in findings(stored(ablation=fabricated.ablation(*rows)))]
+    rows += [("fast_1", "plain", "step", 0.8, 0.7, 0.9, "faster")]
+    many = [one.text for one in findings(stored(ablation=fabricated.ablation(*rows)))]
+    assert few[-1] == "faster"
+    assert [text.split()[0] for text in many[:6]] == ["fast_0", "fast_1", *[f"slow_{n}" for n in range(4)]]
 
 
 def test_the_slowest_operation_and_what_is_unattributed() -> None:

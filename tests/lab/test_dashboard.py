@@ -494,3 +494,17 @@ def test_a_busy_machine_is_said_on_the_page(tmp_path: Path) -> None:
     said = "Times may be off: at the start of 1 of 1 run other work keeps 1.9 of 2 CPU cores busy."
     assert said in (tmp_path / "busy" / "index.html").read_text()
     assert "Times may be off" not in (tmp_path / "quiet" / "index.html").read_text()
+
+
+def test_runs_are_told_apart_by_what_they_measured(tmp_path: Path) -> None:
+    """What chooses rows, or says how hard was looked, stands in no label where other parameters tell the runs apart."""
+    table = {"ablation": fabricated.ablation(("4bit", "float32", "step", 1.2, 1.1, 1.3, "slower"))}
+    sizes = {"a": (8, ["4bit"], 10), "b": (16, ["8bit", "4bit"], 20)}
+    for key, (height, modes, quads) in sizes.items():
+        given = {"source": "digits", "height": height, "width": height, "modes": modes, "quads": quads}
+        fabricated.add_run(tmp_path, "e", key, table, parameters=given)
+    text = Page(dashboard.build(Store(tmp_path))[0]).text
+    assert "4bit · 8 x 8 px" in text and "4bit · 8 x 8 px, modes" not in text
+    fabricated.add_run(tmp_path, "f", "a", table, parameters={"source": "digits", "modes": ["4bit"]})
+    fabricated.add_run(tmp_path, "f", "b", table, parameters={"source": "digits", "modes": ["8bit", "4bit"]})
+    assert "4bit · modes=8bit + 4bit" in Page(dashboard.build(Store(tmp_path))[1]).text

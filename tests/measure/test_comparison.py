@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,12 @@ def test_equivalent_even_where_one_is_excluded() -> None:
     assert comparison.verdict == "equivalent"
     assert comparison.low > 1
     assert "equivalent, 0.4 % more time than baseline" in str(comparison)
+
+
+def test_many_times_are_told_as_times() -> None:
+    """What takes several times as long is told so, with the interval in times, not as hundreds of per cent."""
+    text = str(compared(Clock(noise=1e-3), 24.0))
+    assert re.search(r"slower, 2[34]\.\d\d times as long as baseline, 95 % CI 2[34]\.\d\d-24\.\d\d", text)
 
 
 def test_the_noise_floor_bounds_what_is_called_faster() -> None:

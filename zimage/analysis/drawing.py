@@ -37,6 +37,9 @@ VERDICTS = {  # colour and marker: the marker points to where the time went
 BASELINE_COLOR = "#8f97a3"
 ARM_COLORS = ("#3f7fc1", "#cf8a14", "#1c9a78", "#a45fa0", "#d4622a", "#5aa9d6", "#b5793f", "#c2a500")
 
+_SIDES = ("top right", "bottom right", "middle right", "top left", "bottom left")  # of a point, for its name
+_CHARACTER, _LINE, _MARK = 0.0095, 0.055, 0.012  # a name's size and half a marker's, in shares of a chart's
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
 Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[float], Sequence[str]]
 
 
@@ -148,6 +151,31 @@ def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
     """upper - lower, element by element; missing where either side is, or has no elements."""
     pairs = zip_longest(upper, lower)
     return [math.nan if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
+
+
+def sides_of_names(names: Iterable[object], x: Iterable[float], y: Iterable[float]) -> dict[str, str]:
+    """At which side of its point each name stands, the first ones first; none for one that would cover another.
+
+    x, y: places along the axes, from 0 to 1.
+    """
+    points = list(zip(map(str, names), x, y, strict=True))
+    taken: list[_Box] = [(a - _MARK, b - _MARK, a + _MARK, b + _MARK) for _, a, b in points]
+    found: dict[str, str] = {}
+    for name, at, up in points:
+        width = _CHARACTER * (len(name) + 1)  # and room before the next
+        for side in _SIDES:
+            bottom = up + {"top": 0.5, "middle": -0.5, "bottom": -1.5}[side.split()[0]] * _LINE
+            left = at + _MARK if side.endswith("right") else at - _MARK - width
+            box = (left, bottom, left + width, bottom + _LINE)
+            if left > -_MARK and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                found[name] = side
+                break
+    return found
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def plain(texts: Iterable[object]) -> list[str]:

@@ -24,6 +24,7 @@ from zimage.analysis.reading import (
     records,
 )
 from zimage.choices import FLOATING, PACKED
+from zimage.measure.comparison import MANY_TIMES
 from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
@@ -31,6 +32,7 @@ import pandas as pd
 Tables = Mapping[str, pd.DataFrame]
 WAYS = (*FLOATING, *PACKED)  # to compute one product
 KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
+_MANY_ARMS = 9
 _SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
 _REGIMES = {"sustained": ", sustained", "fresh processes": ", in fresh processes"}
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
@@ -57,6 +59,8 @@ def findings(tables: Tables) -> list[Finding]:
     out.
     """
     by_family, by_arm = families(tables.get("ablation")), _arms(tables)
+    if len(by_arm) > _MANY_ARMS:  # more than a page shows at once: first what has an answer
+        by_arm.sort(key=lambda one: KNOWN_VERDICTS.index(one.verdict or "inconclusive"))
     front = _said([said] if (said := pareto.summary(tables.get("pareto"))) else [])
     if by_family or front:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
@@ -125,12 +129,15 @@ def verdict_of(row: Mapping[str, object]) -> str:
     return str(verdict) if known else "inconclusive"
 
 
-def time_phrase(ratio: float) -> str:
-    """A time ratio in words: 0.95 -> `5.0 % less time`."""
+def time_phrase(ratio: float, than: str = "") -> str:
+    """A time ratio in words: 0.95 -> `5.0 % less time`, 24 -> `24.0 times as long`; `than` says beside what."""
+    if ratio >= MANY_TIMES:
+        return f"{units.significant(ratio)} times as long" + (f" as {than}" if than else "")
+    than = f" than {than}" if than else ""
     change = units.percent(abs(ratio - 1))
     if change == "0.0 %":
-        return "the same time to 0.1 %"
-    return f"{change} {'less' if ratio < 1 else 'more'} time"
+        return f"the same time to 0.1 %{than}"
+    return f"{change} {'less' if ratio < 1 else 'more'} time{than}"
 
 
 def time_finding(row: Mapping[str, object]) -> Finding:
@@ -145,7 +152,7 @@ def time_finding(row: Mapping[str, object]) -> Finding:
     if verdict == "equivalent":
         text = f"{arm} is equivalent in time to {baseline}{where}"
     elif verdict in ("faster", "slower"):
-        text = f"{arm} takes {time_phrase(float(row['ratio']))} than {baseline}{where}"  # type: ignore[arg-type]
+        text = f"{arm} takes {time_phrase(float(row['ratio']), baseline)}{where}"  # type: ignore[arg-type]
     else:
         text = f"whether {arm} is faster than {baseline}{where} is undecided"
     reason = _text(row.get("reason")) if verdict == "inconclusive" else ""
@@ -460,6 +467,8 @@ def _range(row: Mapping[str, object]) -> str:
     low, high = row.get("ratio_low"), row.get("ratio_high")
     if units.missing(low) or units.missing(high) or verdict_of(row) not in ("faster", "slower"):
         return _numbers(row)
+    if float(row["ratio"]) >= MANY_TIMES:  # type: ignore[arg-type]
+        return f"{units.significant(low)} to {units.significant(high)} times"  # type: ignore[arg-type]
     ends = sorted(abs(float(end) - 1) for end in (low, high))  # type: ignore[arg-type]
     return f"{units.percent(ends[0]).removesuffix(' %')} to {units.percent(ends[1])}"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zimage.analysis import units
-from zimage.analysis.drawing import INK, finish, log_ticks, plain, whiskers
+from zimage.analysis.drawing import INK, finish, log_ticks, plain, sides_of_names, whiskers
 from zimage.analysis.pareto import CATEGORIES, usable
 from zimage.analysis.reading import records
 
@@ -18,15 +18,6 @@ STYLES = {  # colour and marker
     "dominated": ("#8f97a3", "x-thin-open"),
 }
 _NAMES = {"front": "on the front", "indistinguishable": "indistinguishable from it", "dominated": "dominated"}
-_SIDES = (
-    "top right",
-    "bottom right",
-    "middle right",
-    "top left",
-    "bottom left",
-)  # of a point, where its name can stand
-_CHARACTER, _LINE, _MARK = 0.0095, 0.055, 0.012  # a name's size and half a marker's, in shares of a chart's
-_Box = tuple[float, float, float, float]  # left, bottom, right, top
 _NO_ERROR = 4  # times below the smallest error lies the place of arms without any, on a logarithmic axis
 
 
@@ -81,7 +72,8 @@ def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> 
         y=rows["error"].clip(lower=ground), low=rows["error_low"].clip(lower=ground),
         along=_along(rows["x"], logarithmic), up=_along(rows["error"].clip(lower=ground), logarithmic=True),
     )  # fmt: skip
-    sides = _sides(rows, "along")
+    ranked = rows.sort_values(["category", "along", "up"], ascending=[True, True, False], key=_rank)
+    sides = sides_of_names(ranked["arm"], ranked["along"], ranked["up"])
     figure = go.Figure()
     for category in CATEGORIES:
         own = rows[rows["category"] == category]
@@ -110,28 +102,9 @@ def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> 
     return figure
 
 
-def _sides(rows: pd.DataFrame, x: str) -> dict[str, str]:
-    """At which side of its point the name of each arm of the front stands; no place for one that would cover another.
-
-    x: the column of places along the axis, from 0 to 1; those upwards are `up`.
-    """
-    taken = [(a - _MARK, b - _MARK, a + _MARK, b + _MARK) for a, b in zip(rows[x], rows["up"], strict=True)]
-    found: dict[str, str] = {}
-    for row in records(rows[rows["category"] == "front"].sort_values([x, "up"], ascending=[True, False])):
-        width = _CHARACTER * (len(str(row["arm"])) + 1)  # and room before the next
-        for side in _SIDES:
-            bottom = row["up"] + {"top": 0.5, "middle": -0.5, "bottom": -1.5}[side.split()[0]] * _LINE
-            left = row[x] + _MARK if side.endswith("right") else row[x] - _MARK - width
-            box = (left, bottom, left + width, bottom + _LINE)
-            if left > -_MARK and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                found[str(row["arm"])] = side
-                break
-    return found
-
-
-def _overlap(a: _Box, b: _Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _rank(values: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Categories in their order, so that names of the front find a place before others do."""
+    return values.map(CATEGORIES.index) if values.name == "category" else values
 
 
 def _along(values: "pd.Series[float]", logarithmic: bool) -> "pd.Series[float]":

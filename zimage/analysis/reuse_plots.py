@@ -2,7 +2,7 @@
 
 from zimage.analysis import tables
 from zimage.analysis.answers import PLAIN_RUN
-from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, finish, plain, whiskers
+from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, finish, plain, sides_of_names, whiskers
 from zimage.analysis.reading import DRIFT, final_step
 
 import pandas as pd
@@ -23,17 +23,22 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
     itself = pd.DataFrame([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]], index=["all steps"], columns=rows.columns)
     figure = go.Figure()
     plain_runs, ways = pd.concat([itself, rows[fewer]]), rows[~fewer]
-    for own, name, mode, color, symbol, place in (
-        (plain_runs, "plain runs of fewer steps", "lines+markers+text", BASELINE_COLOR, "circle", "bottom left"),
-        (ways, "reusing steps", "markers+text", ARM_COLORS[0], "diamond", "top right"),
+    places = pd.concat([ways, plain_runs])  # names of ways find theirs first
+    along, up = (_along(places[column]) for column in ("ratio", "value"))
+    sides = sides_of_names(places.index, along, up)
+    for own, name, mode, color, symbol in (
+        (plain_runs, "plain runs of fewer steps", "lines+markers+text", BASELINE_COLOR, "circle"),
+        (ways, "reusing steps", "markers+text", ARM_COLORS[0], "diamond"),
     ):
         figure.add_scatter(
-            x=own["ratio"].tolist(), y=(100 * own["value"]).tolist(), text=plain(own.index), name=name, mode=mode,
+            x=own["ratio"].tolist(), y=(100 * own["value"]).tolist(), name=name, mode=mode, hovertext=plain(own.index),
+            text=[plain([arm])[0] if str(arm) in sides else "" for arm in own.index],
             marker={"color": color, "symbol": symbol, "size": 11}, line={"color": color, "width": 1.5},
-            textposition=place, textfont={"size": 11}, cliponaxis=False,
+            textposition=[sides.get(str(arm), "top right") for arm in own.index], textfont={"size": 11},
+            cliponaxis=False,
             error_x=whiskers(own["ratio"] - own["ratio_low"], own["ratio_high"] - own["ratio"], color),
             error_y=whiskers(100 * (own["value"] - own["low"]), 100 * (own["high"] - own["value"]), color),
-            hovertemplate="<b>%{text}</b><br>time ratio %{x:.3f}, error %{y:.2f} %<extra></extra>",
+            hovertemplate="<b>%{hovertext}</b><br>time ratio %{x:.3f}, error %{y:.2f} %<extra></extra>",
         )  # fmt: skip
     finish(figure, height=420)
     figure.update_layout(legend={"xref": "paper"})
@@ -42,3 +47,8 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
     ends = [-0.08 * highest, 1.1 * highest]  # room for the names below what changes nothing
     figure.update_yaxes(type="linear", range=ends, title_text="error at the end (%)", title_font={"size": 12})
     return figure
+
+
+def _along(values: "pd.Series[float]") -> "pd.Series[float]":
+    """Where values stand on an axis from the least, 0, to the largest, 1."""
+    return (values - values.min()) / ((values.max() - values.min()) or 1.0)

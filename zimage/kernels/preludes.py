@@ -3,8 +3,8 @@
 Bodies use: `thread_index` in its group, `group_index` and `group_row` of the group in the grid (x and y), the number
 `group_count` of groups along x, SHARED arrays, BARRIER(), SHUFFLE(v, mask) with the lane whose number differs in the
 mask's bits, RSQRT, SIGMOID, TANH, FLOAT(bits), and packs of N values: `load` reads one from anywhere in an input,
-`store8` writes one of eight to an output, `widen` and `narrow` make floats of a pack and a pack of floats. FROM_E2M1 and
-FROM_E4M3 make floats of narrow ones.
+`store8` writes one of eight to an output, `widen` and `narrow` make floats of a pack and a pack of floats. FROM_E2M1
+and FROM_E4M3 make floats of narrow ones.
 """
 
 # An int64 step, as strides are; outputs are contiguous and begin at an aligned address.

@@ -25,7 +25,7 @@ from zimage.errors import StoreError
 from zimage.lab import claims, gain_sections, pareto_sections, trends
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
-from zimage.lab.labels import of_parameters
+from zimage.lab.labels import of_parameters, telling
 from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
 from zimage.lab.store import Run, Store
 from zimage.lab.trend_sections import across_versions
@@ -163,7 +163,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
         differ = len({of_parameters(r, swept) for r in siblings}) > 1
-        label = of_parameters(run, swept, IN_A_LABEL) if differ else ""
+        label = of_parameters(run, telling(siblings, swept), IN_A_LABEL) if differ else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
         tables = {}

@@ -25,6 +25,7 @@ from zimage.measure.samples import Timed
 from zimage.measure.statistics import LOOKS, Estimate, analyse, verdict
 
 _UNITS = {"sustained": "sustained quads", "fresh processes": "pairs of fresh processes"}
+MANY_TIMES = 3.0  # a time ratio from which on it is told as times, not as per cent more
 _FEWEST = 4  # quads before a budget may end a comparison
 
 
@@ -70,6 +71,11 @@ class Comparison:
             return (
                 f"{self.arm}: {self.verdict}, time ratio {self.ratio:.3f} to {self.baseline}, "
                 f"{confidence} {self.low:.3f}-{self.high:.3f}, {self._evidence()}"
+            )
+        if self.ratio >= MANY_TIMES:
+            return (
+                f"{self.arm}: {self.verdict}, {self.ratio:.2f} times as long as {self.baseline}, "
+                f"{confidence} {self.low:.2f}-{self.high:.2f}, {self._evidence()}"
             )
         change, *ends = (100 * abs(1 - x) for x in (self.ratio, self.low, self.high))
         return (
