@@ -1,8 +1,8 @@
 """Two sets of runs compared: every number that both have, judged; the rest listed with why it is not compared.
 
-Runs are paired by notebook and inputs (`matching`), their rows by what they are about: an arm, its baseline, scope and
-regime for a time ratio; arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What
-counts as a regression:
+Runs are paired by notebook and inputs (`matching`), whichever arms they were asked for, their rows by what they are
+about: an arm, its baseline, scope and regime for a time ratio; arm, stage and metric for bytes; arm, metric and
+baseline for quality at the last step. What counts as a regression:
 
     a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
@@ -272,7 +272,8 @@ def _failed(a: Recorded, b: Recorded) -> Alone:
 
 
 def _notes(a: Recorded, b: Recorded) -> list[str]:
-    return [f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b)]
+    chosen = [f"asked for other rows: {text}" for text in matching.differences(a, b)]
+    return [*chosen, *(f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b))]
 
 
 def _steps(a: Recorded, b: Recorded) -> dict[str, tuple[float, float]]:

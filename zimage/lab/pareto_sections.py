@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from zimage.analysis import pareto, pareto_plots, units
+from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_ROWS
 from zimage.analysis.reading import records
 from zimage.lab.sections import Cell, Head, Link, Section, Table, chart
 
@@ -18,7 +19,7 @@ _NOTE = (
     f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Indistinguishable "
     "from the front is what another beats by the estimates alone. A click on a point leads to the run that it is from."
 )
-NOT_IN_COMMON = ("arms", "quads")  # parameters in which runs may differ whose arms belong on one front
+NOT_IN_COMMON = (*OF_THE_ROWS, *OF_THE_EFFORT)  # parameters in which runs may differ whose arms belong on one front
 
 
 def front(frame: pd.DataFrame, id: str, title: str = "What is worth having together", note: str = "") -> Section | None:
