@@ -152,6 +152,15 @@ def test_another_list_of_arms_keeps_no_runs_apart(tmp_path: Path) -> None:
     assert found.pairs[0].notes == [modes]
 
 
+def test_arms_of_one_side_are_told_in_the_order_of_its_table(tmp_path: Path) -> None:
+    """What is left out stands in the same order however often it is asked, here or in another process."""
+    more = ["nvfp4", "mxfp4", "6bit", "5bit", "4bit-g32", "3bit", "2bit"]
+    packed(tmp_path / "a", "aa11", "8bit")
+    packed(tmp_path / "b", "bb22", "8bit", *more)
+    left_out = compared(tmp_path / "a", tmp_path / "b").left_out
+    assert [one.what for one in left_out] == [f"{mode} of quantization/bb22" for mode in more]
+
+
 def test_the_same_list_of_arms_counts_first(tmp_path: Path) -> None:
     """Runs that agree in their lists are paired before others, whatever is newer; then those that share most rows."""
     packed(tmp_path / "a", "aa11", "8bit", "4bit")
