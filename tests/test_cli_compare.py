@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.lab import fabricated
 from tests.lab.fabricated import ablation, qkv
-from tests.lab.test_comparing import PAIR, both, put
+from tests.lab.test_comparing import PAIR, both, packed, put
 from tests.sweeping import ROOT, environment
 from tests.test_quickstart import WITHOUT_MLX
 from zimage import cli, sources
@@ -39,6 +39,19 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     status, out, err = zimage(capsys, "compare", a, tmp_path / "c")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("zimage: ") and err.endswith("A qkv/aa11: seed 0 against 3 (and 1 more)\n")
+
+
+def test_an_added_mode_breaks_no_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a mode more in the YAML the gate still judges the others: 0 where they are as fast, 1 where they are not."""
+    packed(tmp_path / "before", "aa11", "8bit", "4bit")
+    packed(tmp_path / "after", "bb22", "8bit", "4bit", "nvfp4")
+    packed(tmp_path / "slower", "cc33", "8bit", "4bit", "nvfp4", slow=1.1)
+    said = [zimage(capsys, "compare", tmp_path / "before", tmp_path / one) for one in ("after", "slower")]
+    assert [(status, err) for status, _, err in said] == [(0, ""), (1, "")]
+    for _, out, _ in said:
+        assert "  asked for other rows: modes ['8bit', '4bit'] against ['8bit', '4bit', 'nvfp4']\n" in out
+        assert "not compared (1):\n  nvfp4 of quantization/" in out and "only B has this arm, A has not" in out
+    assert said[1][1].endswith("2 compared (2 slower), 1 not: 2 regressions\n")
 
 
 def test_names_are_those_of_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

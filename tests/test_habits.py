@@ -31,7 +31,7 @@ ROWS = (
     },
     {"analysis"},
     {"lab"},
-    {"options", "compare_commands", "cli", "__main__"},
+    {"options", "compare_commands", "run_commands", "cli", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Results are read and drawn again on machines that have no MLX.

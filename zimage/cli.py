@@ -10,32 +10,24 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import zimage
-from zimage import compare_commands
+from zimage import compare_commands, run_commands
 from zimage.errors import DownloadError, ExperimentError, InputError, StoreError, ZImageError
 from zimage.lab import terminal
 from zimage.options import AnyPath as _Path
 from zimage.options import as_json as _as_json
+from zimage.options import force as _force
 from zimage.options import results as _results
 
 import click
 
 if TYPE_CHECKING:
-    from zimage.lab.notebook import Notebook
     from zimage.lab.store import Store
     from zimage.sources import SourceInfo
 
 _WINDOWS = os.name == "nt"
-
-
-def _finite_timeout(_context: click.Context, _option: click.Parameter, seconds: float) -> float:
-    from zimage.lab.experiment import MAX_TIMEOUT_S
-
-    if not 0 < seconds <= MAX_TIMEOUT_S:
-        raise click.BadParameter(f"{seconds:g} is not more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds (7 days)")
-    return seconds
 
 
 _quantization = click.option(
@@ -56,17 +48,6 @@ _lora = click.option("--lora", multiple=True, callback=_adapters, metavar="FILE[
 _check_values = click.option("--check-values", is_flag=True, help="Refuse weights with NaN or infinity.")
 
 
-def _forcing(_context: click.Context, _option: click.Parameter, force: bool) -> bool:
-    if force:
-        os.environ["ZIMAGE_FORCE"] = "1"  # for loading too, here and in the processes of runs
-    return force
-
-
-_force = click.option("--force", is_flag=True, envvar="ZIMAGE_FORCE", callback=_forcing,
-                      help="Also try what cannot fit the device's memory.")  # fmt: skip
-_fresh = click.option("--fresh", is_flag=True, help="Run again what is done already.")
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              invoke_without_command=True)  # fmt: skip
 @click.version_option(zimage.__version__, prog_name="zimage")
@@ -75,75 +56,6 @@ def cli(context: click.Context) -> None:
     """Profile and ablate the Z-Image diffusion transformer on MLX."""
     if context.invoked_subcommand is None:
         terminal.say(context.get_help())
-
-
-@cli.command()
-@click.argument("notebook", type=_Path())
-@click.option("-p", "--parameter", "given", type=(str, str), multiple=True, metavar="NAME VALUE",
-              help="Set a parameter; may be repeated.")  # fmt: skip
-@click.option("--timeout", type=float, callback=_finite_timeout, default=3600.0, show_default=True,
-              metavar="SECONDS", help="Stop the run after that long.")  # fmt: skip
-@_fresh
-@_force
-@_as_json
-@_results
-def run(
-    notebook: Path, given: tuple[tuple[str, str], ...], timeout: float, fresh: bool, force: bool, as_json: bool,
-    results: Path,
-) -> int:  # fmt: skip
-    """Execute one NOTEBOOK into the results, under its own name."""
-    from zimage.lab import executing, sweep
-    from zimage.lab import notebook as notebooks
-    from zimage.lab.experiment import Planned
-    from zimage.lab.store import Store, check_name
-
-    root = notebooks.project_root(notebook)
-    found = notebooks.read(notebook, root)
-    values = _values("-p", given, (found,))
-    name, store = check_name(notebook.stem), Store(results)
-    jobs = sweep.jobs_of(name, [Planned(found, found.resolve(values))], root, timeout)
-    part = executing.Part(jobs, lambda: sweep.note_single(store, jobs[0]))
-    return executing.execute([part], store, fresh, as_json, force)
-
-
-@cli.command(name="sweep")
-@click.argument("experiment", type=_Path(), metavar="EXPERIMENT.yaml")
-@click.option("--quick", is_flag=True, help="The experiment's small version.")
-@click.option("--dry-run", is_flag=True, help="Only list the runs.")
-@click.option("--set", "given", multiple=True, metavar="NAME=VALUE",
-              help="Fix a parameter in all runs; may be repeated.")  # fmt: skip
-@_fresh
-@_force
-@_as_json
-@_results
-def sweep_command(
-    experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, force: bool, as_json: bool,
-    results: Path,
-) -> int:  # fmt: skip
-    """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped.
-
-    The file may also be a suite: several experiments, as many of their runs as fit its time.
-    """
-    from zimage.lab import executing, suite
-    from zimage.lab import experiment as experiments
-    from zimage.lab.store import Store
-    from zimage.yaml_lines import load
-
-    pairs = []
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ExperimentError(f"--set {text}: write NAME=VALUE")
-        pairs.append((name, value))
-    document, store = load(experiment), Store(results)
-    asked = suite.read(document, quick) if suite.is_one(document) else None
-    members = asked.experiments if asked else (experiments.read(experiment),)
-    forced = _values("--set", pairs, tuple(notebook for member in members for notebook in member.notebooks))
-    parts = [executing.part(member, store, quick, forced) for member in members]
-    if dry_run:
-        executing.plan(parts, store, fresh, as_json, asked)
-        return 0
-    return executing.execute(parts, store, fresh, as_json, force, asked)
 
 
 @cli.command(name="list")
@@ -402,8 +314,8 @@ def lab(options: tuple[str, ...]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(folder), *options])
 
 
-cli.add_command(compare_commands.compare)
-cli.add_command(compare_commands.trend)
+for command in (run_commands.run, run_commands.sweep, compare_commands.compare, compare_commands.trend):
+    cli.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -451,28 +363,6 @@ def _refused_by_system(error: OSError) -> int:
         return 2
     terminal.mute_output()
     return 1  # what was asked for is done, but could not be told
-
-
-def _values(option: str, pairs: Sequence[tuple[str, str]], notebooks: "tuple[Notebook, ...]") -> dict[str, Any]:
-    """The parameters that an option gave as texts; every error names the option and the parameter."""
-    from zimage.lab.experiment import value_from_text
-
-    values: dict[str, Any] = {}
-    for name, text in _once(option, pairs).items():
-        try:
-            values[name] = value_from_text(notebooks, name, text)
-        except ExperimentError as error:
-            raise ExperimentError(f"{option} {name}: {error}") from None
-    return values
-
-
-def _once(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for name, text in pairs:
-        if name in values:
-            raise ExperimentError(f"{option} {name} is given twice; keep one")
-        values[name] = text
-    return values
 
 
 def _source(what: str, no_run: StoreError, store: "Store") -> "SourceInfo":

@@ -1,5 +1,6 @@
 """Options and types that several commands share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,13 @@ results = click.option(
     help="Folder of the results.",
 )  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+
+
+def _forcing(_context: click.Context, _option: click.Parameter, force: bool) -> bool:
+    if force:
+        os.environ["ZIMAGE_FORCE"] = "1"  # for loading too, here and in the processes of runs
+    return force
+
+
+force = click.option("--force", is_flag=True, envvar="ZIMAGE_FORCE", callback=_forcing,
+                     help="Also try what cannot fit the device's memory.")  # fmt: skip

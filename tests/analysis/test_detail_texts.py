@@ -77,7 +77,7 @@ def test_the_page_has_a_table_of_them() -> None:
     """Each detail with what it is, who does it, its verdict or why it has none, and both changes of the output."""
     shown, _ = case(tables(), [], "a")
     (section,) = [section for section in shown if section.title == "Which details matter"]
-    assert "weights are trained" in section.note and section.table is not None
+    assert "from the same model without the detail" in section.note and section.table is not None
     rows = {row[0].text: row for row in section.table.rows}
     texts = [cell.text for cell in rows["bf16_timestep"]]
     known = practices.OUTPUT["bf16_timestep"]

@@ -131,6 +131,78 @@ def test_what_makes_no_other_input(change: dict[str, Any], tmp_path: Path) -> No
     assert len(compared(a, b).rows) == 3
 
 
+def packed(root: Path, key: str, *modes: str, slow: float = 1.0, **meta: Any) -> Path:
+    """A run of the notebook quantization with an arm a mode, each taking `slow` times what it takes elsewhere."""
+    rows = [(mode, "float32", "step", slow * 1.2, slow * 1.195, slow * 1.205, "slower") for mode in modes]
+    parameters = INPUTS | {"modes": list(modes)} | meta.pop("parameters", {})
+    given = {"notebook": "notebooks/quantization.ipynb", **meta, "parameters": parameters}
+    return add_run(root, "quantization", key, {"ablation": ablation(*rows)}, **given)
+
+
+def test_another_list_of_arms_keeps_no_runs_apart(tmp_path: Path) -> None:
+    """Runs that differ in their modes are paired, the arms of both are judged, the rest is listed with the reason."""
+    packed(tmp_path / "a", "aa11", "8bit", "4bit")
+    packed(tmp_path / "b", "bb22", "8bit", "nvfp4", "4bit", slow=1.1)
+    found = compared(tmp_path / "a", tmp_path / "b")
+    arms = {row.about[0]: row.change.verdict for row in found.rows}
+    assert arms == {"8bit": "slower", "4bit": "slower"} and found.worse == 2
+    alone = [(one.what, one.reason) for one in found.left_out]
+    assert alone == [("nvfp4 of quantization/bb22", "only B has this arm, A has not")]
+    modes = "asked for other rows: modes ['8bit', '4bit'] against ['8bit', 'nvfp4', '4bit']"
+    assert found.pairs[0].notes == [modes]
+
+
+def test_arms_of_one_side_are_told_in_the_order_of_its_table(tmp_path: Path) -> None:
+    """What is left out stands in the same order however often it is asked, here or in another process."""
+    more = ["nvfp4", "mxfp4", "6bit", "5bit", "4bit-g32", "3bit", "2bit"]
+    packed(tmp_path / "a", "aa11", "8bit")
+    packed(tmp_path / "b", "bb22", "8bit", *more)
+    left_out = compared(tmp_path / "a", tmp_path / "b").left_out
+    assert [one.what for one in left_out] == [f"{mode} of quantization/bb22" for mode in more]
+
+
+def test_the_same_list_of_arms_counts_first(tmp_path: Path) -> None:
+    """Runs that agree in their lists are paired before others, whatever is newer; then those that share most rows."""
+    packed(tmp_path / "a", "aa11", "8bit", "4bit")
+    packed(tmp_path / "a", "aa22", "8bit", "6bit", started="2027-01-01")
+    packed(tmp_path / "b", "bb11", "8bit", "4bit", started="2025-01-01")
+    packed(tmp_path / "b", "bb22", "2bit", started="2027-03-01")
+    packed(tmp_path / "b", "bb33", "8bit", "6bit", "5bit", started="2027-02-01")
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert {pair.a.name[-4:]: pair.b.name[-4:] for pair in found.pairs} == {"aa11": "bb11", "aa22": "bb33"}
+    assert [(one.what, one.reason) for one in found.alone] == [
+        ("B quantization/bb22", "another run of the same inputs is compared")
+    ]
+
+
+def test_a_run_from_before_there_was_a_list_of_arms(tmp_path: Path) -> None:
+    """A run without a parameter for its arms is paired with that which shares most of its rows."""
+    path = packed(tmp_path / "a", "aa11", "8bit", "4bit") / "run.json"
+    path.write_text(path.read_text().replace('"modes"', '"formerly"'))
+    packed(tmp_path / "b", "bb11", "8bit", "4bit")
+    packed(tmp_path / "b", "bb22", "2bit", started="2027-01-01")
+    (pair,) = compared(tmp_path / "a", tmp_path / "b").pairs
+    assert (pair.b.name, len(pair.rows)) == ("quantization/bb11", 2)
+
+
+@pytest.mark.parametrize("name", ["draws", "held_out", "trajectories", "mixes", "ladder", "transforms", "quantization"])
+def test_what_changes_a_row_keeps_runs_apart(name: str, tmp_path: Path) -> None:
+    """Of other seeds an error is another one under the same name, and so is an arm of another model or ladder."""
+    values = [["a"], ["a", "b"]] if name in ("ladder", "transforms") else [4, 6]
+    for place, value in enumerate(values):
+        packed(tmp_path / "ab"[place], "aa11", "8bit", parameters={name: value})
+    text = refusal(tmp_path / "a", tmp_path / "b")
+    assert text.endswith(f"A quantization/aa11: {name} {values[0]} against {values[1]} (and 1 more)")
+
+
+def test_the_orders_of_another_packing_are_others(tmp_path: Path) -> None:
+    """The notebook memory packs what it loads in an order as its last mode says, so that this one stays an input."""
+    for root, modes in (("a", ("8bit", "4bit")), ("b", ("6bit", "4bit")), ("c", ("4bit", "8bit"))):
+        packed(tmp_path / root, "aa11", *modes, notebook="notebooks/memory.ipynb", parameters={"unload": []})
+    assert len(compared(tmp_path / "a", tmp_path / "b").rows) == 1
+    assert "last mode ['4bit'] against ['8bit']" in refusal(tmp_path / "a", tmp_path / "c")
+
+
 def test_a_parameter_that_only_one_notebook_has_is_told(tmp_path: Path) -> None:
     """A newer notebook's parameter keeps nothing apart, and the pair says so."""
     a, b = both(tmp_path, parameters={"shift": 3.0})

@@ -219,6 +219,58 @@ def test_synthetic_weights_are_prominent(swept: Page, built: Path) -> None:
     assert "with synthetic weights" in dashboard.findings(Store(built), "turbo_sizes")
 
 
+def parts(path: Path) -> list[str]:
+    """The HTML of every section and fold of a page that says what runs found."""
+    text = path.read_text(encoding="utf-8").partition('aria-label="Runs and environment"')[0]
+    return re.findall(r'<section class="section".*?</section>|<details><summary>.*?</details>', text, re.DOTALL)
+
+
+def mixed(root: Path) -> Path:
+    """An experiment with runs of trained and of synthetic weights with all kinds of tables, and one of no weights."""
+    small, timed = {"source": "synthetic:small", "kind": "synthetic", "digest": "s1"}, fabricated.samples("baseline")
+    tables = {**fabricated.quantization(), "stages": fabricated.stages(), "operations": fabricated.operations()}
+    tables |= {"modules": fabricated.modules(), "power": fabricated.power().iloc[:1], "samples": timed}
+    tables |= {"scaling": fabricated.scaling(), "axes": fabricated.axes(), "crossover": fabricated.crossover()}
+    tables |= {"pareto": fabricated.pareto(), "loading": fabricated.loading()}
+    drawn = {"digits_8bit": (fabricated.picture(0, 0.0), "")}
+    fabricated.add_run(root, "mixed", "a1", tables, drawn, parameters={"source": "digits"})
+    fabricated.add_run(root, "mixed", "b2", tables, parameters={"source": "synthetic:small"}, weights=small)
+    none = {"parameters": {"source": "none"}, "weights": None, "notebook": "notebooks/other.ipynb"}
+    fabricated.add_run(root, "mixed", "c3", {"ablation": fabricated.qkv()}, **none)
+    fabricated.add_experiment(root, "mixed", "q?", ["a1", "b2", "c3"])
+    return root
+
+
+def test_every_table_says_whose_weights(tmp_path: Path) -> None:
+    """Every section and fold with a table says trained or synthetic, that of both both, and that of neither neither."""
+    root = mixed(fabricated.across_versions(fabricated.swept(fabricated.quickstart(tmp_path))))
+    dashboard.build(Store(root))
+    said: dict[str, list[str]] = {}
+    for name in Store(root).experiments():
+        for part in parts(root / name / "index.html"):
+            (kind,) = re.findall(r'<p class="quiet">([A-Z][a-z ]*) weights\.', part) or [""]
+            assert kind or "<table" not in part or name == "mixed", part[:300]
+            said.setdefault(name, []).append(kind)
+    assert set(said["quickstart"]) == set(said["qkv_fusion"]) == {"Trained"} and set(said["turbo_sizes"]) == {
+        "Synthetic"
+    }
+    trained, synthetic = (said["mixed"].count(kind) for kind in ("Trained", "Synthetic"))
+    assert trained == synthetic + 1 > 15  # the pictures
+    assert said["mixed"].count("Trained and synthetic") == 1 and said["mixed"].count("") == 1
+
+
+def test_findings_say_whose_weights_where_a_page_has_both(tmp_path: Path) -> None:
+    """Runs of a page with both kinds are named with theirs, on the page and in the terminal; a run alone needs none."""
+    store = Store(mixed(tmp_path))
+    text = page_of(store.root, "mixed").text
+    assert "source=digits, trained weights" in text and "source=synthetic:small, synthetic weights" in text
+    whole = dashboard.findings(store, "mixed")
+    assert whole.startswith(f"On {fabricated.DEVICE}, with trained and synthetic weights: ")
+    assert "[source=digits, trained weights]; " in whole
+    alone = dashboard.findings(store, "mixed", ["b2"])
+    assert alone.startswith(f"On {fabricated.DEVICE}, with synthetic weights: ") and alone.count("synthetic") == 1
+
+
 def test_of_two_runs_alike_the_newest_counts(tmp_path: Path) -> None:
     """Without a sweep on record the newest completed run of the same parameters is shown, the other only listed."""
     fabricated.add_run(tmp_path, "e", "a1", {"stages": fabricated.stages(2.0)}, started="2026-11-20T00:00:00+00:00")

@@ -5,6 +5,7 @@ from typing import Any
 from zimage.analysis import memory_plots, memory_reading
 from zimage.analysis.findings import findings
 from zimage.lab.cases import case
+from zimage.lab.sections import of_weights
 
 import pandas as pd
 import pytest
@@ -78,7 +79,8 @@ def test_findings_say_what_is_needed_and_what_it_is_traded_for(tables: dict[str,
     texts = [(found.text, found.evidence) for found in findings(tables) if found.short]
     assert texts == [
         (
-            "a step of synthetic:turbo at 1024 x 1024 px is predicted to need 30.0 MB in bfloat16 and 12.0 MB in 4bit",
+            "a step of the published shape at 1024 x 1024 px is predicted to need 30.0 MB in bfloat16 and 12.0 MB in "
+            "4bit",
             ("on cuda, before anything is allocated",),
         ),
         ("predicted peaks are 7.5 % off in the median of 2 measured", ("from 5.0 % below to 10.0 % above",)),
@@ -98,6 +100,13 @@ def test_where_no_arm_holds_less_that_is_said(tables: dict[str, pd.DataFrame]) -
     texts = [found.text for found in findings(tables)]
     assert "no arm holds less in a step than plain; streamed, the next, holds 120 % of what plain does" in texts
     assert not [text for text in texts if "holds the least" in text]
+
+
+def test_predictions_are_of_no_run_s_weights(tables: dict[str, pd.DataFrame]) -> None:
+    """What is predicted for the published shape takes on no kind of weights, what was measured has the run's."""
+    needs, *measured = of_weights(case(tables, [], "x")[0], "trained")
+    assert needs.weights == "" and "of the published shape" in needs.note and "synthetic" not in needs.note
+    assert measured and {section.weights for section in measured} == {"trained"}
 
 
 def test_what_was_not_recorded_is_left_out(tables: dict[str, pd.DataFrame]) -> None:

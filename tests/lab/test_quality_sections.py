@@ -55,13 +55,13 @@ def test_the_drift_is_drawn_step_by_step(table: pd.DataFrame) -> None:
 
 
 def test_the_section_holds_every_number(table: pd.DataFrame) -> None:
-    """The table has a row for each measure and what it is against, with interval and seeds; the note the weights."""
+    """The table has a row for each measure and what it is against, with interval and seeds."""
     section = quality_sections.quality(table, "x")
     assert section.table is not None and len(section.table.rows) == 12
     texts = [[cell.text for cell in row] for row in section.table.rows]
     assert ["4bit", "relative L2 error", "bfloat16", "0.105", "0.0900 to 0.110", "5"] in texts
     assert ["8bit", "SNR (dB)", "float32", "\N{INFINITY}", "3.00 to \N{INFINITY}", "\N{EN DASH}"] in texts
-    assert "float32" in section.note and section.note.endswith("The weights are trained.")
+    assert "float32" in section.note and section.note.endswith("as a share of their length.")
     assert len(section.charts) == 1 and "4bit 0.200" in section.charts[0].alt
     synthetic = quality_sections.quality(table[table["step"].isna()].assign(weights_kind="synthetic"), "x")
     assert synthetic.charts == [] and "says nothing of pictures" in synthetic.note

@@ -1,8 +1,8 @@
 """Two sets of runs compared: every number that both have, judged; the rest listed with why it is not compared.
 
-Runs are paired by notebook and inputs (`matching`), their rows by what they are about: an arm, its baseline, scope and
-regime for a time ratio; arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What
-counts as a regression:
+Runs are paired by notebook and inputs (`matching`), whichever arms they were asked for, their rows by what they are
+about: an arm, its baseline, scope and regime for a time ratio; arm, stage and metric for bytes; arm, metric and
+baseline for quality at the last step. What counts as a regression:
 
     a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
@@ -184,16 +184,17 @@ def _common(a: Recorded, b: Recorded) -> tuple[list[_Both], list[Alone]]:
     common: list[_Both] = []
     missing: list[Alone] = []
     shared = [table for table in KEYS if _has(table, a) and _has(table, b)]
-    arms = [{key[0] for table in shared for key in _by_key(table, run.tables)} for run in (a, b)]
+    arms = [dict.fromkeys(key[0] for table in shared for key in _by_key(table, run.tables)) for run in (a, b)]
     for own, other, side, rest, run in ((arms[0], arms[1], "A", "B", a), (arms[1], arms[0], "B", "A", b)):
-        missing += [Alone(f"{arm} of {run.name}", f"only {side} has this arm, {rest} has not") for arm in own - other]
+        only = [arm for arm in own if arm not in other]
+        missing += [Alone(f"{arm} of {run.name}", f"only {side} has this arm, {rest} has not") for arm in only]
     for table in KEYS:
         if table not in shared:
             missing += _without_table(table, a, b)
             continue
         left, right = (_by_key(table, run.tables) for run in (a, b))
         for key in dict.fromkeys([*left, *right]):
-            if key[0] not in arms[0] & arms[1]:
+            if not all(key[0] in own for own in arms):
                 continue
             rows = left.get(key, []), right.get(key, [])
             reason = _not_comparable(table, rows) or _other_allocator(table, key, a, b)
@@ -272,7 +273,8 @@ def _failed(a: Recorded, b: Recorded) -> Alone:
 
 
 def _notes(a: Recorded, b: Recorded) -> list[str]:
-    return [f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b)]
+    chosen = [f"asked for other rows: {text}" for text in matching.differences(a, b)]
+    return [*chosen, *(f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b))]
 
 
 def _steps(a: Recorded, b: Recorded) -> dict[str, tuple[float, float]]:

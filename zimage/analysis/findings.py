@@ -8,24 +8,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zimage.analysis import answers, detail_texts, memory_reading, pareto, scaling_words, units
-from zimage.analysis.cost import UNATTRIBUTED
+from zimage.analysis import answers, cost_texts, detail_texts, memory_reading, pareto, scaling_words, units
 from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
     arms,
     best_scope,
     headline,
     is_fraction,
-    loads,
     metric_name,
     metric_value,
-    part_of,
-    profile,
     records,
 )
 from zimage.choices import FLOATING, PACKED
 from zimage.measure.comparison import MANY_TIMES
-from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
 
@@ -77,21 +72,26 @@ def findings(tables: Tables) -> list[Finding]:
     return [
         *front,
         *answered,
-        *_where_time_goes(tables.get("stages")),
-        *_operations(tables.get("operations")),
+        *_briefly(cost_texts.stages(tables.get("stages"))),
+        *_briefly(cost_texts.operations(tables.get("operations"))),
         *of_memory,
         *by_family,
         *by_arm,
-        *_scaling(tables.get("scaling")),
+        *_briefly(cost_texts.scaling(tables.get("scaling"))),
         *_said(scaling_words.said(tables)),
-        *_power(tables.get("power")),
-        *_loading(tables.get("loading")),
+        *_briefly(cost_texts.power(tables.get("power"))),
+        *_briefly(cost_texts.loading(tables.get("loading"))),
     ]
 
 
 def _said(found: Sequence[tuple[str, tuple[str, ...]]]) -> list[Finding]:
     """Observations whose text is all that there is to say of them in short."""
     return [Finding(text, "", evidence, text) for text, evidence in found]
+
+
+def _briefly(found: Sequence[cost_texts.Text]) -> list[Finding]:
+    """Observations with words of their own for one sentence among others."""
+    return [Finding(text, "", evidence, short) for text, evidence, short in found]
 
 
 def sentence(clauses: list[str], device: str, weights: str | None) -> str:
@@ -233,51 +233,6 @@ def _by_verdict(rows: Mapping[str, Mapping[str, object]], before: str = "") -> l
     return [f"{verdict} {before}{', '.join(found)}" for verdict, found in names.items() if found]
 
 
-def _where_time_goes(frame: pd.DataFrame | None) -> list[Finding]:
-    if frame is None or frame.empty:
-        return []
-    first = frame["arm"].fillna("").iloc[0]
-    rows, whole = profile(frame[frame["arm"].fillna("") == first])
-    rows = rows.dropna(subset=["time_s"])
-    if rows.empty or not whole:
-        return []
-    parts = rows["stage"].map(part_of)
-    sums = {part: float(rows.loc[parts == part, "time_s"].sum()) for part in dict.fromkeys(parts)}
-    top = max(sums, key=lambda part: sums[part])
-    number = int((parts == top).sum())
-    texts = []
-    if number > 1:
-        texts.append(f"the {number} {top} take {units.percent(sums[top] / whole, 0)} of a step")
-    ranked = rows.sort_values("time_s", ascending=False).reset_index(drop=True)
-    if len(ranked) == 1 or _stands_out(ranked):
-        share = units.percent(float(ranked["time_s"].iloc[0]) / whole, 0)
-        name = ranked["stage"].iloc[0]
-        texts.append(f"{name} alone takes {share}" if texts else f"{name} takes the most of a step, {share}")
-    elif not texts:
-        texts.append("no single stage stands out beyond its interval")
-    text = " and ".join(texts)
-    step = f"a step takes {units.seconds(whole)}"
-    return [Finding(text, "", (step, *_by_depth(frame)), f"{text} ({step})")]
-
-
-def _by_depth(frame: pd.DataFrame) -> list[str]:
-    """One block as the depth view has it, which is far more certain than any single difference of prefixes."""
-    rows = records(frame[(frame["view"] == "depth") & (frame["stage"] == "one block")].dropna(subset=["time_s"]))
-    texts = []
-    for row in rows[:1]:
-        text = f"one main block takes {units.seconds(row['time_s'])} by the depth view"
-        if not (units.missing(row["time_low_s"]) or units.missing(row["time_high_s"])):
-            text += f" ({units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])})"
-        texts.append(text)
-    return texts
-
-
-def _stands_out(ranked: pd.DataFrame) -> bool:
-    """Whether the largest stage's interval lies above all others. Without intervals nobody can tell."""
-    low, others = ranked["time_low_s"].iloc[0], ranked["time_high_s"].iloc[1:]
-    return bool(not units.missing(low) and others.notna().all() and low > others.max())
-
-
 def _arms(tables: Tables) -> list[Finding]:
     """One finding an arm and scope; memory and quality join the finding of the widest scope that the arm has.
 
@@ -363,93 +318,6 @@ def _overlap(mine: "pd.Series[float]", theirs: "pd.Series[float]") -> str:
     if any(units.missing(end) for end in ends):
         return ""
     return " (intervals overlap)" if ends[0] <= ends[3] and ends[2] <= ends[1] else ""
-
-
-def _operations(frame: pd.DataFrame | None) -> list[Finding]:
-    """Of the costliest block that was taken apart: what takes the most, how near the roof, and what is unattributed."""
-    if frame is None:
-        return []
-    timed = frame.dropna(subset=["time_s", "stage"])
-    # Without a rest they are no parts of a whole: ways to compute one product, of which a step takes one.
-    timed = timed[timed["stage"].isin(timed.loc[timed["operation"] == UNATTRIBUTED, "stage"])]
-    wholes = timed.groupby("stage", sort=False)["time_s"].sum()
-    if wholes.empty or not wholes.max() > 0:
-        return []
-    stage, whole = wholes.idxmax(), float(wholes.max())
-    group = timed[timed["stage"] == stage]
-    rest = group.loc[group["operation"] == UNATTRIBUTED, "time_s"]
-    rows = group[group["operation"] != UNATTRIBUTED].sort_values("time_s", ascending=False)
-    if rows.empty:
-        return []
-    kinds = rows.groupby(rows["bound"].fillna(""), sort=False)["time_s"].sum()
-    name, time_s, attained = rows[["operation", "time_s", "attained_fraction"]].iloc[0]
-    text = f"{name} takes the most of {stage}, {units.percent(time_s / whole, 0)} of its time"
-    if not units.missing(attained):
-        text += f", at {units.percent(attained, 0)} of the roof"
-    memory = units.percent(float(kinds.get("memory", 0.0)) / whole, 0)
-    numbers = [f"{memory} in operations bound by memory"] if len(kinds) > 1 else []
-    numbers += [f"{units.percent(float(t) / whole, 0)} unattributed" for t in rest[:1]]
-    return [Finding(text, "", tuple(numbers))]
-
-
-def _scaling(frame: pd.DataFrame | None) -> list[Finding]:
-    """How far the calibrated cost model is off where it was not calibrated."""
-    if frame is None or frame.empty:
-        return []
-    held = frame[frame["use"] == "held out"]["error"].abs().dropna()
-    if held.empty:
-        return []
-    sizes = int((frame["use"] == "calibration").sum())
-    text = (
-        f"calibrated at {sizes} sizes, the cost model predicts the others to {units.percent(float(held.median()))} in "
-        "the median"
-    )
-    numbers = (
-        f"{len(held)} size{'' if len(held) == 1 else 's'} held out, at most {units.percent(float(held.max()))} off"
-    )
-    return [Finding(text, "", (numbers,), f"{text} ({numbers})")]
-
-
-def _power(frame: pd.DataFrame | None) -> list[Finding]:
-    """What a step costs in energy, where the device tells."""
-    if frame is None or frame.empty:
-        return []
-    found = []
-    for row in records(frame.dropna(subset=["energy_j"])):
-        text = f"{row['arm']}: {units.significant(row['energy_j'])} J a step"
-        power = "" if units.missing(row["power_w"]) else f"{units.significant(row['power_w'])} W on average"
-        reasons = _text(row["throttle"])
-        throttle = f"throttled by {reasons}" if reasons not in ("", "none", "unknown") else ""
-        found.append(Finding(text, "", tuple(filter(None, (power, throttle)))))
-    return found
-
-
-def _loading(frame: pd.DataFrame | None) -> list[Finding]:
-    """One finding a loader: its time beside a plain read's, and its memory beside what it gives.
-
-    What gives less than it reads, because it packs, has its memory compared with the files instead.
-    """
-    if frame is None or frame.empty:
-        return []
-    rows = {str(row["arm"]): row for row in records(loads(frame))}
-    plain = rows.pop(PLAIN_READ, None)
-    found = []
-    for arm, row in rows.items():
-        spread = f"{units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])}"
-        numbers = [f"{units.seconds(row['time_s'])} (of {row['rounds']}: {spread})"]
-        if plain is None:
-            text = f"{arm} loads in {units.seconds(row['time_s'])}"
-        else:
-            text = f"{arm} loads in {units.significant(row['time_s'] / plain['time_s'])} times a plain read's time"
-            numbers[0] += f" against {units.seconds(plain['time_s'])}"
-        peak, result = row["peak_bytes"], row["result_bytes"]
-        if not (units.missing(peak) or units.missing(result)):
-            packs = plain is not None and result < 0.9 * plain["result_bytes"]
-            whole, name = (plain["result_bytes"], "files") if plain is not None and packs else (result, "result")
-            text += f", with a peak memory of {units.significant(peak / whole)} times the {name}"
-            numbers.append(f"peak {units.size(peak)}, {name} {units.size(whole)}")
-        found.append(Finding(text, "", tuple(numbers), f"{text} ({'; '.join(numbers)})"))
-    return found
 
 
 def _numbers(row: Mapping[str, object]) -> str:

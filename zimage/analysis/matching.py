@@ -1,4 +1,7 @@
-"""Which runs are of the same thing: the same notebook on the same inputs, whatever machine and versions they ran on."""
+"""Which runs are of the same thing: the same notebook on the same inputs, whatever machine and versions they ran on.
+
+Which arms and sizes a run was asked for makes it no other thing: `match` also pairs runs that differ in these alone.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +18,13 @@ OF_THE_MODEL = ("quantization", "transforms")
 OF_THE_EFFORT = (
     *("quads", "rounds", "sustained_s", "processes", "power_s", "capture", "device"),
     *("diffusers_python", "mflux_python"),
+)
+# Which arms, scopes and sizes there are. Every row names its own and means the same whichever others there are, so that
+# rows can be compared by name. What makes another row of the same name is none of these: the seeds that an error is
+# taken over (`draws`, `trajectories`), or what a recipe may choose from (`ladder`).
+OF_THE_ROWS = (
+    *("arms", "block_sizes", "blocks", "details", "every", "modes", "published", "published_px", "row_counts"),
+    *("scopes", "sizes", "streams", "sustained_sizes", "tea", "thresholds", "unload", "variables"),
 )
 _FIRST = ("device", "mlx", "driver", "blas", "kernels", "tuning", "zimage", "commit", "sources")
 
@@ -60,7 +70,15 @@ class Recorded:
         if self.weights is not None and "source" in said:
             del said["source"]
             said["weights"] = self.weights.get("digest")
+        if "unload" in said and isinstance(modes := said.get("modes"), list):  # the orders' rows are all of the last
+            said["last mode"] = modes[-1:]
         return {name: _plain(value) for name, value in said.items() if name not in OF_THE_EFFORT}
+
+    @cached_property
+    def rows(self) -> frozenset[tuple[str, str]]:
+        """The arms and scopes that its tables have rows of."""
+        frames = [frame.reindex(columns=["arm", "scope"]).drop_duplicates() for frame in self.tables.values()]
+        return frozenset((str(arm), str(scope)) for frame in frames for arm, scope in frame.itertuples(index=False))
 
 
 @dataclass(frozen=True)
@@ -105,19 +123,22 @@ def untold(run: Recorded, fits: Sequence[Recorded]) -> list[str]:
 
 
 def match(a: Sequence[Recorded], b: Sequence[Recorded], allowed: Sequence[str] = ()) -> Matched:
-    """Runs of A and B with the same notebook and inputs, but for the `allowed` ones, in pairs; and what is left over.
+    """Runs of A and B with the same notebook and inputs, but for OF_THE_ROWS and the `allowed` ones, in pairs; and what
+    is left over.
 
-    Of several that fit, those with the same parameters count first, then those of the same device, then of the same
-    effort, then of the same experiment, then such as completed, then the newest. A run that does not tell which of
-    several it is like, see `untold`, is in no pair.
+    Of several that fit, those that differ in nothing count first, then those with the same parameters, then those of
+    the same device; of others then such as share more rows; then those of the same effort, then of the same experiment,
+    then such as completed, then the newest. A run that does not tell which of several it is like, see `untold`, is in
+    no pair, unless they differ in OF_THE_ROWS alone.
     """
+    allowed = (*allowed, *OF_THE_ROWS)
     sides = {"A": a, "B": b}
     unclear = {}
     for side, other in (("A", "B"), ("B", "A")):
         for run in sides[side]:
             fits = fitting(run, sides[other], allowed)
             same = [one for one in fits if one.inputs.keys() == run.inputs.keys()]
-            if names := untold(run, same or fits):
+            if names := [name for name in untold(run, same or fits) if name not in OF_THE_ROWS]:
                 unclear[id(run)] = names
     clear = [one for one in a if id(one) not in unclear]
     close = [(one, two) for one in clear for two in fitting(one, b, allowed) if id(two) not in unclear]
@@ -139,12 +160,13 @@ def match(a: Sequence[Recorded], b: Sequence[Recorded], allowed: Sequence[str] =
     return Matched(pairs, alone("A", "B"), alone("B", "A"))
 
 
-def _nearness(pair: tuple[Recorded, Recorded]) -> tuple[bool | str, ...]:
+def _nearness(pair: tuple[Recorded, Recorded]) -> tuple[bool | int | str, ...]:
     a, b = pair
+    agree, same = not differences(a, b), a.inputs.keys() == b.inputs.keys()
     efforts = [{name: run.parameters.get(name) for name in OF_THE_EFFORT} for run in pair]
     return (
-        a.inputs.keys() == b.inputs.keys(), a.device == b.device, efforts[0] == efforts[1],
-        a.experiment == b.experiment, not a.error, a.started, not b.error, b.started,
+        agree, same, a.device == b.device, 0 if agree and same else len(a.rows & b.rows),
+        efforts[0] == efforts[1], a.experiment == b.experiment, not a.error, a.started, not b.error, b.started,
     )  # fmt: skip
 
 

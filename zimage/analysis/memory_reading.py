@@ -9,6 +9,7 @@ import pandas as pd
 
 PLAIN, PLAIN_ORDER = "plain", "load, step"  # the arm and the order that others are beside
 SHOWN_PX = 1024
+_SHAPES = {"synthetic:turbo": "the published shape"}  # of which a prediction takes nothing but its shape
 _ORDERED = ("peak_bytes", "allocated_bytes")
 _REACHED = 0.99  # of the peak, above which a stage is as much of one
 
@@ -45,6 +46,11 @@ def size_name(row: Mapping[str, Any]) -> str:
     """A size in words: `1024 x 768 px`, and the batch where it is more than one image."""
     batch = "" if row["batch"] == 1 else f", batch {int(row['batch'])}"
     return f"{int(row['height'])} x {int(row['width'])} px{batch}"
+
+
+def shape_name(model: str) -> str:
+    """What a prediction is of, in words: a model's shape, whose weights it does not depend on."""
+    return _SHAPES.get(model, model)
 
 
 def what_peaks(memory: pd.DataFrame) -> str:
@@ -144,7 +150,7 @@ def _needs(rows: pd.DataFrame) -> list[tuple[str, tuple[str, ...]]]:
     near = min(reading.records(rows), key=lambda row: abs(row["height"] - SHOWN_PX))
     same = reading.records(rows[(rows["height"] == near["height"]) & (rows["width"] == near["width"])])
     most, least = (end(same, key=lambda row: row["predicted_bytes"]) for end in (max, min))
-    where = f"a step of {most['model']} at {size_name(most)} is predicted to need"
+    where = f"a step of {shape_name(str(most['model']))} at {size_name(most)} is predicted to need"
     text = f"{where} {units.size(most['predicted_bytes'])} in {most['arm']}"
     if least["arm"] != most["arm"]:
         text += f" and {units.size(least['predicted_bytes'])} in {least['arm']}"

@@ -26,7 +26,7 @@ from zimage.lab import claims, gain_sections, pareto_sections, trends
 from zimage.lab.cases import case
 from zimage.lab.files import write_atomically
 from zimage.lab.labels import of_parameters, telling
-from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table
+from zimage.lab.sections import Cell, Head, Link, Section, Shown, Table, of_weights
 from zimage.lab.store import Run, Store
 from zimage.lab.trend_sections import across_versions
 from zimage.machine import MOMENTARY, doubts
@@ -91,8 +91,7 @@ class Experiment:
     def about(self) -> tuple[str, str]:
         """The devices and the kinds of weights of what is shown."""
         shown = [one.run for one in self.cases] or self.runs
-        devices = dict.fromkeys(run.device for run in shown)
-        return " and ".join(devices), " and ".join(dict.fromkeys(filter(None, map(weights_kind, shown))))
+        return " and ".join(dict.fromkeys(run.device for run in shown)), weights_kinds(shown)
 
     def lines(self) -> list[tuple[Case, Finding]]:
         """Every finding with its case, in the order of the page: first what several runs say together."""
@@ -143,6 +142,11 @@ def weights_kind(run: Run) -> str:
     return kind if kind in ("trained", "synthetic") else ""
 
 
+def weights_kinds(runs: Iterable[Run]) -> str:
+    """The kinds of weights of several runs: one of them, `trained and synthetic` in the runs' order, or ""."""
+    return " and ".join(dict.fromkeys(filter(None, map(weights_kind, runs))))
+
+
 def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Experiment:
     every, problems = store.scan(name)
     runs = every
@@ -160,12 +164,15 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         newest[run.notebook, run.device, of_parameters(run, swept)] = run
     chosen = [run for run in runs if run in newest.values()]
     groups, comparable = dict[str, list[Case]](), trends.grouped(every)
+    mixed = " and " in weights_kinds(chosen)
     for run in chosen:
         siblings = [r for r in chosen if r.notebook == run.notebook]
         differ = len({of_parameters(r, swept) for r in siblings}) > 1
         label = of_parameters(run, telling(siblings, swept), IN_A_LABEL) if differ else ""
         if len({r.device for r in siblings}) > 1:
             label = f"{run.device}, {label}".rstrip(", ")
+        if mixed and (kind := weights_kind(run)):
+            label = f"{label}, {_of_weights(kind)}".lstrip(", ")
         tables = {}
         for table in run.tables():
             try:
@@ -183,7 +190,8 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
     for notebook, cases in groups.items():
         with _reported(cases[0].run, problems):
             if found := over_runs.step([(one.label, one.tables) for one in cases]):
-                joint += [(replace(cases[0], label=""), finding) for finding in found]
+                label = _of_weights(weights_kinds(one.run for one in cases)) if mixed else ""
+                joint += [(replace(cases[0], label=label), finding) for finding in found]
                 groups[notebook] = [replace(c, findings=[replace(f, short="") for f in c.findings]) for c in cases]
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
@@ -255,12 +263,14 @@ def _group(
     compared = [one.tables["ablation"].assign(case=one.label) for one in cases if "ablation" in one.tables]
     overview: list[Section] = []
     with _reported(cases[0].run, problems):
-        fronts = [(c.run.parameters, c.run.device, c.tables["pareto"]) for c in cases if "pareto" in c.tables]
+        placed = [(one.run, one.tables["pareto"]) for one in cases if "pareto" in one.tables]
+        fronts = [(run.parameters, run.device, weights_kind(run), frame) for run, frame in placed]
         overview += pareto_sections.pools(fronts, id)
         if len(compared) > 1:
             section = gain_sections.overview([one.tables for one in cases], pd.concat(compared), f"{id}-all")
             runs = [one.run for one in cases if "ablation" in one.tables]
-            overview.append(replace(section, note=f"{section.note}{_difference(runs)}"))
+            section = replace(section, note=f"{section.note}{_difference(runs)}")
+            overview += of_weights([section], weights_kinds(runs))
     parts = []
     for place, one in enumerate(cases):
         key = f"{id}-c{place}"
@@ -278,8 +288,8 @@ def _group(
             {
                 "id": key,
                 "label": one.label or one.run.key,
-                "sections": sections,
-                "folds": folds,
+                "sections": of_weights(sections, weights_kind(one.run)),
+                "folds": of_weights(folds, weights_kind(one.run)),
                 "run": one.run.key[:12],
                 "links": _links(one.run),
                 "trend": one.trend is not None,
@@ -399,6 +409,10 @@ def _stem(notebook: str) -> str:
     return text[:1].upper() + text[1:] or "Notebook"
 
 
+def _of_weights(kinds: str) -> str:
+    return f"{kinds} weights" if kinds else ""
+
+
 def _one_line(text: object) -> str:
     return " ".join(str(text).split()) if text else ""
 
@@ -436,6 +450,7 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters["opening"] = lambda text: _tight(_opening(text))
     environment.filters["tight"] = _tight
+    environment.filters["of_weights"] = lambda kind: f"{_of_weights(kind).capitalize()}."
     return environment
 
 

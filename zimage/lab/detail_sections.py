@@ -23,9 +23,8 @@ def details(tables: Tables) -> list[Section]:
         if reason := row.get("not measured", ""):
             line[1 + [*kinds].index("time")] = Cell(reason, "free")
         cells.append(line)
-    weights = [] if quality is None else [str(kind) for kind in quality["weights_kind"].dropna().unique()]
     note = (
         "Velocity and end of run are relative L2 distances from the same model without the detail, of one step and of "
-        f"the latents at the end of a denoising run; 0 where not a bit differs. The weights are {'/'.join(weights)}."
+        "the latents at the end of a denoising run; 0 where not a bit differs."
     )
-    return [Section(_TITLE, note if weights else "", table=Table(_TITLE, heads, cells))]
+    return [Section(_TITLE, "" if quality is None else note, table=Table(_TITLE, heads, cells))]

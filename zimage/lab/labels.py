@@ -3,20 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_MODEL
+from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_MODEL, OF_THE_ROWS
 from zimage.lab.store import Run
 
-# Which arms and sizes there are, and on how much they are judged: every row of a page names its own.
-_OF_THE_ROWS = (
-    *("arms", "block_sizes", "details", "every", "ladder", "modes", "row_counts", "scopes", "sizes", "streams"),
-    *("sustained_sizes", "tea", "thresholds", "unload", "variables"),
-    *("draws", "held_out", "mixes", "trajectories"),
-)
+# On how much arms are judged, and what recipes are made of: like OF_THE_ROWS nothing that a page's reader looks for.
+_OF_THE_JUDGING = ("draws", "held_out", "ladder", "mixes", "trajectories")
 
 
 def telling(runs: Sequence[Run], swept: Sequence[str]) -> list[str]:
     """Those of the swept parameters that runs are told apart by: what chooses rows, or effort, only where it must."""
-    few = [name for name in swept if name not in (*_OF_THE_ROWS, *OF_THE_EFFORT)]
+    few = [name for name in swept if name not in (*OF_THE_ROWS, *_OF_THE_JUDGING, *OF_THE_EFFORT)]
     apart = [len({of_parameters(run, names) for run in runs}) for names in (few, swept)]
     return few if apart[0] == apart[1] else list(swept)
 

@@ -25,17 +25,18 @@ def sections(tables: Tables, id: str) -> list[Section]:
 def needs(footprint: pd.DataFrame, id: str) -> Section:
     """What a step of the published model is predicted to need."""
     rows = memory_reading.predicted(footprint)
-    models, kinds = (", ".join(dict.fromkeys(rows[name])) for name in ("model", "kind"))
+    shapes = " and ".join(map(memory_reading.shape_name, dict.fromkeys(rows["model"])))
     note = (
-        f"One plain step of {models}, weights included, predicted for {kinds} before anything is allocated. It hands "
-        "over all its work at once, of which much is alive then; submit_early holds less."
+        f"One plain step of {shapes}, its weights included, predicted for {', '.join(dict.fromkeys(rows['kind']))} "
+        "before anything is allocated: nothing of this run's weights. It hands over all its work at once, of which "
+        "much is alive then; submit_early holds less."
     )
     alt = "Predicted peak memory: " + "; ".join(
         f"{row['arm']}, {memory_reading.size_name(row)} {units.size(row['predicted_bytes'])}"
         for row in reading.records(rows)
     )
     charts = [chart(memory_plots.needs(footprint), f"{id}-needs", alt)]
-    return Section("What a step of the published model needs", note, charts, stacked=True)
+    return Section("What a step of the published model needs", note, charts, stacked=True, weights="")
 
 
 def measured(footprint: pd.DataFrame, memory: pd.DataFrame | None) -> Section:

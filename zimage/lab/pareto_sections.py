@@ -5,8 +5,9 @@ from typing import Any
 from urllib.parse import quote
 
 from zimage.analysis import pareto, pareto_plots, units
+from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_ROWS
 from zimage.analysis.reading import records
-from zimage.lab.sections import Cell, Head, Link, Section, Table, chart
+from zimage.lab.sections import Cell, Head, Link, Section, Table, chart, of_weights
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ _NOTE = (
     f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Indistinguishable "
     "from the front is what another beats by the estimates alone. A click on a point leads to the run that it is from."
 )
-NOT_IN_COMMON = ("arms", "quads")  # parameters in which runs may differ whose arms belong on one front
+NOT_IN_COMMON = (*OF_THE_ROWS, *OF_THE_EFFORT)  # parameters in which runs may differ whose arms belong on one front
 
 
 def front(frame: pd.DataFrame, id: str, title: str = "What is worth having together", note: str = "") -> Section | None:
@@ -28,7 +29,6 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         return None
     found = {str(row["arm"]): _notebook(row["run_key"]) for row in records(points)}
     links = {arm: link for arm, link in found.items() if link}
-    kinds = " and ".join(points["weights_kind"].dropna().astype(str).unique())
     told = "; ".join(f"{row['arm']} {', '.join(pareto_plots.facts(row))}" for row in records(points))
     charts = [
         chart(pareto_plots.by_time(points, links), f"{id}-by-time", f"Error over time: {told}"),
@@ -52,26 +52,26 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         ]
         for row in records(points)
     ]
-    weights = f" The weights are {kinds}." if kinds else ""
-    return Section(title, f"{note or _NOTE}{weights}", charts, Table(title, heads, cells), stacked=True)
+    return Section(title, note or _NOTE, charts, Table(title, heads, cells), stacked=True)
 
 
-def pools(runs: Sequence[tuple[Mapping[str, Any], str, pd.DataFrame]], id: str) -> list[Section]:
+def pools(runs: Sequence[tuple[Mapping[str, Any], str, str, pd.DataFrame]], id: str) -> list[Section]:
     """One section for every several runs whose arms belong on one front.
 
-    runs: parameters, device and `pareto` table of each. They belong together where their parameters agree in all but
-    NOT_IN_COMMON.
+    runs: parameters, device, kind of weights and `pareto` table of each. They belong together where their parameters
+    agree in all but NOT_IN_COMMON.
     """
-    groups: dict[str, list[pd.DataFrame]] = {}
-    for parameters, device, frame in runs:
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for parameters, device, weights, frame in runs:
         kept = {name: value for name, value in sorted(parameters.items()) if name not in NOT_IN_COMMON}
-        groups.setdefault(f"{device} {kept!r}", []).append(frame)
+        groups.setdefault((weights, f"{device} {kept!r}"), []).append(frame)
+    several = [(weights, frames) for (weights, _), frames in groups.items() if len(frames) > 1]
     found = []
-    for place, frames in enumerate(frames for frames in groups.values() if len(frames) > 1):
+    for place, (weights, frames) in enumerate(several):
         title = f"All arms of {len(frames)} runs"
         note = f"{_NOTE} An arm that several runs have is taken from the first of them."
         section = front(pareto.pooled(frames), f"{id}-pool-{place}", title, note)
-        found += [] if section is None else [section]
+        found += [] if section is None else of_weights([section], weights)
     return found
 
 

@@ -7,18 +7,13 @@ from zimage.lab.sections import Cell, Head, Section, Table, chart
 
 import pandas as pd
 
-_KINDS = {
-    "trained": "The weights are trained.",
-    "synthetic": "The weights are synthetic, seeded random numbers: this says nothing of pictures.",
-}
-
 
 def quality(frame: pd.DataFrame, id: str) -> Section:
     """Drift of every arm's latents along its denoising run, and all metrics at the end of it with their intervals."""
     last = reading.records(reading.final_step(frame))
-    kinds = [_KINDS.get(str(kind), "") for kind in frame["weights_kind"].dropna().unique()]
     drifted = [row for row in last if row["metric"] == reading.DRIFT]
-    charts, note = [], " ".join(filter(None, kinds))
+    random = (frame["weights_kind"] == "synthetic").any()
+    charts, note = [], "Of random weights it says nothing of pictures." if random else ""
     if frame.loc[frame["metric"] == reading.DRIFT, "step"].nunique() > 1:
         alt = "Drift at the end of the run: " + "; ".join(
             f"{row['arm']} {units.significant(row['value'])}" for row in drifted
@@ -28,7 +23,7 @@ def quality(frame: pd.DataFrame, id: str) -> Section:
         note = (
             f"How far the latents of every arm are from those of {baseline} after each step from the same noise, as a "
             f"share of their length. {note}"
-        )
+        ).rstrip()
     heads = [Head("Arm"), Head("Measure"), Head("Against"), Head("Value", True), Head("Interval", True)]
     heads += [Head("Seeds", True)]
     cells = [

@@ -3,8 +3,8 @@
 import html
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zimage.analysis import plots, reading, units
@@ -106,6 +106,15 @@ class Section:
     pictures: list[Shown] = field(default_factory=list)
     folded: bool = False  # the table says what the charts say, and lies folded below them
     stacked: bool = False  # charts below each other at full width, not beside each other
+    weights: str | None = None  # the kind that it is of, "" for none; None until `of_weights` has said it
+
+
+def of_weights(sections: Iterable[Section], kind: str) -> list[Section]:
+    """The sections, each with the kind of weights that its numbers are of: "trained", "synthetic", both, or "".
+
+    A section that says itself what it is of, as a prediction that is of no weights at all, is left as it is.
+    """
+    return [one if one.weights is not None else replace(one, weights=kind) for one in sections]
 
 
 def script_json(text: str) -> Markup:
