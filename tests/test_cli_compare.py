@@ -85,13 +85,15 @@ def test_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged run is a line on standard error; the comparison goes on and the JSON stays whole."""
+    """What cannot be read is a line on standard error, the JSON stays whole; of B, it does not pass for no regression."""
     a, b = both(tmp_path)
     put(b, "bb22", parameters={"seed": 7})
     (b / "qkv" / "bb22" / "run.json").write_text("{")
     status, out, err = zimage(capsys, "compare", "--json", a, b)
-    assert (status, err.count("\n")) == (0, 1) and err.startswith("zimage: skipped: ") and "bb22" in err
-    assert len(strict(out)["pairs"]) == 1
+    assert (status, err.count("\n")) == (1, 2) and err.startswith("zimage: skipped: ") and "bb22" in err
+    assert "not known to be free of regressions" in err and len(strict(out)["pairs"]) == 1
+    status, out, err = zimage(capsys, "compare", "--json", b, a)
+    assert (status, err.count("\n")) == (0, 1) and len(strict(out)["pairs"]) == 1
 
 
 @pytest.mark.parametrize(

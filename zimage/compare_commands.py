@@ -27,7 +27,8 @@ def compare(
 
     A and B are runs (a key or the start of it, or experiment/key), experiments, or results folders; PATH/experiment
     and PATH/experiment/key too. What has the same notebook, weights, seed and other inputs on both sides is judged:
-    time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared.
+    time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared. Results
+    of B that cannot be read count as a regression.
     """
     from zimage.lab import comparing, rerunning
     from zimage.lab.store import Store
@@ -41,7 +42,9 @@ def compare(
         return rerunning.rerun(*sides, pythons, pairs, samples, as_json)
     found = comparing.compare(*sides)
     terminal.show(comparing.content(*sides, found), as_json, lambda: comparing.lines(*sides, found))
-    return 1 if found.worse else 0
+    if sides[1].problems and not found.worse:
+        terminal.complain(f"not known to be free of regressions: {sides[1].problems[0]}")
+    return 1 if found.worse or sides[1].problems else 0
 
 
 @click.command()

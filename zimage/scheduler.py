@@ -35,7 +35,7 @@ def sigmas(steps: int, shift: float = 1.0) -> list[float]:
     if not _is_count(steps) or steps > MAX_STEPS:
         raise InputError(f"steps must be an integer from 1 to {MAX_STEPS}, found {steps!r:.60}")
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < 1e9:
-        raise InputError(f"shift must be a positive number, found {shift!r}")
+        raise InputError(f"shift must be a positive number below 1e9, found {shift!r:.60}")
     even = np.linspace(1.0, 0.0, steps + 1)
     return [float(x) for x in shift * even / (1 + (shift - 1) * even)]
 

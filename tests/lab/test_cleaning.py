@@ -1,6 +1,7 @@
 """zimage clean: failed and superseded runs go, after asking, and nothing else ever does."""
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -26,6 +27,9 @@ def add(root: Path, key: str, *, started: str = "2026-01-01T00:00:00+00:00", **c
 
 def kept(root: Path) -> set[str]:
     return {path.parent.name for path in (root / "demo").glob("*/run.json")}
+
+
+DAMAGE = re.compile("zimage: skipped: .*/damaged/run.json: not valid JSON.*\n")
 
 
 @pytest.fixture
@@ -63,13 +67,22 @@ def test_only_failed_and_superseded_runs_go(root: Path, capsys: pytest.CaptureFi
     """What differs in anything but its code stays, and so does what the last sweep asked for, and what is no run."""
     before = set(root.rglob("*"))
     status, out, err = zimage(capsys, root, "--yes")
-    assert (status, out, err) == (0, "2 of 2 runs removed\n", "")
+    assert (status, out) == (0, "2 of 2 runs removed\n") and DAMAGE.fullmatch(err)
     gone = {path for path in before if not path.exists()}
     assert {path.name for path in gone if path.parent.name == "demo"} == {"failed", "old"}
     assert {path.parent.name for path in gone if path.name == "run.json"} == {"failed", "old"}
     assert len(gone) == 4 and not list((root / "demo").glob(".*"))
     assert "no good" not in (root / "demo" / "index.html").read_text()
-    assert zimage(capsys, root, "--yes") == (0, f"{root}: no failed or superseded runs\n", "")
+    status, out, err = zimage(capsys, root, "--yes")
+    assert (status, out) == (0, f"{root}: no failed or superseded runs\n") and DAMAGE.fullmatch(err)
+
+
+def test_one_broken_record_hides_no_other_experiment(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where experiment.json cannot be read, that is told; of its runs failed ones may go, and all else goes on."""
+    (root / "demo" / "experiment.json").write_text("[]")
+    status, out, err = zimage(capsys, root, "--yes")
+    assert (status, out) == (0, "1 of 1 run removed\n") and "experiment.json: holds list" in err
+    assert "old" in kept(root) and "failed" not in kept(root)
 
 
 def test_a_dry_run_removes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +102,7 @@ def test_it_asks(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     """On a terminal it asks and takes no for an answer; where nobody can be asked, one line says what to add."""
     every = kept(root)
     status, out, err = zimage(capsys, root)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "2 runs would be removed: add --yes" in err
+    assert (status, out, err.count("\n")) == (2, "", 2) and "2 runs would be removed: add --yes" in err
     asked: list[str] = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr(click, "confirm", lambda text: bool(asked.append(text)))

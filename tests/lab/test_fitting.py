@@ -84,9 +84,28 @@ def test_models_held_at_once_multiply_the_weights(tmp_path: Path) -> None:
         (CPU, {"caption_tokens": 0}),
     ],
 )
-def test_what_cannot_be_judged_is_left_to_the_run(tmp_path: Path, facts: dict[str, str], given: dict[str, Any]) -> None:
-    """Unknown devices and parameters that the model refuses get no verdict: the run's own error says more."""
+def test_what_cannot_be_judged_gets_no_verdict(tmp_path: Path, facts: dict[str, str], given: dict[str, Any]) -> None:
+    """Unknown devices and parameters that the model refuses get no verdict."""
     assert fitting.of_job(job_of(tmp_path, facts, **given)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": -8}, "height"),
+        ({"batch": 0}, "batch must be an integer"),
+        ({"batch": 10**8}, "batch must be an integer"),
+        ({"caption_tokens": 0}, "caption_tokens"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"quantization": "7bit"}, "7bit"),
+    ],
+)
+def test_what_the_model_does_not_take_is_refused_at_once(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    """Sizes, dtypes and packings that no run could compute start none, forced or not."""
+    for force in (False, True):
+        with pytest.raises(InputError, match=message) as caught:
+            fitting.check([job_of(tmp_path), job_of(tmp_path, **given)], force)
+        assert str(caught.value).endswith("nothing was started") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["source", "height", "batch", "caption_tokens"])

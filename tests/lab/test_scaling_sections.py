@@ -77,10 +77,10 @@ def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.
     texts = [one.text for one in found[1:]]  # the first is of the predictions
     assert texts == [
         "attention takes more time than the linear layers of a block from 18,000 tokens (17,460 to 18,540) on",
-        "of 2 shapes beside a squarer one of as many tokens 1 takes the same time to 1 %, 1 not",
-        "an image in a batch of 8 takes 14.0 % less time than with 1",
-        "a step with 512 caption tokens takes 14.0 % more time than with 32",
-        "4800 images an hour of 1024 x 1024 px, batch 1, 8 steps each, in bursts, 3214 sustained",
+        "of 2 shapes beside a squarer one of as many tokens 1 takes the same time to 1 %, 1 does not",
+        "an image in a batch of 8 takes 14.0 % less time than in one of 1",
+        "a step with 512 caption tokens takes 14.0 % more time than one with 32",
+        "4,800 images an hour of 1024 x 1024 px, batch 1, 8 steps each, in bursts, 3,214 sustained",
     ]
     assert found[1].evidence == (
         "a square of 2147 px",
@@ -93,10 +93,10 @@ def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.
 def test_sentences_say_what_is_undecided(alone: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Without verdicts, without a crossing and with one that never comes nothing is claimed; old tables say nothing."""
     texts = [text for text, _ in scaling_words.axes(alone.assign(verdict="inconclusive"))]
-    assert texts[0].endswith("0 take the same time to 1 %, 0 not, 2 undecided")
-    assert texts[1] == "whether an image in a batch of 8 takes other time than with 1 is undecided"
+    assert texts[0].endswith("0 take the same time to 1 %, 0 do not, 2 are undecided")
+    assert texts[1] == "whether an image in a batch of 8 takes as long as in one of 1 is undecided"
     ((same, _), *_) = scaling_words.axes(alone[alone["axis"] == "batch"].assign(verdict="equivalent"))
-    assert same == "an image in a batch of 8 takes the same time to 1 % as with 1"
+    assert same == "an image in a batch of 8 takes the same time to 1 % as in one of 1"
     answers = crossings[crossings["note"] != "measured"]
     ((never, _),) = scaling_words.crossing(answers.assign(note="never", tokens=None))
     assert never.endswith("however many tokens there are")

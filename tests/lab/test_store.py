@@ -122,6 +122,22 @@ def test_unreadable_run_is_skipped_with_a_line(store: Store, case: str) -> None:
     assert store.done("demo", "aa11") is None
 
 
+def test_a_damaged_run_is_done_again_and_its_folder_kept(store: Store) -> None:
+    """With an unreadable table a run is not done; with an unreadable run.json its folder stays beside the new run."""
+    run = put(store)
+    (run.path / "tables" / "quality.parquet").write_bytes(b"PAR1")
+    runs, (problem,) = store.scan("demo")
+    assert [one.key for one in runs] == ["aa11"] and "quality.parquet: not readable" in problem
+    assert store.done("demo", "aa11") is None
+    for number in ("", "1"):
+        (run.path / "run.json").write_text("{")
+        (run.path / "mine.txt").write_text(number)
+        put(store)
+        kept = run.path.with_name(f"aa11.damaged{number}")
+        assert (kept / "mine.txt").read_text() == number and store.done("demo", "aa11") is not None
+    assert [one.key for one in store.runs("demo")] == ["aa11"]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 50, b"x" * 1000])
 def test_unreadable_table(store: Store, content: bytes) -> None:
     """A table that is no parquet file gives one StoreError line naming it."""

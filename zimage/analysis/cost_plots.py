@@ -188,7 +188,8 @@ def size_name(row: dict[str, float]) -> str:
     if not units.missing(row["batch"]):
         parts.append(f"batch {int(row['batch'])}")
     if not units.missing(row["caption_tokens"]):
-        parts.append(f"{int(row['caption_tokens'])} tokens")
+        tokens = int(row["caption_tokens"])
+        parts.append(f"{tokens} token{'s' * (tokens != 1)}")
     return ", ".join(parts)
 
 

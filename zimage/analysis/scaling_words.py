@@ -68,24 +68,40 @@ def axes(frame: pd.DataFrame | None) -> list[Said]:
         told = {"equivalent": 0, "not": 0, "undecided": 0}
         for row in records(shapes):
             told[{"equivalent": "equivalent", "inconclusive": "undecided"}.get(_verdict(row), "not")] += 1
-        text = f"of {len(shapes)} shape{'s' * (len(shapes) > 1)} beside a squarer one of as many tokens "
-        text += f"{told['equivalent']} take{'s' * (told['equivalent'] == 1)} the same time to 1 %, {told['not']} not"
-        text += f", {told['undecided']} undecided" * bool(told["undecided"])
+        beside = "beside a squarer one of as many tokens"
+        alike, other, unknown = told.values()
+        text = f"of {len(shapes)} shapes {beside} {alike} take{'s' * (alike == 1)} the same time to 1 %, "
+        text += f"{other} {'does' if other == 1 else 'do'} not"
+        text += f", {unknown} {'is' if unknown == 1 else 'are'} undecided" * bool(unknown)
+        if len(shapes) == 1:
+            text = {
+                alike: f"another shape {beside} takes the same time to 1 %",
+                other: f"another shape {beside} takes other time",
+                unknown: f"whether another shape {beside} takes as long is undecided",
+            }[1]
         found.append((text, tuple(map(_change, records(shapes)))))
-    for axis, words in (("batch", "an image in a batch of {}"), ("caption", "a step with {} caption tokens")):
+    for axis, words, beside in (
+        ("batch", "an image in a batch of {}", "in one of {}"),
+        ("caption", "a step with {} caption tokens", "one with {}"),
+    ):
         column = "batch" if axis == "batch" else "caption_tokens"
         rows = frame[(frame["axis"] == axis) & frame[column].notna() & frame[f"beside_{column}"].notna()]
         if rows.empty:
             continue
         row = records(rows.sort_values(column))[-1]
-        what, than = words.format(int(row[column])), f"than with {int(row[f'beside_{column}'])}"
+        what, other = words.format(int(row[column])), beside.format(int(row[f"beside_{column}"]))
         change = f"{units.percent(abs(row['ratio'] - 1))} {'less' if row['ratio'] < 1 else 'more'} time"
         text = {
-            "equivalent": f"{what} takes the same time to 1 % as with {int(row[f'beside_{column}'])}",
-            "inconclusive": f"whether {what} takes other time {than} is undecided",
-        }.get(_verdict(row), f"{what} takes {change} {than}")
+            "equivalent": f"{what} takes the same time to 1 % as {other}",
+            "inconclusive": f"whether {what} takes as long as {other} is undecided",
+        }.get(_verdict(row), f"{what} takes {change} than {other}")
         found.append((text, (_change(row), f"predicted {units.ratio(row['predicted_ratio'])}")))
     return found
+
+
+def _many(value: float) -> str:
+    """A number of images, thousands apart."""
+    return f"{value:,.0f}" if value >= 1000 else units.significant(value)
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -110,9 +126,9 @@ def throughput(frame: pd.DataFrame | None) -> list[Said]:
     for row in records(held if len(held) else rows.nlargest(1, "images_per_hour"))[:3]:
         size = f"{int(row['height'])} x {int(row['width'])} px"
         size += "" if units.missing(row["batch"]) else f", batch {int(row['batch'])}"
-        text = f"{units.significant(row['images_per_hour'])} images an hour of {size}, {int(row['steps'])} steps each, "
+        text = f"{_many(row['images_per_hour'])} images an hour of {size}, {int(row['steps'])} steps each, "
         text += "in bursts"
         if not units.missing(row["sustained_images_per_hour"]):
-            text += f", {units.significant(row['sustained_images_per_hour'])} sustained"
+            text += f", {_many(row['sustained_images_per_hour'])} sustained"
         found.append((text, ("denoising alone, without text encoder and image decoder",)))
     return found

@@ -100,7 +100,7 @@ def measured(store: Store) -> tuple[list[Measured], list[str], list[str]]:
                 rows += _rows(run)
             except StoreError as error:
                 problems.append(str(error))
-    return rows, sorted(devices), problems
+    return rows, sorted(devices), list(dict.fromkeys(problems))
 
 
 def judgements(claims: Sequence[Claim], store: Store) -> tuple[list[Judgement], list[str]]:

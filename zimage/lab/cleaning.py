@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from zimage.errors import InputError
+from zimage.errors import InputError, StoreError
 from zimage.lab import dashboard, terminal
 from zimage.lab.keys import NAMED_FACTS
 from zimage.lab.store import Run, Store
@@ -24,8 +24,17 @@ def removable(store: Store) -> list[tuple[Run, str]]:
     return [one for name in store.experiments() for one in _removable(store, name)]
 
 
+def unreadable(store: Store) -> list[str]:
+    """What of the store cannot be read and therefore stays, a line each."""
+    return list(dict.fromkeys(problem for name in store.experiments() for problem in store.scan(name)[1]))
+
+
 def _removable(store: Store, experiment: str) -> list[tuple[Run, str]]:
-    runs, asked = store.runs(experiment), set(store.experiment(experiment).get("run_keys", []))
+    runs = store.runs(experiment)
+    try:
+        asked = set(store.experiment(experiment).get("run_keys", []))
+    except StoreError:  # which runs the last sweep asked for is not known: none is superseded
+        asked = {run.key for run in runs}
     newest: dict[str, Run] = {}
     for run in sorted((run for run in runs if run.completed), key=_started):
         newest[_question(run)] = run
@@ -66,6 +75,7 @@ def clean(store: Store, yes: bool, dry_run: bool, as_json: bool) -> int:
 
     Raises InputError where nobody can be asked.
     """
+    terminal.skipped(unreadable(store))
     chosen = removable(store)
     runs = [_content(run, reason) for run, reason in chosen]
     lines = [_line(run, reason) for run, reason in chosen]

@@ -178,7 +178,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
             try:
                 tables[table] = run.table(table)
             except StoreError as error:
-                problems.append(str(error))
+                problems += [str(error)] if str(error) not in problems else []
         trend = None
         with _reported(run, problems):
             trend = trends.of(run, comparable[run.notebook, run.device], VERSIONS_ON_A_PAGE)
@@ -434,7 +434,7 @@ def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
     words = (
         *("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "attention ", "an ", "a ", "from "),
-        *("predicted ", "recipe "),
+        *("predicted ", "recipe ", "details ", "variables "),
     )
     return text[0].upper() + text[1:] if text.startswith(words) else text
 

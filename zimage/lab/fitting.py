@@ -25,14 +25,17 @@ def of_job(job: Job) -> Fit | None:
     """Whether a run fits the device that it is for, at the largest size it takes.
 
     None where that cannot be known: the notebook lacks the parameters that say what it computes, the device does not
-    tell its memory, or the model does not take such parameters, of which the run itself will speak.
+    tell its memory, or the model does not take such parameters, which `check` refuses.
     """
-    found = _largest(job)
+    try:
+        found = _largest(job)
+    except ZImageError:
+        return None
     return None if found is None else found[1]
 
 
 def _largest(job: Job) -> tuple[_Size, Fit] | None:
-    """The size of a run that needs the most memory, and its Fit."""
+    """The size of a run that needs the most memory, and its Fit. Raises InputError for sizes that no model takes."""
     values, device = job.parameters, Device.of(job.facts)
     if device is None or (device.total_bytes is None and device.recommended_bytes is None):
         return None
@@ -69,17 +72,24 @@ def _fit(source: str, root: Path, size: _Size, options: tuple[Any, ...], models:
     (height, width, batch, tokens), (dtype, quantization) = size, options
     try:
         info = keys.described(source, root)
-        return fitting.fits(info, height, width, batch, tokens, dtype, quantization, models, device=device)
     except ZImageError:
-        return None
+        return None  # the run says what is wrong with its source
+    return fitting.fits(info, height, width, batch, tokens, dtype, quantization, models, device=device)
 
 
 def check(jobs: Sequence[Job], force: bool) -> None:
     """Raise InputError where runs cannot fit, or only note it if `force`; note too where one is above what is advised.
 
-    One line names the first such run and how many there are.
+    One line names the first such run and how many there are. Raises InputError too for a run whose model does not take
+    its sizes, dtype or packing, whatever `force` is.
     """
-    found = [(job, *largest) for job in jobs if (largest := _largest(job)) is not None]
+    found = []
+    for job in jobs:
+        try:
+            largest = _largest(job)
+        except ZImageError as error:
+            raise InputError(f"{job.notebook.path.name}: {error}; nothing was started") from None
+        found += [(job, *largest)] if largest is not None else []
     for verdict in ("cannot fit", "tight"):
         such = [one for one in found if one[-1].verdict == verdict]
         if not such:

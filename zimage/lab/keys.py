@@ -143,6 +143,8 @@ def device_facts(device: str = "auto", python: str = "") -> dict[str, str]:
     if answer.returncode != 0 or not isinstance(facts, dict) or "device" not in facts:
         said = [line for line in answer.stderr.strip().splitlines() if line.strip()]
         reason = said[-1] if said else f"exit status {answer.returncode}"
+        if not python and answer.returncode == 2 and reason.startswith(f"zimage: device {device!r} is not known"):
+            raise BackendError(reason.removeprefix("zimage: "))
         asked, doctor = "the device", "zimage doctor"
         if python:
             asked, doctor = f"{python}: its zimage", f"{python} -m zimage doctor"

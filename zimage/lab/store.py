@@ -12,6 +12,7 @@ file, which the kernel lets go when the process ends, however it ends: so a fold
 """
 
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -126,6 +127,20 @@ class Run:
             raise StoreError(f"run {self.key} of {self.experiment!r} has no table {name!r}; it has {self.tables()}")
         return _frame(read_table(path, name))
 
+    def damaged(self) -> list[str]:
+        """A line for each recorded table that cannot be read, going by its footer."""
+        lines = []
+        for name in self.tables():
+            path = self.path / "tables" / f"{name}.parquet"
+            try:
+                pq.read_metadata(path)
+            except (pa.ArrowException, OSError, ValueError):
+                try:
+                    read_table(path, name)
+                except StoreError as error:
+                    lines.append(str(error))
+        return lines
+
     def pictures(self) -> list[Picture]:
         """The recorded pictures by name."""
         return [Picture(p.stem, p, _caption(p)) for p in sorted((self.path / "pictures").glob("*.png"))]
@@ -198,12 +213,13 @@ class Store:
         return content
 
     def scan(self, experiment: str) -> tuple[list[Run], list[str]]:
-        """All runs in the order they were asked for, older ones last, and a line for each that cannot be read."""
+        """All runs in the order they were asked for, older ones last, and a line for what of them cannot be read."""
         runs, problems = [], []
         folder = self.root / check_name(experiment)
         for path in sorted(folder.glob("[!.]*/run.json")):
             try:
                 runs.append(Run(path.parent, _checked(path, read_json(path))))
+                problems += runs[-1].damaged()
             except StoreError as error:
                 problems.append(str(error))
         try:
@@ -253,13 +269,13 @@ class Store:
         return list(dict.fromkeys(name for (_, name), seen in values.items() if len(seen) > 1))
 
     def done(self, experiment: str, key: str) -> Run | None:
-        """The completed run with that key, or None (absent, failed or unreadable)."""
+        """The completed run with that key, or None (absent, failed, or unreadable in one of its tables)."""
         path = self.root / check_name(experiment) / key / "run.json"
         try:
             run = Run(path.parent, _checked(path, read_json(path)))
         except StoreError:
             return None
-        return run if run.completed else None
+        return run if run.completed and not run.damaged() else None
 
     def find(self, what: str) -> Run:
         """The run that `what` names: a key, the start of one, or experiment/key. StoreError if none or several."""
@@ -315,7 +331,11 @@ class Store:
         return folder
 
     def commit(self, partial: Path, meta: dict[str, Any]) -> Run:
-        """Write run.json and put the folder in place, in the stead of an earlier one. The caller holds its lock."""
+        """Write run.json and put the folder in place, in the stead of an earlier one. The caller holds its lock.
+
+        An earlier folder whose run.json cannot be read stays beside it as KEY.damaged: its notebook and tables may be
+        all that is left of a measurement.
+        """
         _checked(partial / "run.json", meta)
         target = partial.parent / meta["run_key"]
         replaced = partial.with_suffix(".replaced")
@@ -323,7 +343,7 @@ class Store:
         try:
             sync_tree(partial)
             if target.exists():  # a folder cannot be renamed onto a full one
-                os.rename(target, replaced)
+                os.rename(target, replaced if _is_whole(target) else _free_name(target))
             os.rename(partial, target)
             sync(target.parent)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -409,6 +429,20 @@ def _locked(path: Path, wait_s: float) -> int | None:
         os.close(handle)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a run's folder says what it is, so that a newer run may take its place."""
+    try:
+        return bool(_checked(folder / "run.json", read_json(folder / "run.json")))
+    except StoreError:
+        return False
+
+
+def _free_name(folder: Path) -> Path:
+    """Where a run's folder that does not say what it is can stand, beside the run that takes its name."""
+    names = (folder.with_name(f"{folder.name}.damaged{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
 def _checked(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """`meta` if it is what run.json must hold, else StoreError."""
     if meta.get("schema") != SCHEMA_VERSION:
@@ -426,5 +460,5 @@ def _checked(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     if meta["status"] not in ("completed", "failed"):
         raise StoreError(f"{path}: status {meta['status']!r} is neither completed nor failed")
     if path.parent.name[0] != "." and meta["run_key"] != path.parent.name:
-        raise StoreError(f"{path}: says run_key {meta['run_key']!r}, but its folder has another name")
+        raise StoreError(f"{path}: says run_key {meta['run_key']!r}, but its folder has another name: rename it back")
     return meta

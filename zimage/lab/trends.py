@@ -60,7 +60,7 @@ def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
             if (trend := of(run, group)) is not None:
                 found.append(trend)
                 problems += [reason for one in trend.runs for reason in one.unreadable.values()]
-    return found, problems
+    return found, list(dict.fromkeys(problems))
 
 
 def content(found: Sequence[Trend]) -> list[dict[str, Any]]:
