@@ -10,7 +10,7 @@ from zimage.lab.store import Run
 _OF_THE_ROWS = (
     *("arms", "block_sizes", "details", "every", "ladder", "modes", "row_counts", "scopes", "sizes", "streams"),
     *("sustained_sizes", "tea", "thresholds", "unload", "variables"),
-    *("draws", "held_out", "mixes", "trajectories"),
+    *("correcting", "draws", "held_out", "mixes", "trajectories"),
 )
 
 
