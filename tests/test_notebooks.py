@@ -40,6 +40,8 @@ SHARED: dict[str, tuple[str, Any]] = {
     "seed": ("int", 0),
     "device": ("str", "auto"),
 }
+# Those whose arms draw digits, and how many rows that is with little work, what they are judged against among them.
+DRAWING = {"details": 2, "pareto": 5, "quantization": 4, "sensitivity": 4, "step_caching": 3}
 PLAIN = {"steps", "learning_rate", "weight_decay"}  # names that need no comment
 
 
@@ -148,6 +150,17 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
             assert set(frame["verdict"]) <= set(KNOWN_VERDICTS)
             holds_one = (frame["ratio_low"] <= 1) & (frame["ratio_high"] >= 1)
             assert ((frame["p_value"] > 0.05) == holds_one).all()
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in DRAWING], ids=lambda path: path.stem)
+def test_arms_are_shown_side_by_side(path: Path, ran: Callable[[Path], Run]) -> None:
+    """Where arms draw digits from the same noise, a grid with a row for each is kept, and is on the page."""
+    run = ran(path)
+    found = next(picture for picture in run.pictures() if picture.name == "digits_side_by_side")
+    with Image.open(found.path) as image:
+        assert image.height >= DRAWING[path.stem] * 40 and len(np.unique(np.asarray(image))) > 10
+    page = (run.path.parent / "index.html").read_text(encoding="utf-8")
+    assert found.caption in page and "digits_side_by_side.png" in page
 
 
 def test_every_loader_gives_the_model(ran: Callable[[Path], Run]) -> None:
