@@ -40,6 +40,8 @@ SHARED: dict[str, tuple[str, Any]] = {
     "seed": ("int", 0),
     "device": ("str", "auto"),
 }
+WITHOUT_VERDICT = {"loading", "profile_layers", "train_digits"}  # they show what is there and compare no arms
+TIME = re.compile(r"\b(second|minute|hour)s?\b")  # in words or digits, how long something takes
 # Those whose arms draw digits, and how many rows that is with little work, what they are judged against among them.
 DRAWING = {"details": 2, "pareto": 5, "quantization": 4, "sensitivity": 4, "step_caching": 3}
 PLAIN = {"steps", "learning_rate", "weight_decay"}  # names that need no comment
@@ -83,13 +85,31 @@ def test_there_are_notebooks_and_experiments() -> None:
 
 @EACH
 def test_a_notebook_opens_with_its_question(path: Path) -> None:
-    """The first cell is text whose heading is the question, with the command that runs it; the code follows."""
+    """The first cell is text whose heading is the question, with the command that runs it and how long that takes.
+
+    The code follows.
+    """
     first, *rest = cells(path)
     assert first["cell_type"] == "markdown"
     heading = first["source"].splitlines()[0]
     assert re.fullmatch(r"# .+\?", heading), heading
-    assert f"zimage run notebooks/{path.name}" in first["source"]
+    (command,) = (part for part in first["source"].split("\n\n") if part.startswith("**Command** "))
+    assert f"zimage run notebooks/{path.name}" in command and TIME.search(command), command
     assert any(cell["cell_type"] == "code" for cell in rest)
+
+
+@EACH
+def test_a_notebook_ends_with_its_verdict(path: Path) -> None:
+    """Its last heading is the verdict, and its last cell is the one of code that gives it."""
+    headings = [line for cell in cells(path) if cell["cell_type"] == "markdown" for line in headings_of(cell["source"])]
+    assert (headings[-1] == "## Verdict") == (path.stem not in WITHOUT_VERDICT), headings
+    if path.stem not in WITHOUT_VERDICT:
+        assert [cell["cell_type"] for cell in cells(path)[-2:]] == ["markdown", "code"]
+
+
+def headings_of(text: str) -> list[str]:
+    """The lines of a cell that are headings."""
+    return [line for line in text.splitlines() if line.startswith("#")]
 
 
 @EACH
@@ -150,6 +170,16 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
             assert set(frame["verdict"]) <= set(KNOWN_VERDICTS)
             holds_one = (frame["ratio_low"] <= 1) & (frame["ratio_high"] >= 1)
             assert ((frame["p_value"] > 0.05) == holds_one).all()
+
+
+@EACH
+def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], Run]) -> None:
+    """Executed it has at most three charts, and its verdict is a table, the last thing that it shows."""
+    outputs = [cell.get("outputs", []) for cell in cells(ran(path).path / "notebook.ipynb")]
+    charts = sum("application/vnd.plotly.v1+json" in one.get("data", {}) for some in outputs for one in some)
+    assert charts <= 3
+    if path.stem not in WITHOUT_VERDICT:
+        assert "<table" in "".join(outputs[-1][-1]["data"]["text/html"])
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in DRAWING], ids=lambda path: path.stem)
