@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import zimage
-from tests.sweeping import EXPERIMENTS, LEAST, ROOT, Command, Sweep, environment, on_digits, quick
+from tests.sweeping import EXPERIMENTS, LEAST, ROOT, SUITES, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, ladder, measure, orders, practices, scheduler, sources
 from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
@@ -41,7 +41,7 @@ SHARED: dict[str, tuple[str, Any]] = {
     "device": ("str", "auto"),
 }
 WITHOUT_VERDICT = {"loading", "profile_layers", "train_digits"}  # they show what is there and compare no arms
-TIME = re.compile(r"\b(second|minute|hour)s?\b")  # in words or digits, how long something takes
+TIME = re.compile(r"\d s\b|\b(second|minute|hour)s?\b")  # how long something takes, in words or digits
 # Those whose arms draw digits, and how many rows that is with little work, what they are judged against among them.
 DRAWING = {"details": 2, "pareto": 5, "quantization": 4, "sensitivity": 4, "step_caching": 3}
 PLAIN = {"steps", "learning_rate", "weight_decay"}  # names that need no comment
@@ -138,6 +138,17 @@ def test_one_parameter_name_has_one_meaning() -> None:
             words.setdefault(name, set()).add(line.partition("#")[2].strip())
     assert {name: found for name, found in types.items() if len(found) > 1} == {}
     assert {name: words[name] for name in SHARED if len(words.get(name, ())) > 1} == {}
+
+
+@pytest.mark.parametrize("file", [*EXPERIMENTS, *SUITES], ids=lambda path: path.stem)
+def test_an_experiment_says_how_long_it_takes(file: Path) -> None:
+    """The cost at its head names a time that is not --quick's, and one on a GPU for the published shape."""
+    head, _, rest = file.read_text(encoding="utf-8").partition("\nkind: ")
+    words = " ".join(line.lstrip("# ") for line in head.partition("\n# Cost: ")[2].splitlines())
+    said = [one for one in re.split(r"(?<=[.;:]) ", words) if "--quick" not in one]
+    assert any(TIME.search(one) for one in said), said
+    if '"synthetic:turbo"' in re.sub("#.*", "", rest) or file in SUITES:
+        assert any("H100" in one and TIME.search(one) for one in said), said
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
