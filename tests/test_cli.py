@@ -327,6 +327,7 @@ WRONG = {
     },
     "show nothing": (["show", "abc123"], "no run 'abc123'"),
     "show no source": (["show", "no/such"], "no/such"),
+    "show nonsense": (["show", "nope"], "no run, experiment or checkpoint 'nope'"),
     "results a file": (["list", "--results", "experiments/demo.yaml"], "is not a folder"),
     "report on nothing": (["report"], "no runs to report on"),
     **{

@@ -85,7 +85,7 @@ def test_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be read is a line on standard error, the JSON stays whole; of B, it does not pass for no regression."""
+    """What cannot be read is a line on standard error and rules no regression of B out; the JSON stays whole."""
     a, b = both(tmp_path)
     put(b, "bb22", parameters={"seed": 7})
     (b / "qkv" / "bb22" / "run.json").write_text("{")

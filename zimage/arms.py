@@ -154,12 +154,15 @@ def scopes(model: Transformer, example: Inputs, names: Iterable[str] = SCOPES) -
 
 
 def velocity_errors(
-    reference: Callable[..., mx.array], models: Mapping[str, Transformer], example: Inputs, weights_kind: str
+    reference: Callable[..., mx.array],
+    models: Mapping[str, Callable[..., mx.array]],
+    example: Inputs,
+    weights_kind: str,
 ) -> list[dict[str, Any]]:
     """Rows of a `quality` table: relative L2 error of each model's velocity against the reference's on one example.
 
-    reference: a model, or what gives its velocity; models: by the name of their arm; weights_kind: "trained" or
-    "synthetic", as `sources.describe` says it.
+    reference: a model, or what gives its velocity; models: such too, by the name of their arm; weights_kind: "trained"
+    or "synthetic", as `sources.describe` says it.
     """
     wanted = reference(*example)
     return [

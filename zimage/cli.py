@@ -374,6 +374,9 @@ def _source(what: str, no_run: StoreError, store: "Store") -> "SourceInfo":
     except ZImageError as error:
         experiment, _, key = what.rpartition("/")
         looks_like_run = experiment in store.experiments() if experiment else set(key) <= set("0123456789abcdef")
+        if not looks_like_run and "/" not in what and not Path(what).exists() and ":" not in what:
+            known = f"`zimage list` shows the runs in {store.root}, and a source is {sources.KNOWN_SOURCES}"
+            raise StoreError(f"no run, experiment or checkpoint {what!r}: {known}") from None
         raise (no_run if looks_like_run else error) from None
 
 

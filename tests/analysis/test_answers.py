@@ -157,6 +157,13 @@ def test_time_stands_against_error() -> None:
     assert reuse_plots.time_against_error(nothing["ablation"], nothing["quality"]).layout.height > 0
 
 
+def test_names_at_the_right_edge_have_room() -> None:
+    """The rightmost point of the figure has its name beside it, which the plot's own area does not hold."""
+    tables = stored(ablation=TIMES, quality=REUSE)
+    figure = reuse_plots.time_against_error(tables["ablation"], tables["quality"])
+    assert figure.layout.margin.r >= 90
+
+
 def test_the_page_has_the_verdicts() -> None:
     """A run of step_caching has a section with the figure and a row for each way; other runs have none."""
     (section,) = reuse_sections.sections(stored(quality=REUSE, ablation=TIMES), "c0")

@@ -254,7 +254,7 @@ def test_operations_without_peaks_are_not_placed() -> None:
 def test_the_prediction_is_judged_where_it_was_not_calibrated() -> None:
     """The error stated is of sizes held out, and a table without such sizes states none."""
     (found,) = findings(stored(scaling=fabricated.scaling()))
-    assert found.text == "calibrated at 3 sizes, the cost model predicts the others to 4.0 % in the median"
+    assert found.text == "calibrated at 3 sizes, the cost model is 4.0 % off in the median of others"
     assert found.evidence == ("3 sizes held out, at most 10.0 % off",)
     assert findings(stored(scaling=fabricated.scaling().assign(use="calibration"))) == []
 
@@ -377,3 +377,21 @@ def test_how_it_was_measured_is_said(regime: str, words: str) -> None:
     """A finding of sustained blocks or of fresh processes says so, or it would stand there twice with two numbers."""
     (found,) = findings(one("a", "b", "step", 0.95, 0.94, 0.96, "faster", regime=regime))
     assert found.text == f"a takes 5.0 % less time than b {words}"
+
+
+def test_a_distance_of_zero_is_still_beside_the_baselines() -> None:
+    """A Fréchet distance that is cut off at zero is no error that is zero by construction: the baseline's is told."""
+    rows = [
+        {"arm": arm, "metric": metric, "value": value, "low": low, "high": high}
+        for arm, metric, value, low, high in (
+            ("float32", "frechet_distance", 0.0, 0.0, 1.4),
+            ("8bit", "frechet_distance", 0.0, 0.0, 1.6),
+            ("float32", "relative_l2_error", 0.0, None, None),
+            ("8bit", "relative_l2_error", 0.01, None, None),
+        )
+    ]
+    ratios = fabricated.ablation(("8bit", "float32", "step", 1.2, None, None, "inconclusive"))
+    (found, *_) = findings(stored(ablation=ratios, quality=pd.DataFrame(rows)))
+    told = " ".join((found.text, *found.evidence))
+    assert "Fréchet distance 0 against 0 (intervals overlap)" in told and "error 0.0100 against" not in told
+    assert "(ratio 1.200, without an interval)" in found.short

@@ -80,8 +80,8 @@ def test_findings_say_what_is_needed_and_what_it_is_traded_for(tables: dict[str,
     assert texts == [
         (
             "a step of the published shape at 1024 x 1024 px is predicted to need 30.0 MB in bfloat16 and 12.0 MB in "
-            "4bit",
-            ("on cuda, before anything is allocated",),
+            "4bit on cuda, handed over at once",
+            ("predicted before anything is allocated; zimage.fast holds less",),
         ),
         ("predicted peaks are 7.5 % off in the median of 2 measured", ("from 5.0 % below to 10.0 % above",)),
         ("the most of a step is held from layers.0 on, 10.0 MB (6.00 MB before it)", ()),

@@ -91,10 +91,8 @@ def scaling(frame: pd.DataFrame | None) -> list[Text]:
     if held.empty:
         return []
     sizes = int((frame["use"] == "calibration").sum())
-    text = (
-        f"calibrated at {sizes} sizes, the cost model predicts the others to {units.percent(float(held.median()))} in "
-        "the median"
-    )
+    off = units.percent(float(held.median()))
+    text = f"calibrated at {sizes} sizes, the cost model is {off} off in the median of others"
     numbers = (
         f"{len(held)} size{'' if len(held) == 1 else 's'} held out, at most {units.percent(float(held.max()))} off"
     )
@@ -127,7 +125,7 @@ def loading(frame: pd.DataFrame | None) -> list[Text]:
     found = []
     for arm, row in rows.items():
         spread = f"{units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])}"
-        numbers = [f"{units.seconds(row['time_s'])} (of {row['rounds']}: {spread})"]
+        numbers = [units.seconds(row["time_s"]) + (f" (of {row['rounds']}: {spread})" if row["rounds"] > 1 else "")]
         if plain is None:
             text = f"{arm} loads in {units.seconds(row['time_s'])}"
         else:

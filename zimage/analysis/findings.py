@@ -305,8 +305,9 @@ def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list
         if arm not in rows.index:
             continue
         text = f"{metric_name(metric)} {metric_value(metric, rows.loc[arm, 'value'])}"
-        # The baseline's own error is zero by construction and says nothing; its accuracy does.
-        if baseline in rows.index and (is_fraction(metric) or rows.loc[baseline, "value"] != 0):
+        # The baseline's own error is zero by construction and says nothing; its accuracy and Fréchet distance do.
+        own = rows.loc[baseline, "value"] if baseline in rows.index else None
+        if own is not None and (is_fraction(metric) or metric.startswith("frechet") or own != 0):
             text += f" against {metric_value(metric, rows.loc[baseline, 'value'])}"
             text += _overlap(rows.loc[arm], rows.loc[baseline])
         texts.append((text, ""))
@@ -324,7 +325,7 @@ def _numbers(row: Mapping[str, object]) -> str:
     low, high = row.get("ratio_low"), row.get("ratio_high")
     text = f"ratio {units.ratio(row['ratio'])}"  # type: ignore[arg-type]
     if units.missing(low) or units.missing(high):
-        return text
+        return text + ", without an interval"
     # Only a tested comparison has a p-value and with it an interval of known coverage.
     kind = "interval" if units.missing(row.get("p_value")) else "95 % interval"
     return f"{text}, {kind} {units.ratio(low)} to {units.ratio(high)}"  # type: ignore[arg-type]

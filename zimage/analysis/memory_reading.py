@@ -154,7 +154,8 @@ def _needs(rows: pd.DataFrame) -> list[tuple[str, tuple[str, ...]]]:
     text = f"{where} {units.size(most['predicted_bytes'])} in {most['arm']}"
     if least["arm"] != most["arm"]:
         text += f" and {units.size(least['predicted_bytes'])} in {least['arm']}"
-    return [(text, (f"on {most['kind']}, before anything is allocated",))]
+    text += f" on {most['kind']}, handed over at once"
+    return [(text, ("predicted before anything is allocated; zimage.fast holds less",))]
 
 
 def _errors(rows: pd.DataFrame) -> list[tuple[str, tuple[str, ...]]]:

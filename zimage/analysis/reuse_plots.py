@@ -41,7 +41,7 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
             hovertemplate="<b>%{hovertext}</b><br>time ratio %{x:.3f}, error %{y:.2f} %<extra></extra>",
         )  # fmt: skip
     finish(figure, height=420)
-    figure.update_layout(legend={"xref": "paper"})
+    figure.update_layout(legend={"xref": "paper"}, margin={"r": 90})  # of which the rightmost names need some
     figure.update_xaxes(title_text="time of a trajectory beside the plain run's", zeroline=False)
     highest = 100 * float(rows[["value", "high"]].max().max()) if len(rows) else 1.0
     ends = [-0.08 * highest, 1.1 * highest]  # room for the names below what changes nothing

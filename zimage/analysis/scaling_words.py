@@ -69,14 +69,14 @@ def axes(frame: pd.DataFrame | None) -> list[Said]:
         for row in records(shapes):
             told[{"equivalent": "equivalent", "inconclusive": "undecided"}.get(_verdict(row), "not")] += 1
         beside = "beside a squarer one of as many tokens"
-        alike, other, unknown = told.values()
+        alike, others, unknown = told.values()
         text = f"of {len(shapes)} shapes {beside} {alike} take{'s' * (alike == 1)} the same time to 1 %, "
-        text += f"{other} {'does' if other == 1 else 'do'} not"
+        text += f"{others} {'does' if others == 1 else 'do'} not"
         text += f", {unknown} {'is' if unknown == 1 else 'are'} undecided" * bool(unknown)
         if len(shapes) == 1:
             text = {
                 alike: f"another shape {beside} takes the same time to 1 %",
-                other: f"another shape {beside} takes other time",
+                others: f"another shape {beside} takes other time",
                 unknown: f"whether another shape {beside} takes as long is undecided",
             }[1]
         found.append((text, tuple(map(_change, records(shapes)))))

@@ -7,7 +7,7 @@ from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_MODEL, OF_THE_ROWS
 from zimage.lab.store import Run
 
 # On how much arms are judged, and what recipes are made of: like OF_THE_ROWS nothing that a page's reader looks for.
-_OF_THE_JUDGING = ("draws", "held_out", "ladder", "mixes", "trajectories")
+_OF_THE_JUDGING = ("correcting", "draws", "held_out", "ladder", "mixes", "trajectories")
 
 
 def telling(runs: Sequence[Run], swept: Sequence[str]) -> list[str]:

@@ -20,7 +20,10 @@ CLOSE = 0.9  # of its error budget a recipe should use
 
 @dataclass(frozen=True)
 class Found:
-    """A mix that was chosen, `rounds` times corrected, and what it did when it was measured as a whole."""
+    """A mix that was chosen, `rounds` times corrected, and what it did when it was measured as a whole.
+
+    velocity: its error on the reference that it was made with. That is no judgement of a mix that was corrected by it.
+    """
 
     mix: Mix
     velocity: Damage
@@ -32,10 +35,11 @@ def within_error(
 ) -> Found:
     """The mix of the fewest bytes whose velocity, measured as a whole, errs by `most_error` at most.
 
-    reference: what it is measured on, best another than the choices are from, as those were made to suit their own.
-    Where it errs by more than the budget, or by less than CLOSE of it, the factor is corrected by what was measured and
-    another mix chosen, `rounds` times at most; of those within the budget the smallest is given. Raises InputError
-    where no mix is predicted or found to meet the budget.
+    reference: what it is measured and corrected on, best another than the choices are from, as those were made to suit
+    their own, and another than the mix is judged on, as that is made to suit this one. Where it errs by more than the
+    budget, or by less than CLOSE of it, the factor is corrected by what was measured and another mix chosen, `rounds`
+    times at most; of those within the budget the smallest is given. Raises InputError where no mix is predicted or
+    found to meet the budget.
     """
     best: Found | None = None
     mixing.require_positive(most_error, "error budget")

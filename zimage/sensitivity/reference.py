@@ -91,12 +91,12 @@ class Reference:
             mx.eval(found[-1])
         return self.damage(found)
 
-    def end(self, model: Transformer | None = None, step: int = 0, first: mx.array | None = None) -> Damage:
-        """The error of what trajectories end in [N] that a model, or for None the reference, draws from `step` on.
+    def drawn(self, model: Transformer | None = None, step: int = 0, first: mx.array | None = None) -> mx.array:
+        """What trajectories end in [N, C, H, W] that a model, or for None the reference, draws from `step` on.
 
         first: the velocity [N, C, H, W] of that step, where it is known.
         """
-        squared, wanted = [], []
+        ends = []
         for rows, captions in self._groups:
             latents = self.latents[step][rows]
             for now in range(step, self.steps):
@@ -106,9 +106,16 @@ class Reference:
                 else:
                     latents = scheduler.step(model or self.model, latents, captions, sigma, to)
                 mx.eval(latents)
-            squared.append(_squares(latents - self.latents[-1][rows]))
-            wanted.append(_squares(self.latents[-1][rows]))
-        return _finite(Damage(np.concatenate(squared), np.concatenate(wanted)))
+            ends.append(latents)
+        return mx.concatenate(ends)
+
+    def drift(self, drawn: mx.array) -> Damage:
+        """The error [N] of what trajectories ended in [N, C, H, W], as `drawn` gives it."""
+        return _finite(Damage(_squares(drawn - self.latents[-1]), _squares(self.latents[-1])))
+
+    def end(self, model: Transformer | None = None, step: int = 0, first: mx.array | None = None) -> Damage:
+        """The `drift` of what is `drawn` so."""
+        return self.drift(self.drawn(model, step, first))
 
     def damage(self, velocities: Sequence[mx.array]) -> Damage:
         """The error of velocities at `points`, one after the other."""
