@@ -12,6 +12,7 @@ from itertools import zip_longest
 
 from zimage.analysis import units
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -151,6 +152,12 @@ def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
     """upper - lower, element by element; missing where either side is, or has no elements."""
     pairs = zip_longest(upper, lower)
     return [math.nan if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
+
+
+def along(values: "pd.Series[float]", logarithmic: bool = False) -> "pd.Series[float]":
+    """Where values stand on an axis from the least, 0, to the largest, 1."""
+    places = values.map(math.log) if logarithmic else values
+    return (places - places.min()) / ((places.max() - places.min()) or 1.0)
 
 
 def sides_of_names(names: Iterable[object], x: Iterable[float], y: Iterable[float]) -> dict[str, str]:

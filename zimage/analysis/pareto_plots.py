@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zimage.analysis import units
-from zimage.analysis.drawing import INK, finish, log_ticks, plain, sides_of_names, whiskers
+from zimage.analysis.drawing import INK, along, finish, log_ticks, plain, sides_of_names, whiskers
 from zimage.analysis.pareto import CATEGORIES, usable
 from zimage.analysis.reading import records
 
@@ -70,7 +70,7 @@ def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> 
     ground = float(positive.min()) / _NO_ERROR if len(positive) else 1.0  # where what has no error is drawn
     rows = rows.assign(
         y=rows["error"].clip(lower=ground), low=rows["error_low"].clip(lower=ground),
-        along=_along(rows["x"], logarithmic), up=_along(rows["error"].clip(lower=ground), logarithmic=True),
+        along=along(rows["x"], logarithmic), up=along(rows["error"].clip(lower=ground), logarithmic=True),
     )  # fmt: skip
     ranked = rows.sort_values(["category", "along", "up"], ascending=[True, True, False], key=_rank)
     sides = sides_of_names(ranked["arm"], ranked["along"], ranked["up"])
@@ -105,12 +105,6 @@ def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> 
 def _rank(values: "pd.Series[Any]") -> "pd.Series[Any]":
     """Categories in their order, so that names of the front find a place before others do."""
     return values.map(CATEGORIES.index) if values.name == "category" else values
-
-
-def _along(values: "pd.Series[float]", logarithmic: bool) -> "pd.Series[float]":
-    """Where values stand on an axis from the least, 0, to the largest, 1."""
-    places = values.map(math.log) if logarithmic else values
-    return (places - places.min()) / ((places.max() - places.min()) or 1.0)
 
 
 def _error_axis(rows: pd.DataFrame, ground: float) -> dict[str, Any]:

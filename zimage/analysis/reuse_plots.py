@@ -2,7 +2,7 @@
 
 from zimage.analysis import tables
 from zimage.analysis.answers import PLAIN_RUN
-from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, finish, plain, sides_of_names, whiskers
+from zimage.analysis.drawing import ARM_COLORS, BASELINE_COLOR, along, finish, plain, sides_of_names, whiskers
 from zimage.analysis.reading import DRIFT, final_step
 
 import pandas as pd
@@ -24,8 +24,7 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
     figure = go.Figure()
     plain_runs, ways = pd.concat([itself, rows[fewer]]), rows[~fewer]
     places = pd.concat([ways, plain_runs])  # names of ways find theirs first
-    along, up = (_along(places[column]) for column in ("ratio", "value"))
-    sides = sides_of_names(places.index, along, up)
+    sides = sides_of_names(places.index, along(places["ratio"]), along(places["value"]))
     for own, name, mode, color, symbol in (
         (plain_runs, "plain runs of fewer steps", "lines+markers+text", BASELINE_COLOR, "circle"),
         (ways, "reusing steps", "markers+text", ARM_COLORS[0], "diamond"),
@@ -47,8 +46,3 @@ def time_against_error(ablation: pd.DataFrame, quality: pd.DataFrame) -> go.Figu
     ends = [-0.08 * highest, 1.1 * highest]  # room for the names below what changes nothing
     figure.update_yaxes(type="linear", range=ends, title_text="error at the end (%)", title_font={"size": 12})
     return figure
-
-
-def _along(values: "pd.Series[float]") -> "pd.Series[float]":
-    """Where values stand on an axis from the least, 0, to the largest, 1."""
-    return (values - values.min()) / ((values.max() - values.min()) or 1.0)
