@@ -394,16 +394,23 @@ def test_packed_products_are_fused_and_claims_stay_open(tmp_path: Path, capsys: 
         ({"arms": '["fused_kv"]'}, "arms: 'fused_kv' is not known; known are fused_qkv"),
         ({"scopes": '["qkv"]'}, "scopes must hold 'step'"),
         ({"processes": 3}, "processes must be 0 or at least 8, found 3"),
-        ({"quantization": "9bit"}, "'9bit'"),
     ],
 )
 @WITHOUT_KERNEL
 def test_qkv_fusion_refuses_before_it_measures(given: dict[str, Any], words: str, tmp_path: Path) -> None:
-    """Arms, scopes, packings and numbers of processes that there are not end the run in one line, nothing measured."""
+    """Arms, scopes and numbers of processes that there are not end the run in one line, nothing measured."""
     assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, **given, **LEAST) == 1
     (run,) = Store(tmp_path).runs("qkv_fusion")
     assert words in run.meta["error"] and "\n" not in run.meta["error"]
     assert set(run.tables()) <= {"environment"}
+
+
+def test_a_packing_that_there_is_not_starts_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the model does not take is told in one line before a kernel starts, and leaves no failed run."""
+    assert zimage_run(ROOT / "notebooks" / "qkv_fusion.ipynb", tmp_path, quantization="9bit") == 2
+    line = capsys.readouterr().err
+    assert "unknown quantization '9bit'" in line and line.endswith("nothing was started\n") and line.count("\n") == 1
+    assert not Store(tmp_path).runs("qkv_fusion")
 
 
 def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run]) -> None:

@@ -119,7 +119,7 @@ BAD_LEVELS: list[tuple[Any, Any, str]] = [
     (True, 1.0, "steps must be"),
     (scheduler.MAX_STEPS + 1, 1.0, "steps must be"),
     (10**20, 1.0, "steps must be"),
-    (8, 0, "shift must be a positive number, found 0"),
+    (8, 0, "shift must be a positive number below 1e9, found 0"),
     (8, -1.0, "shift must be"),
     (8, float("nan"), "shift must be"),
     (8, float("inf"), "shift must be"),
