@@ -101,6 +101,14 @@ def test_ablation_of_unknown_verdict_is_inconclusive() -> None:
     assert [trace.name for trace in plots.ablation(stored("ablation", frame)).data] == ["inconclusive"]
 
 
+def test_what_was_not_measured_has_no_place() -> None:
+    """An arm without a ratio, such as one left out on this device, takes no row of the chart."""
+    rows = [("a", "b", "step", 0.9, 0.8, 0.95, "faster"), ("left_out", "b", "step", None, None, None, None)]
+    figure = plots.ablation(stored("ablation", fabricated.ablation(*rows)))
+    assert list(figure.layout.yaxis.ticktext) == ["a"] and len(figure.data) == 1
+    assert not plots.ablation(stored("ablation", fabricated.ablation(rows[1]))).data
+
+
 def test_an_interval_without_an_end_has_no_whisker() -> None:
     """Of too few quads every ratio is in the interval: no whisker, no cap, and the axis keeps to the estimates."""
     figure = plots.ablation(stored("ablation", fabricated.ablation(("a", "b", "step", 0.9, 0.0, math.inf, "?"))))

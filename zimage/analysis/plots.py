@@ -90,14 +90,16 @@ def stages(frame: pd.DataFrame) -> go.Figure:
 def ablation(frame: pd.DataFrame, delta: float = 0.01) -> go.Figure:
     """Forest plot: every arm's time ratio to its baseline, with its interval, and a band of +-delta about 1.
 
-    `frame` is an `ablation` table; a column `case`, if there, is added to the labels. Left of 1 is less time.
+    `frame` is an `ablation` table; a column `case`, if there, is added to the labels. Left of 1 is less time. Arms that
+    were not measured have no place in it.
     """
     frame = tables.complete("ablation", frame)
+    frame = frame[frame["ratio"].notna()]
     labels = ablation_labels(frame)
     figure = go.Figure()
     verdicts = frame["verdict"].where(frame["verdict"].isin(list(VERDICTS)), "inconclusive")
     for verdict, (color, symbol) in VERDICTS.items():
-        chosen = (verdicts == verdict) & frame["ratio"].notna()
+        chosen = verdicts == verdict
         group = frame[chosen]
         if group.empty:
             continue

@@ -434,7 +434,7 @@ def _opening(text: str) -> str:
     """A clause as the start of a line: names of arms and stages stay as they are."""
     words = (
         *("the ", "whether ", "no ", "and ", "calibrated ", "of ", "beside ", "attention ", "an ", "a ", "from "),
-        *("predicted ", "recipe ", "details ", "variables "),
+        *("predicted ", "recipe ", "details ", "variables ", "left out "),
     )
     return text[0].upper() + text[1:] if text.startswith(words) else text
 
