@@ -20,6 +20,7 @@ from zimage.transformer import Transformer
 from zimage.transforms import (
     blocks,
     fuse_gate_up,
+    fuse_modulation,
     fuse_qkv,
     fuse_qkv_copied,
     join_blocks,
@@ -31,10 +32,14 @@ from zimage.weights import load_transformer
 import mlx.core as mx
 
 FAST = (  # what makes the fast step, in this order
-    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "join_blocks"),
-    *("compile_blocks", "submit_early", "keep_captions"),
+    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu"),
+    *("join_blocks", "compile_blocks", "submit_early", "keep_captions"),
 )
-_STACKED = {"fuse_qkv": "attention", "fuse_gate_up": "feed_forward"}  # transforms that make new weights, in which part
+_STACKED = {  # transforms that make new weights, in which part of a block
+    "fuse_qkv": "attention",
+    "fuse_gate_up": "feed_forward",
+    "fuse_modulation": "adaLN_modulation",
+}
 
 
 def fast(model: Transformer) -> Transformer:
@@ -61,6 +66,7 @@ def fast(model: Transformer) -> Transformer:
 TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
+    "fuse_modulation": fuse_modulation,
     "fuse_norm_rope": fusing.fuse_norm_rope,
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
@@ -131,8 +137,8 @@ def changed(model: Transformer, name: str, *examples: Inputs) -> Transformer:
 def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples: Inputs) -> dict[str, Transformer]:
     """The model after each of several lists of transforms, by the names of the lists.
 
-    All share the model's arrays and one copy of the weights that fuse_qkv and fuse_gate_up stack, which therefore come
-    first in every list. Raises InputError as `transformed`.
+    All share the model's arrays and one copy of the weights that _STACKED transforms make, which therefore come first
+    in every list. Raises InputError as `transformed`.
     """
     for names in wanted.values():
         require_known(names)
@@ -142,8 +148,10 @@ def variants(model: Transformer, wanted: Mapping[str, Sequence[str]], *examples:
     for arm, names in wanted.items():
         start = clone(stacked)
         for (_, block), (_, plain) in zip(blocks(start), blocks(model), strict=True):
-            for part in [part for name, part in _STACKED.items() if name not in used[arm]]:
+            for part in [part for name, part in _STACKED.items() if name not in used[arm] and part in plain]:
                 block[part] = clone(plain[part])
+        if "fuse_modulation" not in used[arm]:
+            start.stacked_modulation = None
         found[arm] = transformed(start, names, *examples)
     return found
 

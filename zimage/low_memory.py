@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from zimage.errors import InputError, WeightsError, require_integer
 from zimage.layers import as_class, clone
+from zimage.modulation import Modulation
 from zimage.transformer import Transformer, TransformerBlock, weight_bytes
 from zimage.transforms import blocks, fuse_gate_up, fuse_qkv
 from zimage.weights import Unread, require_room
@@ -176,7 +177,11 @@ class StreamedBlock(TransformerBlock):
     number: int
 
     def __call__(
-        self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
+        self,
+        x: mx.array,
+        rotation: mx.array,
+        mask: mx.array | None = None,
+        temb: mx.array | Modulation | None = None,
     ) -> mx.array:
         block = clone(self)
         block.update(tree_unflatten(list(self.reader.take(self.number).items())))

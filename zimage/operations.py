@@ -368,7 +368,7 @@ def _inputs_of(model: Transformer, example: Example, stage: str) -> Values:
         return arguments[0]
 
     watched = clone(model)
-    watched.joined = False  # a block is given no more than its own input
+    watched.joined, watched.stacked_modulation = False, None  # a block is given no more than its own input
     watched[part][int(index)] = record
     names, run = stage_prefix(watched, example)
     run(names.index(stage) + 1)

@@ -227,8 +227,10 @@ def _joined(state: State) -> State:
 
 def _modulated(state: State, stage: Stage) -> mx.array:
     """The first main block's input after its norm and modulation."""
-    assert isinstance(stage.module, TransformerBlock) and state.joint is not None and state.temb is not None
-    return stage.module.before_attention(state.joint, stage.module.modulation(state.temb)[0])
+    assert isinstance(stage.module, TransformerBlock) and state.joint is not None
+    temb = state.of_timestep(stage.module)
+    assert temb is not None
+    return stage.module.before_attention(state.joint, stage.module.modulation(temb)[0])
 
 
 class StepCached(Transformer):

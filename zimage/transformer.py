@@ -4,8 +4,8 @@ Shapes: B batch, C channels, H x W latent rows and columns, L tokens, D width, N
 Module attributes carry the checkpoint's names, so a checkpoint's tensors load under the names they have.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -19,6 +19,7 @@ from zimage.config import (
 )
 from zimage.errors import InputError
 from zimage.kernels import heads, stream
+from zimage.modulation import Modulation, Stacked
 from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
 
 import mlx.core as mx
@@ -151,8 +152,13 @@ class TransformerBlock(nn.Module):
         if modulation:
             self.adaLN_modulation = [kernels.Linear(config.temb_dim, 4 * config.dim)]
 
-    def modulation(self, temb: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D], gates before tanh."""
+    def modulation(self, temb: mx.array | Modulation) -> Modulation:
+        """Scale and gate of the attention, scale and gate of the feed-forward, each [B, 1, D], gates before tanh.
+
+        temb: the timestep's embedding [B, temb_dim], or what is given back, computed for all blocks at once.
+        """
+        if isinstance(temb, tuple):
+            return temb
         scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(self.adaLN_modulation[0](temb)[:, None, :], 4, axis=-1)
         return scale_msa, gate_msa, scale_mlp, gate_mlp
 
@@ -193,7 +199,11 @@ class TransformerBlock(nn.Module):
         return x_new, normed
 
     def __call__(
-        self, x: mx.array, rotation: mx.array, mask: mx.array | None = None, temb: mx.array | None = None
+        self,
+        x: mx.array,
+        rotation: mx.array,
+        mask: mx.array | None = None,
+        temb: mx.array | Modulation | None = None,
     ) -> mx.array:
         call: Callable[..., mx.array] = launching.compiled(self, "forward") if self.compiles else self.forward
         return call(x, rotation, mask, temb)
@@ -208,23 +218,24 @@ class TransformerBlock(nn.Module):
         x: mx.array,
         rotation: mx.array,
         mask: mx.array | None,
-        temb: mx.array,
+        temb: mx.array | Modulation,
         ahead: "Ahead | None",
-        following: "TransformerBlock | None",
+        following: "tuple[TransformerBlock, mx.array | Modulation] | None",
     ) -> tuple[mx.array, "Ahead | None"]:
         """The block's output, from what the block before computed `ahead`, and that for the `following` block.
 
-        What was computed for another block, or for another input than x, is left.
+        following: with what it takes as its own temb. What was computed for another block, or for another input than x,
+        is left.
         """
         if ahead is not None and not (ahead.block is self and ahead.x is x):
             ahead = None
         modulation = self.modulation(temb) if ahead is None else ahead.modulation
         normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
-        its = None if following is None else following.modulation(temb)
-        weight = None if following is None else following.attention_norm1.weight
+        its = None if following is None else following[0].modulation(following[1])
+        weight = None if following is None else following[0].attention_norm1.weight
         call = launching.compiled(self, "forward_joined") if self.compiles else self.forward_joined
         found = call(x, normed, rotation, mask, modulation[1:], weight, None if its is None else its[0])
-        ahead = None if following is None or its is None else Ahead(following, found[0], its, found[1])
+        ahead = None if following is None or its is None else Ahead(following[0], found[0], its, found[1])
         return found[0], ahead
 
     def forward_joined(
@@ -252,7 +263,9 @@ class TransformerBlock(nn.Module):
         layers = [layer for part in parts for layer in (part if isinstance(part, list) else [part])]
         return sum(layer.unpacked_bytes(itemsize) for layer in layers if isinstance(layer, kernels.QuantizedLinear))
 
-    def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
+    def forward(
+        self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | Modulation | None
+    ) -> mx.array:
         """The block's output, [B, L, D]."""
         scale_msa = gate_msa = scale_mlp = gate_mlp = None
         if "adaLN_modulation" in self:
@@ -269,7 +282,7 @@ class Ahead:
 
     block: TransformerBlock
     x: mx.array
-    modulation: tuple[mx.array, mx.array, mx.array, mx.array]
+    modulation: Modulation
     normed: mx.array
 
 
@@ -292,14 +305,15 @@ class State:
     """What lies between two stages: the inputs, and those activations that later stages still need.
 
     temb [B, temb_dim]; image [B, L_image, D] and caption [B, L_caption, D] until the first main block joins them into
-    joint [B, L_image + L_caption, D]; what a joined block computes `ahead`, which is no part of its output; velocity
-    [B, C, H, W] at the end.
+    joint [B, L_image + L_caption, D]; the modulations of blocks by their ids, where they are computed all at once; what
+    a joined block computes `ahead`, which is no part of its output; velocity [B, C, H, W] at the end.
     """
 
     latents: mx.array
     timestep: mx.array
     caption_features: Captions
     temb: mx.array | None = None
+    modulations: Mapping[int, Modulation] = field(default_factory=dict)
     image: mx.array | None = None
     caption: mx.array | None = None
     joint: mx.array | None = None
@@ -308,8 +322,13 @@ class State:
 
     def arrays(self) -> list[mx.array]:
         """What the stages so far have computed and must be evaluated for their work to be done."""
-        computed = (self.temb, self.image, self.caption, self.joint, self.velocity)
+        first = next((one[0] for one in self.modulations.values()), None)  # of one product with the others
+        computed = (self.temb, first, self.image, self.caption, self.joint, self.velocity)
         return [a for a in computed if a is not None]
+
+    def of_timestep(self, block: TransformerBlock) -> mx.array | Modulation | None:
+        """What a block is given as its temb: its modulation where that is computed already."""
+        return self.modulations.get(id(block), self.temb)
 
 
 @dataclass(frozen=True)
@@ -346,6 +365,7 @@ class Transformer(nn.Module):
     submission: launching.Policy | None = None  # `transforms.submit_early` and `execution` set it
     kept_captions: caching.KeptCaptions | None = None  # `transforms.keep_captions` sets it
     joined = False  # `transforms.join_blocks` sets it
+    stacked_modulation: Stacked | None = None  # `transforms.fuse_modulation` sets it
     compiled = False  # `execution.compile_step` sets it
     layout: Layout = PUBLISHED  # `details` sets it, and in what a trajectory's latents are kept between steps
     latents_dtype: mx.Dtype = mx.float32
@@ -496,7 +516,15 @@ class Transformer(nn.Module):
 
     def _embed_timestep(self, state: State) -> State:
         temb = self.t_embedder(state.timestep.astype(mx.float32) * self.config.t_scale, self.dtype)
-        return replace(state, temb=temb)
+        if self.stacked_modulation is None:
+            return replace(state, temb=temb)
+        return replace(state, temb=temb, modulations=self.stacked_modulation.of_blocks(self._modulated(), temb))
+
+    def _modulated(self) -> Iterator[tuple[str, TransformerBlock]]:
+        """The blocks with a modulation of their own, with their paths."""
+        for part in ("noise_refiner", "layers"):
+            for i, block in enumerate(self[part]):
+                yield f"{part}.{i}", block
 
     def _embed_latents(self, geo: Geometry, patch: int) -> Callable[[State], State]:
         def run(state: State) -> State:
@@ -526,7 +554,7 @@ class Transformer(nn.Module):
 def _refine_image(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
     def run(state: State) -> State:
         assert state.image is not None
-        return replace(state, image=block(state.image, geo.image_rotation, None, state.temb))
+        return replace(state, image=block(state.image, geo.image_rotation, None, state.of_timestep(block)))
 
     return run
 
@@ -542,7 +570,7 @@ def _refine_caption(block: TransformerBlock, geo: Geometry) -> Callable[[State],
 def _main_block(block: TransformerBlock, geo: Geometry) -> Callable[[State], State]:
     def run(state: State) -> State:
         joint = _joint(state)
-        joint = block(joint, geo.joint_rotation, _as(geo.joint_mask, joint), state.temb)
+        joint = block(joint, geo.joint_rotation, _as(geo.joint_mask, joint), state.of_timestep(block))
         return replace(state, image=None, caption=None, joint=joint)
 
     return run
@@ -552,10 +580,11 @@ def _joined_block(
     block: TransformerBlock, geo: Geometry, following: TransformerBlock | None
 ) -> Callable[[State], State]:
     def run(state: State) -> State:
-        assert state.temb is not None
-        joint = _joint(state)
-        mask = _as(geo.joint_mask, joint)
-        joint, ahead = block.joined(joint, geo.joint_rotation, mask, state.temb, state.ahead, following)
+        joint, temb = _joint(state), state.of_timestep(block)
+        its = None if following is None else state.of_timestep(following)
+        assert temb is not None
+        mask, after = _as(geo.joint_mask, joint), None if following is None or its is None else (following, its)
+        joint, ahead = block.joined(joint, geo.joint_rotation, mask, temb, state.ahead, after)
         return replace(state, image=None, caption=None, joint=joint, ahead=ahead)
 
     return run
@@ -574,7 +603,7 @@ def _finish(final: FinalLayer, patch: int) -> Callable[[State], State]:
         assert state.joint is not None and state.temb is not None
         size = (state.latents.shape[2], state.latents.shape[3])
         tokens = final(state.joint[:, : size[0] * size[1] // patch**2], state.temb)
-        return replace(state, temb=None, joint=None, velocity=unpatchify(tokens, size, patch))
+        return replace(state, temb=None, modulations={}, joint=None, velocity=unpatchify(tokens, size, patch))
 
     return run
 

@@ -21,6 +21,7 @@ from zimage.layers import (
     split_rows,
     stack_rows,
 )
+from zimage.modulation import Modulation, Stacked
 from zimage.quantization import Quantization, entry
 from zimage.recipes import Asked
 from zimage.transformer import Attention, FeedForward, TimestepEmbedder, Transformer, TransformerBlock
@@ -91,7 +92,9 @@ class MaskedTransformerBlock(TransformerBlock):
         """The mask that hides nothing of x."""
         return _all_ones(x.shape[1])
 
-    def forward(self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | None) -> mx.array:
+    def forward(
+        self, x: mx.array, rotation: mx.array, mask: mx.array | None, temb: mx.array | Modulation | None
+    ) -> mx.array:
         return super().forward(x, rotation, self.ones(x) if mask is None else mask, temb)
 
     def forward_joined(
@@ -248,6 +251,30 @@ def fuse_gate_up(model: Transformer) -> Transformer:
     return _fuse(model, "feed_forward", FusedGateUpFeedForward)
 
 
+def fuse_modulation(model: Transformer) -> Transformer:
+    """The AdaLN modulation of all blocks from one product at the step's start, instead of one in each block.
+
+    It depends on the timestep alone. Covers the operation adaln of every block, whose work is then in the stage
+    t_embedder. Blocks keep their own layers, as parts of the stacked arrays, and one whose weights are replaced
+    afterwards computes its own modulation again: apply it after what makes new weights. Exact up to rounding, also on
+    quantized weights. Raises InputError where the blocks' layers are quantized differently.
+    """
+    require_loaded(model, "fuse")
+    new = clone(model)
+    modulated = {path: block for path, block in blocks(new) if "adaLN_modulation" in block}
+    known = new.stacked_modulation
+    if known is not None and all(known.holds(path, block) for path, block in modulated.items()):
+        return new
+    try:
+        stacked = Stacked.of({path: block.adaLN_modulation[0] for path, block in modulated.items()})
+    except InputError as error:
+        raise InputError(f"adaLN_modulation: {error}") from None
+    for path, block in modulated.items():
+        block.adaLN_modulation = [clone(stacked.parts[path])]  # its arrays may be replaced, those of the stack stay
+    new.stacked_modulation = stacked
+    return new
+
+
 def compile_blocks(model: Transformer) -> Transformer:
     """The model whose blocks are compiled by MLX: each is traced once, and what is left between its kernels is fused.
 
@@ -318,6 +345,7 @@ def unfuse(model: Transformer) -> Transformer:
             block.attention = block.attention.unfused()
         if isinstance(block.feed_forward, FusedGateUpFeedForward):
             block.feed_forward = block.feed_forward.unfused()
+    plain.stacked_modulation = None
     return plain
 
 
