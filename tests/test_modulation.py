@@ -66,7 +66,7 @@ def test_one_product_takes_the_place_of_each_block_s() -> None:
     assert not any(layer is block.adaLN_modulation[0] for layer in calls for block in fused.layers)
     example = inputs.example(model, "synthetic:tiny", 32, 32, 2, 3, 0)
     names, prefix = operations.stage_prefix(fused, example)
-    assert names[0] == "t_embedder" and prefix(1)[1].shape == (2, 1, PLAIN.dim)  # the stage does the product
+    assert names[0] == "t_embedder" and prefix(1)[1].shape == (2, 1, 4 * PLAIN.dim)  # the stage does the product
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "nvfp4"])
@@ -83,7 +83,7 @@ def test_layers_packed_differently_are_refused_and_left_by_the_fast_model() -> N
     """One line names the layer and both ways; the fast model then leaves modulation to the blocks."""
     recipe = {"rules": [{"pattern": "layers.1.adaLN_modulation.0", "quantization": "8bit"}]}
     packed = transforms.quantize(synthetic(PLAIN), recipe)
-    with pytest.raises(InputError, match="^adaLN_modulation: projections of one fused group must be stored alike"):
+    with pytest.raises(InputError, match=r"^adaLN_modulation: projections of one fused group must be stored alike"):
         transforms.fuse_modulation(packed)
     fast = arms.fast(packed)
     assert fast.stacked_modulation is None

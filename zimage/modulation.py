@@ -1,6 +1,6 @@
 """The AdaLN modulation of all blocks from one product, in the place of one for each block."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,42 +14,47 @@ Modulation = tuple[mx.array, mx.array, mx.array, mx.array]  # scale and gate of 
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """One linear layer whose output is that of every modulated block's, and which rows of it are whose.
+    """One linear layer whose output is that of every modulated block's, and the rows of it that are each block's.
 
-    parts: the blocks' own layers by path, in order. They share the stacked layer's arrays, so that nothing is stored
-    twice.
+    parts: the blocks' own layers in order. They share the stacked layer's arrays, so that nothing is stored twice.
     """
 
     layer: nn.Module
-    parts: Mapping[str, nn.Module]
+    parts: Sequence[nn.Module]
 
     @classmethod
-    def of(cls, layers: Mapping[str, Any]) -> "Stacked":
-        """Of blocks' modulating layers by path. Raises InputError where they are stored in different ways."""
-        joint = stack_rows(list(layers.values()))
-        rows = [_rows(layer) for layer in layers.values()]
-        parts = dict(zip(layers, split_rows(joint, rows), strict=True))
-        mx.eval(joint.parameters(), [part.parameters() for part in parts.values()])
+    def of(cls, layers: Sequence[Any]) -> "Stacked":
+        """Of blocks' modulating layers. Raises InputError where they are stored in different ways."""
+        joint = stack_rows(list(layers))
+        parts = split_rows(joint, [_rows(layer) for layer in layers])
+        mx.eval(joint.parameters(), [part.parameters() for part in parts])
         return cls(joint, parts)
 
-    def of_blocks(self, blocks: Iterable[tuple[str, Any]], temb: mx.array) -> dict[int, Modulation]:
-        """The modulation of `blocks`, pairs of path and block, by the blocks' ids; of temb [B, temb_dim].
+    def at(self, temb: mx.array) -> "Modulations":
+        """All modulations for temb [B, temb_dim]."""
+        product: Any = self.layer(temb)
+        pieces: Any = mx.split(product[:, None, :], len(self.parts), axis=-1)
+        return Modulations(self, pieces)
 
-        A block is left out where it has none, and where its layer's arrays were replaced since.
-        """
-        places = {path: 4 * place for place, path in enumerate(self.parts)}
-        wanted = {id(block): places[path] for path, block in blocks if path in places and self.holds(path, block)}
-        if not wanted:
-            return {}
-        product: Any = self.layer(temb)[:, None, :]
-        pieces = mx.split(product, 4 * len(places), axis=-1)
-        return {block: (pieces[at], pieces[at + 1], pieces[at + 2], pieces[at + 3]) for block, at in wanted.items()}
+    def holds(self, place: int, layer: nn.Module) -> bool:
+        """Whether `layer` is still the one that was stacked at this place: of its kind, with the same arrays."""
+        part = self.parts[place]
+        return type(layer) is type(part) and layer.keys() == part.keys() and all(layer[k] is part[k] for k in part)
 
-    def holds(self, path: str, block: Any) -> bool:
-        """Whether the block called `path` still modulates by the arrays that were stacked."""
-        own = block.adaLN_modulation[0]
-        part = self.parts[path]
-        return type(own) is type(part) and own.keys() == part.keys() and all(own[k] is part[k] for k in part)
+
+@dataclass(frozen=True)
+class Modulations:
+    """Those of one step: for each place of `stacked` scale, gate, scale and gate side by side, [B, 1, 4 D]."""
+
+    stacked: Stacked
+    pieces: Sequence[mx.array]
+
+    def of(self, place: int, layer: nn.Module) -> Modulation | None:
+        """That of the block at this place with this layer; None where its arrays were replaced since."""
+        if not self.stacked.holds(place, layer):
+            return None
+        scale_msa, gate_msa, scale_mlp, gate_mlp = mx.split(self.pieces[place], 4, axis=-1)
+        return scale_msa, gate_msa, scale_mlp, gate_mlp
 
 
 def _rows(layer: Any) -> int:

@@ -4,8 +4,8 @@ Shapes: B batch, C channels, H x W latent rows and columns, L tokens, D width, N
 Module attributes carry the checkpoint's names, so a checkpoint's tensors load under the names they have.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,7 +19,7 @@ from zimage.config import (
 )
 from zimage.errors import InputError
 from zimage.kernels import heads, stream
-from zimage.modulation import Modulation, Stacked
+from zimage.modulation import Modulation, Modulations, Stacked
 from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
 
 import mlx.core as mx
@@ -139,6 +139,7 @@ class TransformerBlock(nn.Module):
 
     residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
     compiled = False  # `transforms.compile_blocks` sets it
+    place: int | None = None  # in the model's stacked modulation; `transforms.fuse_modulation` sets it
     streamed = False  # of `low_memory.StreamedBlock` it is True: its arrays are not in memory
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
@@ -305,15 +306,15 @@ class State:
     """What lies between two stages: the inputs, and those activations that later stages still need.
 
     temb [B, temb_dim]; image [B, L_image, D] and caption [B, L_caption, D] until the first main block joins them into
-    joint [B, L_image + L_caption, D]; the modulations of blocks by their ids, where they are computed all at once; what
-    a joined block computes `ahead`, which is no part of its output; velocity [B, C, H, W] at the end.
+    joint [B, L_image + L_caption, D]; the modulations of all blocks, where one product gives them; what a joined block
+    computes `ahead`, which is no part of its output; velocity [B, C, H, W] at the end.
     """
 
     latents: mx.array
     timestep: mx.array
     caption_features: Captions
     temb: mx.array | None = None
-    modulations: Mapping[int, Modulation] = field(default_factory=dict)
+    modulations: Modulations | None = None
     image: mx.array | None = None
     caption: mx.array | None = None
     joint: mx.array | None = None
@@ -322,13 +323,15 @@ class State:
 
     def arrays(self) -> list[mx.array]:
         """What the stages so far have computed and must be evaluated for their work to be done."""
-        first = next((one[0] for one in self.modulations.values()), None)  # of one product with the others
+        first = None if self.modulations is None else self.modulations.pieces[0]  # of one product with the others
         computed = (self.temb, first, self.image, self.caption, self.joint, self.velocity)
         return [a for a in computed if a is not None]
 
     def of_timestep(self, block: TransformerBlock) -> mx.array | Modulation | None:
         """What a block is given as its temb: its modulation where that is computed already."""
-        return self.modulations.get(id(block), self.temb)
+        if self.modulations is None or block.place is None:
+            return self.temb
+        return self.modulations.of(block.place, block.adaLN_modulation[0]) or self.temb
 
 
 @dataclass(frozen=True)
@@ -516,15 +519,8 @@ class Transformer(nn.Module):
 
     def _embed_timestep(self, state: State) -> State:
         temb = self.t_embedder(state.timestep.astype(mx.float32) * self.config.t_scale, self.dtype)
-        if self.stacked_modulation is None:
-            return replace(state, temb=temb)
-        return replace(state, temb=temb, modulations=self.stacked_modulation.of_blocks(self._modulated(), temb))
-
-    def _modulated(self) -> Iterator[tuple[str, TransformerBlock]]:
-        """The blocks with a modulation of their own, with their paths."""
-        for part in ("noise_refiner", "layers"):
-            for i, block in enumerate(self[part]):
-                yield f"{part}.{i}", block
+        stacked = self.stacked_modulation
+        return replace(state, temb=temb, modulations=None if stacked is None else stacked.at(temb))
 
     def _embed_latents(self, geo: Geometry, patch: int) -> Callable[[State], State]:
         def run(state: State) -> State:
@@ -580,7 +576,9 @@ def _joined_block(
     block: TransformerBlock, geo: Geometry, following: TransformerBlock | None
 ) -> Callable[[State], State]:
     def run(state: State) -> State:
-        joint, temb = _joint(state), state.of_timestep(block)
+        joint = _joint(state)
+        known = state.ahead is not None and state.ahead.block is block and state.ahead.x is joint
+        temb = state.temb if known else state.of_timestep(block)
         its = None if following is None else state.of_timestep(following)
         assert temb is not None
         mask, after = _as(geo.joint_mask, joint), None if following is None or its is None else (following, its)
@@ -603,7 +601,7 @@ def _finish(final: FinalLayer, patch: int) -> Callable[[State], State]:
         assert state.joint is not None and state.temb is not None
         size = (state.latents.shape[2], state.latents.shape[3])
         tokens = final(state.joint[:, : size[0] * size[1] // patch**2], state.temb)
-        return replace(state, temb=None, modulations={}, joint=None, velocity=unpatchify(tokens, size, patch))
+        return replace(state, temb=None, modulations=None, joint=None, velocity=unpatchify(tokens, size, patch))
 
     return run
 

@@ -261,17 +261,18 @@ def fuse_modulation(model: Transformer) -> Transformer:
     """
     require_loaded(model, "fuse")
     new = clone(model)
-    modulated = {path: block for path, block in blocks(new) if "adaLN_modulation" in block}
+    modulated = [block for _, block in blocks(new) if "adaLN_modulation" in block]
+    layers = [block.adaLN_modulation[0] for block in modulated]
     known = new.stacked_modulation
-    if known is not None and all(known.holds(path, block) for path, block in modulated.items()):
+    if known is not None and all(known.holds(place, layer) for place, layer in enumerate(layers)):
         return new
     try:
-        stacked = Stacked.of({path: block.adaLN_modulation[0] for path, block in modulated.items()})
+        new.stacked_modulation = Stacked.of(layers)
     except InputError as error:
         raise InputError(f"adaLN_modulation: {error}") from None
-    for path, block in modulated.items():
-        block.adaLN_modulation = [clone(stacked.parts[path])]  # its arrays may be replaced, those of the stack stay
-    new.stacked_modulation = stacked
+    for place, block in enumerate(modulated):
+        block.place = place
+        block.adaLN_modulation = [clone(new.stacked_modulation.parts[place])]  # whose arrays may be replaced
     return new
 
 
