@@ -47,9 +47,7 @@ def test_the_readme_s_verdicts_are_those_of_the_stored_runs() -> None:
     """Every row of README's table of claims has the interval and verdict that the H100's results give."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("| claim | claimed |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()[2:]]
-    told = [
-        (tuple(map(float, re.findall(r"\d+\.\d", re.split("[;:]", row[2])[0]))), row[3]) for row in rows if row[2]
-    ]
+    told = [(tuple(map(float, re.findall(r"\d+\.\d", re.split("[;:]", row[2])[0]))), row[3]) for row in rows if row[2]]
     store = Store(ROOT / "results" / "reference" / "nvidia-h100-80gb-hbm3")
     judged, _ = claims.judgements(claims.read(ROOT / "experiments" / "claims.yaml"), store)
     found = [

@@ -66,6 +66,30 @@ def test_other_things_are_no_history(change: dict[str, Any], tmp_path: Path) -> 
     assert trends.read(Store(tmp_path), "e") == ([], [])
 
 
+def test_a_history_goes_on_where_an_arm_is_added(tmp_path: Path) -> None:
+    """A run that was asked for more arms is a version of those that were asked for fewer; no run is lost."""
+
+    def asked(key: str, mlx: str, started: str, *modes: str) -> None:
+        rows = [(mode, "plain", "step", 1.1, 1.05, 1.2, "slower") for mode in modes]
+        inputs = {"source": "digits", "height": 8, "seed": 0, "modes": list(modes)}
+        add(tmp_path, key, mlx, started, parameters=inputs, tables={"ablation": ablation(*rows)})
+
+    asked("a1", "0.31.0", "2026-01-01", "8bit", "4bit")
+    asked("a2", "0.32.0", "2026-02-01", "8bit", "4bit", "mxfp4")
+    asked("a3", "0.33.0", "2026-03-01", "4bit")
+    found = only(tmp_path)
+    assert [run.name for run in found.runs] == ["e/a1", "e/a2", "e/a3"]
+    changes = {(p.run, p.about[0]): p.change and p.change.verdict for p in found.points}
+    assert changes[("e/a2", "mxfp4")] is None and changes[("e/a3", "4bit")] is not None
+    asked("a4", "0.32.0", "2026-04-01", "3bit")  # newer, but of the others' rows it has none
+    asked("a5", "0.33.0", "2026-05-01", "3bit")
+    several, _ = trends.read(Store(tmp_path), "e")
+    assert [run.name for run in several[0].runs] == ["e/a1", "e/a2", "e/a3"]
+    assert {run.name for one in several for run in one.runs} == {f"e/a{i}" for i in range(1, 6)}
+    (other,) = [one for one in several if one.runs[-1].name == "e/a5"]
+    assert "e/a4" in [run.name for run in other.runs]
+
+
 def test_a_history_breaks_where_a_run_fits_several(tmp_path: Path) -> None:
     """A run from before there was a batch is a version of neither of two batches; of a single one it is."""
     add(tmp_path, "a0", "0.30.0")

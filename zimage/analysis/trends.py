@@ -56,34 +56,44 @@ class Trend:
         return list(dict.fromkeys(point.about for point in self.points))
 
 
-def alike(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
+def alike(run: Recorded, runs: Iterable[Recorded], rows: bool = True) -> list[Recorded]:
     """The completed runs on the same device of the same notebook and inputs.
 
-    Where one has no parameter in which several that fit it differ, it is none of them: there a history breaks.
+    rows: whether they must also have been asked for the same arms and sizes. Where one has no parameter in which
+    several that fit it differ, it is none of them: there a history breaks.
     """
+    allowed = () if rows else matching.OF_THE_ROWS
     known = [one for one in runs if one.device == run.device and not one.error]
-    fits = matching.fitting(run, known)
-    unclear = set(matching.untold(run, fits))
+
+    def unclear(one: Recorded) -> set[str]:
+        return set(matching.untold(one, matching.fitting(one, known, allowed))) - set(allowed)
+
+    own = unclear(run)
     return [
         one
-        for one in fits
-        if not unclear & one.inputs.keys()
-        and (
-            one.inputs.keys() >= run.inputs.keys()
-            or not run.inputs.keys() & set(matching.untold(one, matching.fitting(one, known)))
-        )
+        for one in matching.fitting(run, known, allowed)
+        if not own & one.inputs.keys()
+        and (one.inputs.keys() >= run.inputs.keys() or not run.inputs.keys() & unclear(one))
     ]
 
 
 def history(run: Recorded, runs: Iterable[Recorded]) -> list[Recorded]:
-    """Of the runs that are `alike`, the newest of each version.
+    """Of the runs that are `alike`, whichever arms and sizes they were asked for, one of each version.
 
-    Ordered by the versions of MLX and of zimage, then by date.
+    Of several of a version it is the newest that was asked for the same, else the one that was asked for most of what
+    `run` was. Ordered by the versions of MLX and of zimage, then by date.
     """
-    newest: dict[tuple[str, ...], Recorded] = {}
-    for one in sorted(alike(run, runs), key=lambda one: one.started):
-        newest[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
-    return sorted(newest.values(), key=lambda one: (*(_number(one, name) for name in ("mlx", "zimage")), one.started))
+    chosen: dict[tuple[str, ...], Recorded] = {}
+    for one in sorted(alike(run, runs, rows=False), key=lambda one: _nearness(run, one)):
+        chosen[tuple(one.facts.get(name, UNKNOWN) for name in ("mlx", "zimage", "sources"))] = one
+    return sorted(chosen.values(), key=lambda one: (*(_number(one, name) for name in ("mlx", "zimage")), one.started))
+
+
+def _nearness(run: Recorded, one: Recorded) -> tuple[bool | int | str, ...]:
+    asked = [(run.parameters.get(name), one.parameters.get(name)) for name in matching.OF_THE_ROWS]
+    shared = sum(item in own for own, others in asked if isinstance(own, list) and isinstance(others, list)
+                 for item in others)  # fmt: skip
+    return not matching.differences(run, one), shared, one.started
 
 
 def trend(runs: Sequence[Recorded], earlier: int = 0) -> Trend | None:

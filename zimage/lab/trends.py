@@ -57,6 +57,7 @@ def read(store: Store, experiment: str) -> tuple[list[Trend], list[str]]:
             if one.name in seen:
                 continue
             seen |= {other.name for other in trends.alike(one, group.bare.values())}
+            seen |= {other.name for other in trends.history(one, group.bare.values())}
             if (trend := of(run, group)) is not None:
                 found.append(trend)
                 problems += [reason for one in trend.runs for reason in one.unreadable.values()]
