@@ -38,7 +38,7 @@ def test_it_is_fifteen_lines() -> None:
 
 def test_the_program_prints_its_verdicts() -> None:
     """It runs as it stands, and so does what may follow; an arm a line with verdict and error, as the text shows it."""
-    command = [sys.executable, "-W", "error", "-c", PROGRAM + MORE.replace("example)", "example, quads=2)")]
+    command = [sys.executable, "-W", "error", "-c", PROGRAM + MORE.replace("example)", "example, quads=7)")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     floor, *lines = done.stdout.splitlines()

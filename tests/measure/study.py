@@ -19,7 +19,7 @@ import numpy as np
 RUNS = 20_000
 CHUNK = 2_000  # runs that are held at once
 ALPHA, DELTA = 0.05, 0.01
-ONE_LOOK = (20,)
+ONE_LOOK, TWO_LOOKS = (20,), (10, 20)
 CALLS = 7  # of a quad, the untimed ones included
 _TIMED = [is_timed for _, is_timed in quads.schedule(random.Random(0))]
 

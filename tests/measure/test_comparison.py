@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -68,7 +69,7 @@ def test_the_order_is_random_and_follows_the_seed() -> None:
 
 
 def test_the_numbers_are_those_of_the_samples() -> None:
-    """Ratio and p follow from the kept samples alone: Hodges-Lehmann and the exact test, p times the four looks."""
+    """Ratio and p follow from the kept samples alone: Hodges-Lehmann and the exact test, p times the two looks."""
     comparison = compared(Clock(seed=2, noise=0.02), 1.004, max_quads=20, delta=0.0001)
     assert comparison.quads == 20 and comparison.looks == 2
     frame = pd.DataFrame([vars(s) for s in comparison.samples]).assign(log=lambda f: np.log(f["time_s"]))
@@ -76,8 +77,8 @@ def test_the_numbers_are_those_of_the_samples() -> None:
     d = (means["arm"] - means["baseline"]).to_numpy()
     walsh = [(a + b) / 2 for i, a in enumerate(d) for b in d[i:]]
     assert comparison.ratio == pytest.approx(math.exp(np.median(walsh)))
-    assert comparison.p == pytest.approx(min(1, 4 * wilcoxon(d, method="exact").pvalue))
-    assert comparison.level == 0.05 / 4
+    assert comparison.p == pytest.approx(min(1, 2 * wilcoxon(d, method="exact").pvalue))
+    assert comparison.level == 0.05 / 2
 
 
 def test_same_against_same_is_rarely_rejected() -> None:
@@ -153,7 +154,7 @@ def test_a_budget_ends_a_comparison_and_says_so() -> None:
     comparison = compared(Clock(), budget_s=1e-9)
     assert (comparison.quads, comparison.looks, comparison.verdict) == (4, 1, "inconclusive")
     assert comparison.reason.startswith("too few quads")
-    assert comparison.reason.endswith("the budget of 1e-09 s was spent")
+    assert comparison.reason.endswith("at this level, it takes 8; the budget of 1e-09 s was spent")
     assert compared(Clock(), budget_s=1e9).quads >= 10
 
 
@@ -161,6 +162,70 @@ def test_max_quads_bounds_a_comparison() -> None:
     """With fewer quads at most, the last of them is the last look."""
     comparison = compared(Clock(noise=0.05), max_quads=13)
     assert (comparison.quads, comparison.looks) == (13, 2)
+
+
+@pytest.mark.parametrize(
+    ("max_quads", "looks"),
+    [(1, 1), (7, 1), (10, 1), (11, 2), (12, 2), (20, 2), (21, 3), (30, 3), (31, 4), (40, 4)],
+)
+def test_the_level_is_split_over_the_looks_that_are_planned(max_quads: int, looks: int) -> None:
+    """Each look has an equal part of alpha: those after ten, twenty and thirty quads that come before the last one."""
+    comparison = compared(Clock(noise=0.05), max_quads=max_quads)
+    assert (comparison.quads, comparison.looks, comparison.level) == (max_quads, looks, 0.05 / looks)
+    few = compared(Clock(), 1.1, max_quads=max_quads, budget_s=1e-9)
+    assert few.level == 0.05 / looks and few.quads == min(4, max_quads)
+
+
+@pytest.mark.parametrize("of", [1, 3])
+def test_test_and_interval_agree_whatever_is_planned(of: int) -> None:
+    """However many looks and arms share alpha, the interval holds 1 exactly when p exceeds alpha."""
+    found = [
+        compared(Clock(100 * max_quads + i), 1.01, of=of, max_quads=max_quads)
+        for max_quads in range(1, 41)
+        for i in range(5)
+    ]
+    excluding = [c for c in found if not c.low <= 1 <= c.high]
+    assert all((c.p > 0.05) == (c.low <= 1 <= c.high) for c in found)
+    assert 20 < len(excluding) < len(found) - 20
+
+
+def test_a_single_look_has_the_whole_level() -> None:
+    """Seven quads show what takes four times as long, which they could not at a quarter of alpha."""
+    comparison = compared(Clock(), 4.0, max_quads=7)
+    assert (comparison.verdict, comparison.quads, comparison.looks) == ("slower", 7, 1)
+    assert comparison.p == 2 / 2**7 and comparison.low > 3
+
+
+@pytest.mark.parametrize(
+    ("arms", "max_quads", "alpha", "needed"),
+    [(1, 5, 0.05, 6), (2, 6, 0.05, 7), (3, 6, 0.05, 7), (6, 7, 0.05, 8), (25, 9, 0.05, 10), (26, 10, 0.05, 12),
+     (1, 10, 1e-4, 16), (100, 1, 0.05, 13)],
+)  # fmt: skip
+def test_too_few_quads_are_known_before_anything_is_measured(
+    arms: int, max_quads: int, alpha: float, needed: int
+) -> None:
+    """Where no interval is possible, how many quads it takes is said first and in the reason, neither more nor less."""
+    clock, said = Clock(), f"max_quads={max_quads} is too few for any interval at alpha {alpha:g} with {arms} arm"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match=f"^{said}s?, whatever is measured: it takes {needed} quads$"):
+            compared(clock, of=arms, max_quads=max_quads, alpha=alpha)
+        with pytest.raises(RuntimeWarning, match=f"it takes {needed} quads$"):
+            compared(clock, of=arms, max_quads=needed - 1, alpha=alpha)
+        assert clock.calls == []
+        enough = compared(Clock(noise=1e-4), 2.0, of=arms, max_quads=needed, alpha=alpha)
+        assert (enough.verdict, enough.quads) == ("slower", needed)
+    with pytest.warns(RuntimeWarning, match=said):
+        comparison = compared(clock, 2.0, of=arms, max_quads=max_quads, alpha=alpha)
+    assert comparison.reason == f"too few quads for any interval at this level, it takes {needed}"
+    assert (comparison.verdict, comparison.low, comparison.high) == ("inconclusive", 0, math.inf)
+
+
+def test_an_alpha_beyond_forty_quads_is_said() -> None:
+    """A level that no comparison reaches has no number of quads to give."""
+    with pytest.warns(RuntimeWarning, match="it takes more than 40 quads$"):
+        comparison = compared(Clock(), 2.0, alpha=1e-12)
+    assert comparison.reason.endswith("at this level, it takes more than 40")
 
 
 def test_several_arms_share_the_level_and_the_time() -> None:
@@ -335,8 +400,8 @@ def test_arms_compared_one_after_the_other_share_the_level() -> None:
     """An arm that is one of five has the level, interval and p of five arms compared at once."""
     one = compared(Clock(seed=4), 1.02, of=5, max_quads=20)
     arms = {f"arm {i}": Clock(seed=4).arm("arm") for i in range(5)}
-    many = compare_many(Clock().arm("baseline"), arms, seed=0, max_quads=10)
-    assert one.level == many["arm 0"].level == 0.05 / 20
+    many = compare_many(Clock().arm("baseline"), arms, seed=0, max_quads=20)
+    assert one.level == many["arm 0"].level == 0.05 / 10
     alone = compared(Clock(seed=4), 1.02, max_quads=20)
     assert one.p == pytest.approx(min(1, 5 * alone.p)) and one.high - one.low > alone.high - alone.low
     with pytest.raises(MeasurementError, match="of must be an integer of at least 1, found 0"):

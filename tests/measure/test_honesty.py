@@ -30,7 +30,7 @@ import pytest
 from scipy.stats import binom
 
 each_clock = pytest.mark.parametrize("clock", CLOCKS, ids=lambda clock: clock.name)
-PLAYED = 25  # real comparisons on each of the eight clocks
+PLAYED = 25  # real comparisons on each of the eight clocks, with at most 20 quads and with 40
 CANARIED = 20  # on each of two, with a canary
 
 
@@ -41,19 +41,21 @@ def test_the_bound_is_three_sigma_above_alpha() -> None:
 
 @each_clock
 def test_the_same_is_rarely_called_different(clock: ClockModel) -> None:
-    """Of an arm like its baseline at most 5.48 % of the runs exclude 1, at a single look of 20 quads and at four."""
+    """Of an arm like its baseline at most 5.48 % of the runs exclude 1, at one look of 20 quads, at two and at four."""
     found = studied(clock)
-    assert len(found.same.p) == len(found.same_four.p) == 20_000
+    assert len(found.same.p) == len(found.same_two.p) == len(found.same_four.p) == 20_000
     assert study.rarely_rejects(found.same)
+    assert study.rarely_rejects(found.same_two)
     assert study.rarely_rejects(found.same_four)
 
 
 @each_clock
 def test_intervals_hold_the_truth(clock: ClockModel) -> None:
-    """A true ratio of 1.00 or 1.02 lies in the interval in at least 94.5 % of the runs, at one look and at four."""
+    """A true ratio of 1.00 or 1.02 lies in the interval in at least 94.5 % of the runs, at one look, two and four."""
     found = studied(clock)
-    assert study.covers_truth(found.same, 1.0) and study.covers_truth(found.same_four, 1.0)
-    assert study.covers_truth(found.two_percent, 1.02) and study.covers_truth(found.two_percent_four, 1.02)
+    assert all(study.covers_truth(same, 1.0) for same in (found.same, found.same_two, found.same_four))
+    planted = (found.two_percent, found.two_percent_two, found.two_percent_four)
+    assert all(study.covers_truth(outcome, 1.02) for outcome in planted)
 
 
 @each_clock
@@ -61,6 +63,7 @@ def test_the_sign_is_right(clock: ClockModel) -> None:
     """An arm that takes 2 % more time is hardly ever called faster, and half of the estimates lie close to 2 %."""
     found = studied(clock)
     assert study.has_right_sign(found.two_percent, 1.02)
+    assert study.has_right_sign(found.two_percent_two, 1.02)
     assert study.has_right_sign(found.two_percent_four, 1.02)
 
 
@@ -95,8 +98,7 @@ def test_dropping_by_canary_rejects_no_more(name: str) -> None:
 def test_wrong_methods_fail(mutant: Mutant) -> None:
     """A method with a known fault does not pass the check that the real one passes on the same clock."""
     assert not mutant.passes(mutated(mutant.name))
-    kind = "two_percent" if mutant.planted else "same"
-    assert mutant.passes(getattr(studied(BY_NAME[mutant.clock]), kind))
+    assert mutant.passes(getattr(studied(BY_NAME[mutant.clock]), mutant.beside))
 
 
 def test_a_carried_cost_falls_on_untimed_calls() -> None:
@@ -116,16 +118,17 @@ def _same(real: Comparison, run: int, simulated: study.Outcome) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("looks", [study.TWO_LOOKS, LOOKS], ids=len)
 @each_clock
-def test_compare_is_what_was_simulated(clock: ClockModel) -> None:
+def test_compare_is_what_was_simulated(clock: ClockModel, looks: tuple[int, ...]) -> None:
     """Real runs of `compare` end as the simulated ones: same quads, ratio, interval and p, to the last bit."""
-    factors = study.weather(clock, LOOKS[-1] * study.CALLS, 0)
-    simulated = study.run(clock, 1.01, LOOKS, runs=study.CHUNK)
+    factors = study.weather(clock, looks[-1] * study.CALLS, 0)
+    simulated = study.run(clock, 1.01, looks, runs=study.CHUNK)
     for run in range(PLAYED):
         play = Replay(clock, factors[run], 1.01)
-        real = compare(play.baseline, play.arm, seed=run)
+        real = compare(play.baseline, play.arm, seed=run, max_quads=looks[-1])
         assert _same(real, run, simulated)
-        assert real.level == 0.05 / 4 and real.looks == real.quads // 10
+        assert real.level == 0.05 / len(looks) and real.looks == real.quads // 10
 
 
 @pytest.mark.parametrize("name", WITH_CANARY)

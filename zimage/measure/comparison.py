@@ -1,11 +1,13 @@
 """Comparing arms with a baseline in quads, and saying what came of it.
 
-The evidence is looked at after 10, 20, 30 and 40 quads, and the level is split over the looks and the arms.
+The evidence is looked at after every ten quads and after the last, 40 at most. The level is split over the looks that
+are planned so, and over the arms.
 """
 
 import math
 import random
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from zimage.measure.arguments import (
 from zimage.measure.floor import NoiseFloor, floor_at, require_floor
 from zimage.measure.quads import Quads, Sample, sample_rows
 from zimage.measure.samples import Timed
-from zimage.measure.statistics import LOOKS, Estimate, analyse, verdict
+from zimage.measure.statistics import LOOKS, Estimate, analyse, critical, verdict
 
 _UNITS = {"sustained": "sustained quads", "fresh processes": "pairs of fresh processes"}
 MANY_TIMES = 3.0  # a time ratio from which on it is told as times, not as per cent more
@@ -129,12 +131,15 @@ def compare(
 ) -> Comparison:
     """Compare `arm` with `baseline`; each performs one timed call and returns its seconds.
 
-    Stops at a look when the interval excludes 1 or its half-width is under delta / 2, else after `max_quads` quads, or
-    when `budget_s` is spent. noise_floor: a |log ratio|, or what `noise_floor` measured. canary: one timed call of
-    something that never changes, before each quad; a quad whose canary is out of step is dropped, whatever came of it,
-    and at most 2 * max_quads are taken in all. of: how many arms are compared with the baseline one after the other, as
-    where they do not fit in memory together; the level is divided by their number, as `compare_many` does. Raises
-    MeasurementError for arguments out of range or a time that is not positive.
+    Looks after every ten quads and after `max_quads`, at an equal part of alpha each. Stops at a look when the interval
+    excludes 1 or its half-width is under delta / 2, else after `max_quads` quads, or when `budget_s` is spent. Warns,
+    before anything is called, where `max_quads` are too few for any interval.
+
+    noise_floor: a |log ratio|, or what `noise_floor` measured. canary: one timed call of something that never changes,
+    before each quad; a quad whose canary is out of step is dropped, whatever came of it, and at most 2 * max_quads are
+    taken in all. of: how many arms are compared with the baseline one after the other, as where they do not fit in
+    memory together; the level is divided by their number, as `compare_many` does. Raises MeasurementError for arguments
+    out of range or a time that is not positive.
     """
     require_pair(names)
     found = compare_many(
@@ -176,7 +181,16 @@ def compare_many(
     number = len(arms) if of is None else of
     require_integer("of", number, len(arms))
     rng = random.Random(seed)
-    level = alpha / (len(LOOKS) * number)
+    # A budget or dropped quads may bring the last look forward, blind to which arm is faster, but never add a look.
+    tests = _looks(max_quads) * number
+    level, needed = alpha / tests, _needed(max_quads, number, alpha)
+    if critical(max_quads, level) < 0:
+        warnings.warn(
+            f"max_quads={max_quads} is too few for any interval at alpha {alpha:g} with {number} "
+            f"{'arm' if number == 1 else 'arms'}, whatever is measured: it takes {needed} quads",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     taken = {name: Quads((baseline_name, baseline), (name, arm), canary) for name, arm in arms.items()}
     done: dict[str, Comparison] = {}
     before: str | None = None
@@ -198,20 +212,30 @@ def compare_many(
             narrow = estimate.low > 0 and math.log(estimate.high) - math.log(estimate.low) < delta
             if not last and not narrow and estimate.low <= 1 <= estimate.high:
                 continue
+            ending = f", it takes {needed}" if math.isinf(estimate.high) else ""
+            if spent:
+                ending += f"; the budget of {budget_s:g} s was spent"
+            elif last and kept < max_quads:
+                ending += f"; only {kept} of {count} quads were kept"
             done[name] = _concluded(
-                taken[name], estimate, looks=_looks(kept), tests=len(LOOKS) * number, seed=seed, alpha=alpha,
-                level=level, delta=delta, noise_floor=noise_floor,
-                ending=f"; the budget of {budget_s:g} s was spent" if spent
-                else f"; only {kept} of {count} quads were kept" if last and kept < max_quads else "",
+                taken[name], estimate, looks=_looks(kept), tests=tests, seed=seed, alpha=alpha, level=level,
+                delta=delta, noise_floor=noise_floor, ending=ending,
             )  # fmt: skip
         if len(done) == len(arms):
             break
     return {name: done[name] for name in arms}
 
 
-def _looks(kept: int) -> int:
-    """How often the evidence has been looked at when a comparison ends after `kept` quads."""
-    return sum(look < kept for look in LOOKS) + 1
+def _looks(quads: int) -> int:
+    """How often the evidence is looked at where a comparison ends after so many quads."""
+    return sum(look < quads for look in LOOKS) + 1
+
+
+def _needed(max_quads: int, number: int, alpha: float) -> str:
+    """How many quads any interval takes, by the looks planned for `max_quads`, or for more where it takes more."""
+    counts = range(1, LOOKS[-1] + 1)
+    enough = (n for n in counts if critical(n, alpha / (_looks(max(n, max_quads)) * number)) >= 0)
+    return str(next(enough, f"more than {LOOKS[-1]}"))
 
 
 def _concluded(
