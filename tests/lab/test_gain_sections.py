@@ -121,6 +121,22 @@ def test_several_runs_stand_in_one_table_of_the_step(tmp_path: Path) -> None:
     assert row.count("<td") == len(SAVED) and "equivalent, 0.997 (0.991 to 1.003)" in row
 
 
+def test_several_runs_of_few_scopes_stand_in_it_too(tmp_path: Path) -> None:
+    """Runs of product, block and step alone share the overview; what is not the step's lies folded under each."""
+    store = sweep(tmp_path, {}, {"batch": 2})
+    for path in tmp_path.rglob("tables/*.parquet"):
+        frame = pd.read_parquet(path)
+        frame[frame["scope"].isin(["qkv", "block", "step"])].to_parquet(path)
+    dashboard.build(store)
+    page = (tmp_path / "qkv_fusion" / "index.html").read_text()
+    assert "The step, over all runs" in page and "Where the gain goes" not in page
+    assert page.count("Every comparison</summary>") == 2
+    (found, *_) = over_runs.step(
+        [(run.key, {t: run.table(t) for t in run.tables()}) for run in store.runs("qkv_fusion")]
+    )
+    assert found.text == "fused_qkv against separate_qkv per step is equivalent in all of 2 runs"
+
+
 @pytest.mark.parametrize("name", ["gains", "ablation"])
 def test_a_run_without_one_of_the_tables_is_shown(name: str) -> None:
     """Where comparisons or savings were not recorded, what there is is shown."""

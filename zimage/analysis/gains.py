@@ -70,6 +70,11 @@ def table(ablation: pd.DataFrame, samples: pd.DataFrame, blocks: int) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def nested(frame: pd.DataFrame | None) -> bool:
+    """Whether a `gains` table has narrower scopes beside the step, which holds them all and is what counts."""
+    return frame is not None and {"step"} < set(frame["scope"].dropna())
+
+
 def has_ladder(frame: pd.DataFrame | None) -> bool:
     """Whether a `gains` table has scopes between a product and the block, so that it can say where a gain goes."""
     return frame is not None and bool(set(frame["scope"]) & (set(_COSTS) - {"block", "step"}))

@@ -12,11 +12,11 @@ import pandas as pd
 def step(runs: Sequence[tuple[str, Tables]]) -> list[Finding]:
     """How often each arm was faster, slower, equivalent or undecided per step, and between which ratios.
 
-    runs: each one's label and tables. None unless there are several and all of them have rungs, whose own findings say
-    more than a sentence can hold.
+    runs: each one's label and tables. None unless there are several and in all of them the step holds narrower scopes:
+    their own findings say more than a sentence can hold.
     """
     tables = [(label, frames) for label, frames in runs if "ablation" in frames]
-    if len(tables) < 2 or not all(gains.has_ladder(frames.get("gains")) for _, frames in tables):
+    if len(tables) < 2 or not all(gains.nested(frames.get("gains")) for _, frames in tables):
         return []
     every = pd.concat([gains.the_step(frames["ablation"]).assign(case=label) for label, frames in tables])
     burst = every[every["regime"].fillna("burst") == "burst"]

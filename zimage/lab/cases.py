@@ -58,7 +58,7 @@ def case(tables: Tables, pictures: list[Shown], id: str, compared: bool = True) 
             shown.append(section(frame, id))
     if (frame := some(tables, "loading")) is not None:
         shown.append(loading(frame, id))
-    return shown, [*others, *_folds(tables, id)]
+    return shown, [*others, *_folds(tables, id, compared)]
 
 
 def _pictures(tables: Tables, pictures: list[Shown]) -> Section:
@@ -72,11 +72,11 @@ def _pictures(tables: Tables, pictures: list[Shown]) -> Section:
     return Section("Pictures", "Enlarged without smoothing.", pictures=sorted(pictures, key=place_of))
 
 
-def _folds(tables: Tables, id: str) -> list[Section]:
+def _folds(tables: Tables, id: str, compared: bool) -> list[Section]:
     folds: list[Section] = []
     if (frame := some(tables, "stages")) is not None and (part := cost_sections.overhead(frame)) is not None:
         folds.append(part)
-    folds += gain_sections.folds(tables, id)
+    folds += gain_sections.folds(tables, id, compared)
     if (frame := some(tables, "modules")) is not None:
         folds.append(cost_sections.modules(frame))
     if (frame := some(tables, "power")) is not None:

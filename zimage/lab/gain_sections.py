@@ -52,10 +52,13 @@ def sections(tables: Tables, id: str) -> list[Section]:
     ]
 
 
-def folds(tables: Tables, id: str) -> list[Section]:
-    """All comparisons of a run with rungs, where the page shows those of the step."""
-    ablation = some(tables, "ablation")
-    if ablation is None or not gains.has_ladder(some(tables, "gains")):
+def folds(tables: Tables, id: str, compared: bool = True) -> list[Section]:
+    """All comparisons of a run where the page shows those of the step: of one with rungs, or in an overview of several.
+
+    `compared` as in `cases.case`, which is False there.
+    """
+    ablation, frame = some(tables, "ablation"), some(tables, "gains")
+    if ablation is None or not (gains.nested(frame) and (gains.has_ladder(frame) or not compared)):
         return []
     return [replace(verdicts(ablation, f"{id}-every"), title="Every comparison")]
 
@@ -63,9 +66,9 @@ def folds(tables: Tables, id: str) -> list[Section]:
 def overview(several: Sequence[Tables], compared: pd.DataFrame, id: str) -> Section:
     """The verdicts of several runs beside each other; `compared` is their ablations, a column `case` tells them apart.
 
-    Of runs with rungs it is the step's, arm by arm, and the table has a row a case.
+    Of scopes that hold one another it is the step's, arm by arm, and the table has a row a case.
     """
-    if not all(gains.has_ladder(some(tables, "gains")) for tables in several if some(tables, "ablation") is not None):
+    if not all(gains.nested(some(tables, "gains")) for tables in several if some(tables, "ablation") is not None):
         return verdicts(compared, id)
     step = gains.the_step(compared)
     burst = step[step["regime"].fillna("burst") == "burst"]
