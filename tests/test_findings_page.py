@@ -1,10 +1,14 @@
 """docs/findings.md: every number stands beside the run it came from, and names the commit that measured it."""
 
 import json
+import math
 import re
+from functools import cache
+from pathlib import Path
 
 from tests.sweeping import ROOT
 
+import pandas as pd
 import pytest
 
 PAGE = ROOT / "docs" / "findings.md"
@@ -28,6 +32,44 @@ def test_every_paragraph_with_numbers_names_a_run() -> None:
     items = re.findall(r"^- (.+?)(?=^- |^#|^$|\Z)", TEXT, re.M | re.S)
     assert len(items) > 10
     assert [item for item in items if not re.search(r"\]\(\.\./results/reference/", item)] == []
+
+
+@cache
+def intervals(run: Path) -> frozenset[tuple[float, float]]:
+    """Both ends of every interval in a run's tables."""
+    found: set[tuple[float, float]] = set()
+    for path in (run / "tables").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        for low in [name for name in frame.columns if re.search("(^|_)low(_|$)", name)]:
+            ends = frame[[low, re.sub("(^|_)low(_|$)", r"\1high\2", low)]].astype(float)
+            found |= {(a, b) for a, b in ends.itertuples(index=False) if math.isfinite(a) and math.isfinite(b)}
+    return frozenset(found)
+
+
+def told_of(run: Path, low: str, high: str) -> bool:
+    """Whether an interval of the run reads like this: as it is, or as how many per cent from 1, or of 1."""
+    forms = [
+        sorted(form)
+        for ends in intervals(run)
+        for form in (ends, [100 * abs(1 - end) for end in ends], [100 * end for end in ends])
+    ]
+    digits = [len(text.partition(".")[2]) for text in (low, high)]
+    return any([f"{end:.{places}f}" for end, places in zip(form, digits, strict=True)] == [low, high] for form in forms)
+
+
+def test_intervals_are_those_of_the_runs() -> None:
+    """Every interval in brackets, or behind its ratio, is in the tables of the run whose link comes next."""
+    text, place, seen = " ".join(TEXT.split()), 0, 0
+    for link in re.finditer(r"\[`[0-9a-f]{7}`\]\((\.\./results/reference/[^)]+)\)", text):
+        run = (PAGE.parent / link[1]).resolve()
+        for pattern in (r"\(([\d.,]+) to ([\d.,]+)(?: %)?[;)]", r"\d\.\d{3},? \(?(\d\.\d{3}) to (\d\.\d{3})"):
+            for found in re.finditer(pattern, text[place : link.start()]):
+                seen += 1
+                assert told_of(run, *(end.replace(",", "") for end in found.groups())), (
+                    f"{found[0]} is not in {link[1]}"
+                )
+        place = link.end()
+    assert seen > 50
 
 
 def test_each_device_that_was_measured_is_told() -> None:
