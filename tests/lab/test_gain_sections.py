@@ -1,6 +1,7 @@
 """The page of a run with rungs, and of several: the step first, then where the gain goes, then every comparison."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,24 @@ def test_one_run_speaks_for_itself(tmp_path: Path) -> None:
     said = dashboard.findings(sweep(tmp_path, {}), "qkv_fusion")
     assert ": fused_qkv is equivalent in time to separate_qkv per step (ratio 0.998, " in said
     assert "): the product alone saves 54" in said and " are lost in QK norm; " in said
+
+
+def test_runs_of_other_weights_are_told_apart(tmp_path: Path) -> None:
+    """Trained and synthetic weights are never counted together in a finding, and a dtype is told by its name alone."""
+    digits = {"source": "digits", "dtype": None}
+    store = sweep(tmp_path, {"dtype": None}, {"dtype": "bfloat16"}, digits, digits | {"batch": 2})
+    for run in store.runs("qkv_fusion"):
+        if run.parameters["source"] == "digits":
+            meta = json.loads((run.path / "run.json").read_text())
+            meta["weights"] = {"source": "digits", "kind": "trained", "digest": "d1"}
+            (run.path / "run.json").write_text(json.dumps(meta))
+    dashboard.build(store)
+    page = (tmp_path / "qkv_fusion" / "index.html").read_text()
+    joint = re.findall(r"fused_qkv against separate_qkv per step is equivalent in all of (\d) runs", page)
+    assert joint[:2] == ["2", "2"] and "all of 4 runs" not in page
+    labels = set(re.findall(r"source=[^<,&\"]*, batch=\d[^<;&\"·]*", page))
+    assert any("float32" in label for label in labels) and any("bfloat16" in label for label in labels)
+    assert not any("dtype" in label for label in labels)
 
 
 def test_height_and_width_are_told_as_a_size(tmp_path: Path) -> None:

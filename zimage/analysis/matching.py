@@ -63,8 +63,8 @@ class Recorded:
     def inputs(self) -> dict[str, Any]:
         """What it computed on: its parameters but for those of the effort, each as what it meant."""
         said: dict[str, Any] = dict.fromkeys(OF_THE_MODEL) | dict(self.parameters)
-        if said.get("dtype", "") is None:  # what suits the device; see backend.default_dtype
-            said["dtype"] = "bfloat16" if self.facts.get("device_type") == "gpu" else "float32"
+        if "dtype" in said:
+            said["dtype"] = dtype_of(said, self.facts)
         if self.recipe is not None:  # what is in the recipe's file counts, wherever it lay
             said["quantization"] = self.recipe
         if self.weights is not None and "source" in said:
@@ -79,6 +79,14 @@ class Recorded:
         """The arms and scopes that its tables have rows of."""
         frames = [frame.reindex(columns=["arm", "scope"]).drop_duplicates() for frame in self.tables.values()]
         return frozenset((str(arm), str(scope)) for frame in frames for arm, scope in frame.itertuples(index=False))
+
+
+def dtype_of(parameters: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """In which dtype a run with these parameters and facts computed: without one what suits the device.
+
+    That is what `backend.default_dtype` gives there.
+    """
+    return str(parameters["dtype"] or ("bfloat16" if facts.get("device_type") == "gpu" else "float32"))
 
 
 @dataclass(frozen=True)

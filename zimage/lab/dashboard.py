@@ -188,11 +188,18 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
             groups.setdefault(run.notebook, []).append(one)
     joint = []
     for notebook, cases in groups.items():
-        with _reported(cases[0].run, problems):
-            if found := over_runs.step([(one.label, one.tables) for one in cases]):
-                label = _of_weights(weights_kinds(one.run for one in cases)) if mixed else ""
-                joint += [(replace(cases[0], label=label), finding) for finding in found]
-                groups[notebook] = [replace(c, findings=[replace(f, short="") for f in c.findings]) for c in cases]
+        told = set[int]()
+        for kind in dict.fromkeys(weights_kind(one.run) for one in cases):
+            alike = [one for one in cases if weights_kind(one.run) == kind]
+            with _reported(alike[0].run, problems):
+                if found := over_runs.step([(one.label, one.tables) for one in alike]):
+                    label = _of_weights(kind) if mixed else ""
+                    joint += [(replace(alike[0], label=label), finding) for finding in found]
+                    told |= {id(one) for one in alike}
+        groups[notebook] = [
+            replace(one, findings=[replace(f, short="") for f in one.findings]) if id(one) in told else one
+            for one in cases
+        ]
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
     return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, joint, problems)

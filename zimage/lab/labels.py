@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_MODEL, OF_THE_ROWS
+from zimage.analysis.matching import OF_THE_EFFORT, OF_THE_MODEL, OF_THE_ROWS, dtype_of
 from zimage.lab.store import Run
 
 # On how much arms are judged, and what recipes are made of: like OF_THE_ROWS nothing that a page's reader looks for.
@@ -20,10 +20,13 @@ def telling(runs: Sequence[Run], swept: Sequence[str]) -> list[str]:
 def of_parameters(run: Run, names: Iterable[str], most: int | None = None) -> str:
     """Those of the run's parameters that have these names, in one line; height and width together are a size.
 
+    A dtype stands for itself, that which suited the device where none was asked for.
     Of lists of more than `most` items the first and the last.
     """
     known = [name for name in names if name in run.parameters or name in OF_THE_MODEL]
     texts = {name: f"{name}={_in_words(run.parameters.get(name), most)}" for name in known}
+    if "dtype" in texts:
+        texts["dtype"] = dtype_of(run.parameters, run.facts)
     if {"height", "width"} <= set(known):
         del texts["width"]
         texts["height"] = f"{run.parameters['height']} x {run.parameters['width']} px"
