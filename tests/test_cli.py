@@ -72,6 +72,19 @@ def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.usefixtures("project")
+def test_an_unknown_word_for_the_kernels_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep on a GPU says in one line that it takes ZIMAGE_KERNELS=offf for off; a CPU has no kernels."""
+    fake_kernels(monkeypatch)
+    monkeypatch.setenv("ZIMAGE_KERNELS", "offf")
+    for kind, lines in (("cpu", 0), ("gpu", 1)):
+        monkeypatch.setattr(keys, "device_facts", lambda _device="auto", kind=kind: FACTS | {"device_type": kind})
+        status, _, err = zimage(capsys, *SWEEP, "--fresh")
+        assert (status, err.count("\n"), err.count("zimage: ZIMAGE_KERNELS='offf' is not known")) == (0, lines, lines)
+
+
+@pytest.mark.usefixtures("project")
 def test_a_run_tells_what_it_found_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`run` prints the finding of its own run, not those of earlier runs with other parameters, which the page has."""
     fake_kernels(monkeypatch)

@@ -129,6 +129,9 @@ def _kernels(facts: Mapping[str, str]) -> list[Check]:
     """A check for each kernel of our own: those the published model needs are tried where there is no verdict."""
     if facts["device_type"] != "gpu":
         return [Check("Kernels", "ok", "plain operations: a CPU has no others")]
+    if doubt := trust.doubt():
+        value, _, advice = doubt.partition("; ")
+        return [Check("Kernels", "warn", value, advice)]
     if trust.off():
         return [Check("Kernels", "ok", f"off: {trust.VARIABLE} says so")]
     trust.settle(facts, trust.DEFAULTS)

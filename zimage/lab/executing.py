@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from zimage import machine
+from zimage import machine, trust
 from zimage.errors import StoreError
 from zimage.lab import dashboard, fitting, sweep, terminal
 from zimage.lab.experiment import Experiment, Values
@@ -52,6 +52,8 @@ def execute(
         say(_beforehand(jobs, to_do, estimates, suite))
     if to_do and (doubt := machine.warning(jobs[0].facts)):
         terminal.note(doubt)
+    if to_do and jobs[0].facts.get("device_type") == "gpu" and (doubt := trust.doubt()):
+        complain(doubt)
     started = time.monotonic()
     limit = sweep.NO_LIMIT if suite is None else Budget(suite.budget_s, estimates)
     teller, told = Teller(jobs, estimates), []
