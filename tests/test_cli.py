@@ -375,6 +375,14 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert out.startswith(f"Usage: zimage {command}".strip())
 
 
+def test_help_says_what_every_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a terminal of 80 columns each command has one line, which is not cut short."""
+    monkeypatch.setattr("click.formatting.FORCED_WIDTH", 80 - 2)  # what click leaves of 80 columns
+    lines = zimage(capsys, "-h")[1].partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == sorted(cli.cli.commands)
+    assert [line for line in lines if "..." in line or len(line) > 80] == []
+
+
 def test_usage_of_lab(capsys: pytest.CaptureFixture[str]) -> None:
     """The usage of `lab` tells its own options from JupyterLab's."""
     assert zimage(capsys, "lab", "-h")[1].startswith("Usage: zimage lab [OPTIONS] [JUPYTERLAB_OPTION]...\n")

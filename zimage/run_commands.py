@@ -70,9 +70,9 @@ def sweep(
     experiment: Path, quick: bool, dry_run: bool, given: tuple[str, ...], fresh: bool, force: bool, as_json: bool,
     results: Path,
 ) -> int:  # fmt: skip
-    """Execute all runs of an experiment that are not done yet; the same command picks up where it stopped.
+    """Execute all runs of an experiment that are not done yet.
 
-    The file may also be a suite: several experiments, as many of their runs as fit its time.
+    The same command picks up where it stopped. The file may also be a suite: several experiments, as many of their runs as fit its time.
     """
     from zimage.lab import executing, suite
     from zimage.lab import experiment as experiments
