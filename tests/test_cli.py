@@ -45,7 +45,7 @@ def test_sweep_says_what_it_does_and_found(
     first, second, *found, last = out.splitlines()
     assert first == "demo: 3 runs, 3 to do, time not known yet"
     assert second.startswith("demo: 3 completed, 0 failed in ")
-    assert len(found) == 1
+    assert found == ["On cpu-test-2c:", *(f"- x: m 1.00 [batch={n}]" for n in (1, 2, 3))]
     assert last == "page: results/demo/index.html"
     assert (project / "results" / "demo" / "index.html").is_file()
     status, out, _ = zimage(capsys, *SWEEP)
@@ -293,7 +293,12 @@ def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (project / "results" / "index.html").unlink()
     status, out, _ = zimage(capsys, "report", "--json")
     content = json.loads(out)
-    assert (status, list(content["findings"])) == (0, ["demo"])
+    assert status == 0
+    found = "; ".join(f"x: m 1.00 [batch={n}]" for n in (1, 2, 3))
+    assert content["findings"] == {"demo": f"On cpu-test-2c: {found}."}
+    listed = zimage(capsys, "report")[1].splitlines()
+    assert listed[:2] == ["demo: On cpu-test-2c:", "- x: m 1.00 [batch=1]"]
+    assert listed[4:] == content["pages"]
     assert content["pages"] == ["results/demo/index.html", "results/index.html"]
     assert (project / "results" / "index.html").is_file()
     assert zimage(capsys, "report", "--single-file")[0] == 0
@@ -441,6 +446,18 @@ def test_python_runs_the_command(module: str) -> None:
     command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"zimage, version {__version__}\n", "")
+
+
+def test_findings_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a line may take its columns, some at least; in a pipe or a file it is never broken."""
+    size = os.terminal_size((100, 24))
+    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert terminal.columns() == 100
+    size = os.terminal_size((5, 24))
+    assert terminal.columns() == 40
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert terminal.columns() > 10_000
 
 
 def test_closed_pipe(project: Path) -> None:

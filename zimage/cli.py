@@ -153,8 +153,8 @@ def convert(
 def fetch(repository: str, revision: str | None, as_json: bool) -> None:
     """Download the transformer of a Hugging Face repository.
 
-    REPOSITORY is org/name, or org/name@REV. Only the transformer is downloaded, into the hub's cache. What was downloaded before is not downloaded again, also of a file that
-    was not finished.
+    REPOSITORY is org/name, or org/name@REV. Only the transformer is downloaded, into the hub's cache. What was
+    downloaded before is not downloaded again, also of a file that was not finished.
     """
     from zimage import hub
 
@@ -248,12 +248,22 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
     if not names:
         raise StoreError(f"{results}: no runs to report on; `zimage sweep EXPERIMENT.yaml` makes some")
     pages = dashboard.build(store, None, single_file=single_file)
-    findings = {name: dashboard.findings(store, name) for name in names}
-    content = {"pages": [str(page) for page in pages], "findings": findings}
+    found = {name: dashboard.findings(store, name) for name in names}
+    content = {
+        "pages": [str(page) for page in pages],
+        "findings": {name: brief.sentence for name, brief in found.items()},
+    }
     terminal.skipped([problem for name in names for problem in store.scan(name)[1]])
-    terminal.show(
-        content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(terminal.link, pages)]
-    )
+
+    def lines() -> list[str]:
+        columns = terminal.columns()
+        text = []
+        for name, brief in found.items():
+            first, *others = brief.lines(columns)
+            text += [f"{name}: {first}", *others]
+        return [*text, *map(terminal.link, pages)]
+
+    terminal.show(content, as_json, lines)
 
 
 @cli.command(name="claims")

@@ -72,7 +72,8 @@ def sweep(
 ) -> int:  # fmt: skip
     """Execute all runs of an experiment that are not done yet.
 
-    The same command picks up where it stopped. The file may also be a suite: several experiments, as many of their runs as fit its time.
+    The same command picks up where it stopped. The file may also be a suite: several experiments, as many of their
+    runs as fit its time.
     """
     from zimage.lab import executing, suite
     from zimage.lab import experiment as experiments

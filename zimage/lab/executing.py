@@ -18,7 +18,7 @@ from zimage.lab.runner import Job
 from zimage.lab.store import Store
 from zimage.lab.suite import Budget, Suite, not_in_time
 from zimage.lab.sweep import Estimates, Outcome
-from zimage.lab.terminal import complain, link, say, show
+from zimage.lab.terminal import columns, complain, link, say, show
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def _do(
         return outcome, {"experiment": name, "runs": runs, "finding": None, "page": None}, [said]
     pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
     finding = dashboard.findings(store, name, {job.key for job in jobs})
-    content = {"experiment": name, "runs": runs, "finding": finding, "page": str(pages[0])}
-    return outcome, content, [said, finding, f"page: {link(pages[0])}"]
+    content = {"experiment": name, "runs": runs, "finding": finding.sentence, "page": str(pages[0])}
+    return outcome, content, [said, *finding.lines(columns()), f"page: {link(pages[0])}"]
 
 
 def _counts(outcome: Outcome, took_s: float) -> str:
