@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
+from tests.lab.making import FACTS, PARAMETERS, RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import __version__, cli
 from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
@@ -19,7 +19,8 @@ import pytest
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(keys, "device_facts", lambda _device="auto": FACTS)
-    write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS)
+    parameters = f"{PARAMETERS}seed: int = 0\ntransforms: list = []\n"
+    write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS, parameters=parameters)
     write_experiment(tmp_path, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [1]}}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -331,6 +332,10 @@ WRONG = {
     "set twice": ([*SWEEP, "--set", "batch=1", "--set", "batch=2"], "--set batch is given twice"),
     "set unknown": ([*SWEEP, "--set", "bacth=1"], "did you mean 'batch'?"),
     "set of wrong type": ([*SWEEP, "--set", "batch=x"], "parameter 'batch' takes int, not str 'x'"),
+    "set of no use": ([*SWEEP, "--set", "seed=-1"], "--set seed: notebooks/a.ipynb: seed must be an integer from 0"),
+    "parameter of no use": (["run", "notebooks/a.ipynb", "-p", "seed", "-1"], "seed must be an integer from 0"),
+    "parameter no list": (["run", "notebooks/a.ipynb", "-p", "sizes", "8"], "takes list[int], not int 8; write [8]"),
+    "parameter no list of texts": (["run", "notebooks/a.ipynb", "-p", "transforms", "fast"], "write [fast]"),
     "no such notebook": (["run", "nope.ipynb"], "nope.ipynb: no such notebook"),
     "parameter unknown": (["run", "notebooks/a.ipynb", "-p", "x", "1"], "has no parameter 'x'"),
     "parameter without value": (

@@ -1,0 +1,42 @@
+"""Values of a notebook's parameters that nothing can be done with, refused by the parameter's name before a run starts.
+
+The notebooks of this project mean the same by these names, and some of them take less. A notebook whose own default is
+none of these values means something else by the name, and is not judged.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from zimage.errors import ZImageError, require_integer, require_seed
+from zimage.measure.arguments import require_positive
+from zimage.measure.statistics import LOOKS
+from zimage.transform_names import require_known
+
+Check = Callable[[Any], None]  # raises ZImageError
+
+
+def anything(_value: Any) -> None:
+    """The check of a name that says nothing."""
+
+
+def check_of(name: str, default: Any) -> Check:
+    """The check of the values of the parameter `name`, whose default is `default`."""
+    check = CHECKS.get(name, anything)
+    try:
+        check(default)
+    except ZImageError:
+        return anything
+    return check
+
+
+CHECKS: dict[str, Check] = {
+    "seed": require_seed,
+    "transforms": require_known,
+    "quads": partial(require_integer, "quads", least=1, most=LOOKS[-1]),
+    "rounds": partial(require_integer, "rounds", least=1),
+    "draws": partial(require_integer, "draws", least=0),
+    "steps": partial(require_integer, "steps", least=1),
+    "rows": partial(require_integer, "rows", least=1),
+    "shift": lambda value: require_positive(shift=value),
+}
