@@ -130,7 +130,7 @@ def _content(path: Path) -> dict[str, Any]:
     """What the file holds; its `cells` are a list of dicts."""
     try:
         if not path.is_file():
-            raise ExperimentError(f"{path}: {'not a file' if path.exists() else 'no such notebook'}")
+            raise ExperimentError(f"{path}: {'not a file; name a notebook' if path.exists() else 'no such notebook'}")
         if path.stat().st_size > MAX_NOTEBOOK_BYTES:
             raise ExperimentError(f"{path}: larger than {MAX_NOTEBOOK_BYTES >> 20} MiB; clear its outputs")
         content = json.loads(path.read_text(encoding="utf-8"))
