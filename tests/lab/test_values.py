@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         ("steps", [1, 50_000], [0, -8], "steps must be an integer of at least 1, found "),
         ("rows", [1, 4096], [0], "rows must be an integer of at least 1, found "),
         ("shift", [0.5, 3], [0.0, -1.0], "shift must be positive and finite, found "),
+        ("modes", [[], ["8bit", "mine.yaml"]], [["8bits"], [None], ["x" * 9]], "unknown quantization "),
         ("transforms", [[], ["fast", "fuse_qkv"]], [["fuse_qvk"], ["fast", 1]], "transform .* is not known; "),
     ],
 )
@@ -39,7 +40,9 @@ def test_a_name_tells_what_fits(tmp_path: Path, name: str, good: list[Any], bad:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["quads: int = 0", "steps: float = 0.5", "seed: int | None = None", "rows: list = []"])
+@pytest.mark.parametrize(
+    "line", ["quads: int = 0", "steps: float = 0.5", "seed: int | None = None", "rows: list = []", "modes = 3"]
+)
 def test_a_default_tells_what_else_a_name_means(tmp_path: Path, line: str) -> None:
     """A notebook whose default would not fit means something else by the name: any value of the type is taken."""
     (parameter,) = notebook.read(write_notebook(tmp_path / "n.ipynb", parameters=line)).parameters.values()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from zimage.errors import ZImageError, require_integer, require_seed
+from zimage import recipes
+from zimage.errors import InputError, ZImageError, require_integer, require_seed
 from zimage.measure.arguments import require_positive
 from zimage.measure.statistics import LOOKS
 from zimage.transform_names import require_known
@@ -30,9 +31,19 @@ def check_of(name: str, default: Any) -> Check:
     return check
 
 
+def _require_packings(modes: Any) -> None:
+    """Names of packings; a recipe's file is left to the run, whose folder it is in."""
+    if not isinstance(modes, list):
+        raise InputError(f"modes must be a list of packings, found {modes!r:.60}")
+    for mode in modes:
+        if not recipes.is_file(mode):
+            recipes.read(mode)
+
+
 CHECKS: dict[str, Check] = {
     "seed": require_seed,
     "transforms": require_known,
+    "modes": _require_packings,
     "quads": partial(require_integer, "quads", least=1, most=LOOKS[-1]),
     "rounds": partial(require_integer, "rounds", least=1),
     "draws": partial(require_integer, "draws", least=0),
