@@ -211,7 +211,8 @@ def test_an_arm_runs_as_a_program() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"transforms": ["fuse_kv"]}, InputError, "transform 'fuse_kv' is not known; known are fuse_qkv, fuse_gate_up"),
+        ({"transforms": ["fuse_kv"]}, InputError, "transform 'fuse_kv' is not known; did you mean 'fuse_qkv'"),
+        ({"transforms": ["no"]}, InputError, "transform 'no' is not known; known are fuse_qkv, fuse_gate_up"),
         ({"transforms": [["fuse_qkv"]]}, InputError, "is not known; known are fuse_qkv"),
         ({"transforms": "fuse_qkv"}, InputError, "a list of names, found 'fuse_qkv'"),
         ({"scope": "layer"}, InputError, "scope 'layer' is not known; known are qkv, qkv_norm"),

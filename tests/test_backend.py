@@ -216,6 +216,15 @@ def test_doctor_of_this_machine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_doctor_looks_at_the_results_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that lie in a file, or where nothing may be written, are warned of; a folder that is not there is not."""
+    (tmp_path / "file").touch()
+    assert [doctor._disk(tmp_path / name).status for name in ("file", "new", ".")] == ["warn", "ok", "ok"]
+    assert doctor._disk(tmp_path / "file").value == f"{tmp_path / 'file'} is not a folder"
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert doctor._disk(tmp_path / "new").value == f"{tmp_path} cannot be written to"
+
+
 def test_doctor_mends_the_reference_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reference BLAS the doctor warns, says why and gives the command that mends it."""
     build = backend.MLXBuild("cpu", "0.32.4", None)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.lab.making import FACTS, RECORDS, fake_kernels, write_experiment, write_notebook
+from tests.lab.making import FACTS, PARAMETERS, RECORDS, fake_kernels, write_experiment, write_notebook
 from zimage import __version__, cli
 from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
@@ -19,7 +19,8 @@ import pytest
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(keys, "device_facts", lambda _device="auto": FACTS)
-    write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS)
+    parameters = f"{PARAMETERS}seed: int = 0\ntransforms: list = []\n"
+    write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS, parameters=parameters)
     write_experiment(tmp_path, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [1]}}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -45,7 +46,7 @@ def test_sweep_says_what_it_does_and_found(
     first, second, *found, last = out.splitlines()
     assert first == "demo: 3 runs, 3 to do, time not known yet"
     assert second.startswith("demo: 3 completed, 0 failed in ")
-    assert len(found) == 1
+    assert found == ["On cpu-test-2c:", *(f"- x: m 1.00 [batch={n}]" for n in (1, 2, 3))]
     assert last == "page: results/demo/index.html"
     assert (project / "results" / "demo" / "index.html").is_file()
     status, out, _ = zimage(capsys, *SWEEP)
@@ -69,6 +70,19 @@ def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert noted == ["timings may be off: on battery power; low-power mode is on (zimage doctor says more)"]
     assert zimage(capsys, *SWEEP)[0] == 0
     assert len(noted) == 1  # nothing was left to do
+
+
+@pytest.mark.usefixtures("project")
+def test_an_unknown_word_for_the_kernels_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep on a GPU says in one line that it takes ZIMAGE_KERNELS=offf for off; a CPU has no kernels."""
+    fake_kernels(monkeypatch)
+    monkeypatch.setenv("ZIMAGE_KERNELS", "offf")
+    for kind, lines in (("cpu", 0), ("gpu", 1)):
+        monkeypatch.setattr(keys, "device_facts", lambda _device="auto", kind=kind: FACTS | {"device_type": kind})
+        status, _, err = zimage(capsys, *SWEEP, "--fresh")
+        assert (status, err.count("\n"), err.count("zimage: ZIMAGE_KERNELS='offf' is not known")) == (0, lines, lines)
 
 
 @pytest.mark.usefixtures("project")
@@ -280,7 +294,12 @@ def test_report(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (project / "results" / "index.html").unlink()
     status, out, _ = zimage(capsys, "report", "--json")
     content = json.loads(out)
-    assert (status, list(content["findings"])) == (0, ["demo"])
+    assert status == 0
+    found = "; ".join(f"x: m 1.00 [batch={n}]" for n in (1, 2, 3))
+    assert content["findings"] == {"demo": f"On cpu-test-2c: {found}."}
+    listed = zimage(capsys, "report")[1].splitlines()
+    assert listed[:2] == ["demo: On cpu-test-2c:", "- x: m 1.00 [batch=1]"]
+    assert listed[4:] == content["pages"]
     assert content["pages"] == ["results/demo/index.html", "results/index.html"]
     assert (project / "results" / "index.html").is_file()
     assert zimage(capsys, "report", "--single-file")[0] == 0
@@ -309,11 +328,26 @@ WRONG = {
     "no such option": ([*SWEEP, "--quik"], "No such option '--quik'"),
     "no experiment": (["sweep"], "Missing argument"),
     "no such experiment": (["sweep", "nope.yaml"], "nope.yaml: no such file"),
-    "set without value": ([*SWEEP, "--set", "batch"], "--set batch: write NAME=VALUE"),
+    "set without value": ([*SWEEP, "--set", "batch"], "--set batch: write --set batch=VALUE"),
+    "set without name": ([*SWEEP, "--set", "=1"], "--set =1: write NAME=VALUE"),
     "set twice": ([*SWEEP, "--set", "batch=1", "--set", "batch=2"], "--set batch is given twice"),
     "set unknown": ([*SWEEP, "--set", "bacth=1"], "did you mean 'batch'?"),
     "set of wrong type": ([*SWEEP, "--set", "batch=x"], "parameter 'batch' takes int, not str 'x'"),
+    "set of no use": ([*SWEEP, "--set", "seed=-1"], "--set seed: notebooks/a.ipynb: seed must be an integer from 0"),
+    "parameter of no use": (["run", "notebooks/a.ipynb", "-p", "seed", "-1"], "seed must be an integer from 0"),
+    "parameter no list": (["run", "notebooks/a.ipynb", "-p", "sizes", "8"], "takes list[int], not int 8; write [8]"),
+    "parameter no list of texts": (["run", "notebooks/a.ipynb", "-p", "transforms", "fast"], "write [fast]"),
     "no such notebook": (["run", "nope.ipynb"], "nope.ipynb: no such notebook"),
+    "notebook by its name": (["run", "a"], "zimage: a: no such file; did you mean notebooks/a.ipynb?"),
+    "notebook misspelt": (["run", "notebooks/aa.ipynb"], "did you mean notebooks/a.ipynb?"),
+    "notebook a folder": (["run", "notebooks"], "notebooks: not a file; name a notebook"),
+    "notebook an experiment": (["run", SWEEP[1]], f"not a notebook; `zimage sweep {SWEEP[1]}` does the runs"),
+    "experiment by its name": (["sweep", "demo"], "zimage: demo: no such file; did you mean experiments/demo.yaml?"),
+    "experiment misspelt": (["sweep", "experiments/deno.yaml"], "did you mean experiments/demo.yaml?"),
+    "experiment a notebook": (["sweep", "notebooks/a.ipynb"], "file; `zimage run notebooks/a.ipynb` executes"),
+    "parameter as for set": (["run", "notebooks/a.ipynb", "-p", "batch=3"], "-p batch=3: write -p batch 3"),
+    "parameters as for set": (["run", "notebooks/a.ipynb", "-p", "batch=", "-p", "x", "1"], "write -p batch VALUE"),
+    "set as for a parameter": ([*SWEEP, "--set", "batch", "3"], "--set batch: write --set batch=VALUE"),
     "parameter unknown": (["run", "notebooks/a.ipynb", "-p", "x", "1"], "has no parameter 'x'"),
     "parameter without value": (
         ["run", "notebooks/a.ipynb", "-p", "batch"],
@@ -360,6 +394,14 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = zimage(capsys, *filter(None, [command]), "-h")
     assert status == 0
     assert out.startswith(f"Usage: zimage {command}".strip())
+
+
+def test_help_says_what_every_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a terminal of 80 columns each command has one line, which is not cut short."""
+    monkeypatch.setattr("click.formatting.FORCED_WIDTH", 80 - 2)  # what click leaves of 80 columns
+    lines = zimage(capsys, "-h")[1].partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == sorted(cli.cli.commands)
+    assert [line for line in lines if "..." in line or len(line) > 80] == []
 
 
 def test_usage_of_lab(capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,6 +462,18 @@ def test_python_runs_the_command(module: str) -> None:
     command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"zimage, version {__version__}\n", "")
+
+
+def test_findings_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a line may take its columns, some at least; in a pipe or a file it is never broken."""
+    size = os.terminal_size((100, 24))
+    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert terminal.columns() == 100
+    size = os.terminal_size((5, 24))
+    assert terminal.columns() == 40
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert terminal.columns() > 10_000
 
 
 def test_closed_pipe(project: Path) -> None:

@@ -252,3 +252,14 @@ def test_the_user_can_turn_all_off(value: str, monkeypatch: pytest.MonkeyPatch) 
     assert native.platform() == "metal"  # no CUDA here
     monkeypatch.setenv(trust.VARIABLE, value)
     assert native.platform() is None
+
+
+def test_a_word_that_nobody_knows_turns_all_off_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; a CPU has no kernels to turn off, and hears nothing."""
+    monkeypatch.setenv(trust.VARIABLE, "offf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.platform() is None
+    monkeypatch.setattr(native.mx, "default_device", lambda: mx.Device(mx.gpu))
+    with pytest.warns(RuntimeWarning, match="ZIMAGE_KERNELS='offf' is not known"):
+        assert native.platform() is None

@@ -40,14 +40,17 @@ def without_mlx(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_quickstart_says_what_it_does_and_found(sweep: Sweep) -> None:
-    """It says how many runs, then that all completed, what was found in one sentence, and where the page is."""
+    """It says how many runs, then that all completed, on what device what was found, and where the page is."""
     assert (sweep.status, sweep.err) == (0, "")
-    first, second, sentence, page = sweep.out.splitlines()
+    first, second, start, *found, page = sweep.out.splitlines()
     assert first.startswith("quickstart: 3 runs, 3 to do, ")
     assert re.fullmatch(r"quickstart: 3 completed, 0 failed in .+", second)
-    assert sentence.startswith("On ") and ", with trained weights: " in sentence and sentence.endswith(".")
-    for name in (" of a step", "fused_qkv", "8bit", "4bit", "relative L2 error", "smaller"):
-        assert name in sentence, name
+    assert start.startswith("On ") and start.endswith(", with trained weights:")
+    subjects = (" of a step", "fused_qkv", "8bit", "4bit", "bfloat16")
+    assert len(found) == len(subjects)
+    for line, subject in zip(found, subjects, strict=True):
+        assert line.startswith("- ") and subject in line
+    assert all(words in found[2] for words in ("relative L2 error", "smaller"))
     assert page == f"page: {sweep.results / 'quickstart' / 'index.html'}"
 
 
@@ -57,7 +60,7 @@ def test_the_quickstart_is_quick(sweep: Sweep) -> None:
 
 
 def test_a_second_call_does_nothing_new(sweep: Sweep) -> None:
-    """The same command finds all runs done, executes none, and says the same sentence and page."""
+    """The same command finds all runs done, executes none, and says the same findings and page."""
     files = {path: path.stat().st_mtime_ns for path in sweep.results.glob("quickstart/*/**/*") if path.is_file()}
     again = command("sweep", "experiments/quickstart.yaml", "--results", str(sweep.results))
     assert (again.returncode, again.stderr) == (0, "")
@@ -83,13 +86,13 @@ def test_runs_record_what_they_ran_on(sweep: Sweep) -> None:
 
 
 def test_pages_are_built_without_mlx(sweep: Sweep) -> None:
-    """Where MLX cannot be imported `report` builds the page again, with the same charts, and says the same sentence."""
+    """Where MLX cannot be imported `report` builds the page again, with the same charts, and says the same findings."""
     page = sweep.results / "quickstart" / "index.html"
     before = page.read_text(encoding="utf-8")
     page.unlink()
     done = without_mlx("report", "--results", str(sweep.results))
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"quickstart: {sweep.out.splitlines()[2]}" in done.stdout
+    assert "quickstart: " + "\n".join(sweep.out.splitlines()[2:-1]) in done.stdout
     figures = re.compile(r'data-figure="[^"]+"')
     assert figures.findall(page.read_text(encoding="utf-8")) == figures.findall(before) != []
 

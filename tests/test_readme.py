@@ -11,6 +11,7 @@ from tests.digits.drawing import First
 from tests.lab.fabricated import ablation, add_run
 from tests.parity.cases import CASES
 from zimage import cli, recipes
+from zimage.analysis.findings import Brief
 from zimage.config import TransformerConfig
 from zimage.digits import picture
 from zimage.lab import experiment
@@ -39,6 +40,15 @@ def test_the_python_code_runs() -> None:
     assert done.returncode == 0, done.stderr
     verdicts = "(faster|slower|equivalent|inconclusive)"
     assert re.fullmatch(rf"fused_qkv: {verdicts}, .*95 % CI .* quads.*", done.stdout.strip())
+
+
+def test_the_findings_have_their_layout() -> None:
+    """What the quickstart is shown to print has findings in the lines that a terminal of 104 columns gets."""
+    (shown,) = (block.splitlines() for block in blocks("text") if block.startswith("quickstart: "))
+    start, *lines = shown[2:-1]
+    items = re.findall(r"- (.*?)(?=\n- |$)", "\n".join(lines), re.S)
+    device, weights = re.fullmatch(r"On (\S+), with (\w+) weights:", start).groups()  # type: ignore[union-attr]
+    assert Brief(device, weights, [item.replace("\n  ", " ") for item in items]).lines(104) == [start, *lines]
 
 
 def test_the_experiment_is_valid(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_reference_runs_are_whole(root: Path) -> None:
 def test_pages_and_verdicts_are_made_from_the_tables(root: Path) -> None:
     """Findings, and verdicts on the published claims, come out of what is stored; no run is left out."""
     store = Store(root)
-    assert all(dashboard.findings(store, name) for name in store.experiments())
+    assert all(dashboard.findings(store, name).clauses for name in store.experiments())
     judged, problems = claims.judgements(claims.read(ROOT / "experiments" / "claims.yaml"), store)
     assert judged and not problems
 

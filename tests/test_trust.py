@@ -134,6 +134,32 @@ def test_the_key_hears_of_kernels_that_fall_back(monkeypatch: pytest.MonkeyPatch
     assert trust.in_force(FACTS) == "off"
 
 
+@pytest.mark.parametrize("value", ["off", "OFF", "none", "false", "No", "0", " off "])
+def test_kernels_can_be_turned_off_in_several_words(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them turns all kernels off, and nothing is said of it."""
+    monkeypatch.setenv(trust.VARIABLE, value)
+    assert trust.off() and trust.doubt() == ""
+
+
+@pytest.mark.parametrize("value", ["", "on", "ON", "1", "yes", "True"])
+def test_kernels_can_be_left_on_in_several_words(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them turns a kernel off, and nothing is said of it."""
+    monkeypatch.setenv(trust.VARIABLE, value)
+    assert not trust.off() and trust.doubt() == ""
+
+
+@pytest.mark.parametrize("value", ["Disabled", "offf", "2"])
+def test_an_unknown_word_turns_kernels_off_and_is_told(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as off, in a run's key too; one line, which `doctor` has as a warning, names it and the known ones."""
+    monkeypatch.setenv(trust.VARIABLE, value)
+    assert trust.off() and trust.in_force(FACTS) == "off"
+    assert trust.doubt() == (
+        f"ZIMAGE_KERNELS={value!r} is not known, so all kernels are off; write ZIMAGE_KERNELS=off or ZIMAGE_KERNELS=on"
+    )
+    (line,) = doctor._kernels(FACTS)
+    assert (line.status, f"{line.value}; {line.advice}") == ("warn", trust.doubt())
+
+
 def test_doctor_has_a_line_for_every_kernel(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU those of the published model are tried, and what falls back is a warning that says why."""
     trust.keep(FACTS, {trust.key(BAD): "it is wrong by 0.5"})

@@ -16,6 +16,7 @@ from zimage.low_memory import chunk_feed_forward
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.scopes import SCOPES, Work
+from zimage.transform_names import require_known
 from zimage.transformer import Transformer
 from zimage.transforms import (
     blocks,
@@ -62,7 +63,7 @@ def fast(model: Transformer) -> Transformer:
     return model
 
 
-# By name; `transforms.float16` and `quantize` need more than that and are called on a loaded model.
+# By the names in `transform_names`; `transforms.float16` and `quantize` need more and are called on a loaded model.
 TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_qkv": fuse_qkv,
     "fuse_gate_up": fuse_gate_up,
@@ -182,12 +183,3 @@ def velocity_errors(
         }
         for arm, model in models.items()
     ]
-
-
-def require_known(names: Sequence[str]) -> None:
-    """Raise InputError unless all of these are names of TRANSFORMS."""
-    if not isinstance(names, (list, tuple)):
-        raise InputError(f"transforms must be a list of names, found {names!r}")
-    for name in names:
-        if not isinstance(name, str) or name not in TRANSFORMS:
-            raise InputError(f"transform {name!r} is not known; known are {', '.join(TRANSFORMS)}")

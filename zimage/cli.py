@@ -94,7 +94,10 @@ def clean(yes: bool, dry_run: bool, as_json: bool, results: Path) -> int:
 @_as_json
 @_results
 def show(what: str, as_json: bool, results: Path) -> None:
-    """Show WHAT: a run (its key or the start of it, or experiment/key), an experiment, or a checkpoint source."""
+    """Show a run, an experiment, or a checkpoint source.
+
+    WHAT is a run's key or the start of it, experiment/key, an experiment, or a source.
+    """
     from zimage.lab import listing
     from zimage.lab.store import Store
 
@@ -125,9 +128,10 @@ def convert(
     source: str, directory: Path, dtype: str | None, quantization: str | None, lora: list[tuple[Path, float]],
     check_values: bool,
 ) -> None:  # fmt: skip
-    """Load SOURCE, change it as asked, and save it in the new folder DIR as safetensors with a config.json.
+    """Change SOURCE as asked and save it in the new folder DIR.
 
-    Only one tensor is in memory at a time, so a model can be packed that does not fit unpacked.
+    DIR gets safetensors with a config.json. Only one tensor is in memory at a time, so a model can be packed that does
+    not fit unpacked.
     """
     from zimage import sources, weights
 
@@ -147,10 +151,10 @@ def convert(
 @click.option("--revision", metavar="REV", help="A branch, tag or commit; main if left out.")
 @_as_json
 def fetch(repository: str, revision: str | None, as_json: bool) -> None:
-    """Download the transformer of REPOSITORY, and only that, from the Hugging Face hub into its cache.
+    """Download the transformer of a Hugging Face repository.
 
-    REPOSITORY is org/name, or org/name@REV. What was downloaded before is not downloaded again, also of a file that
-    was not finished.
+    REPOSITORY is org/name, or org/name@REV. Only the transformer is downloaded, into the hub's cache. What was
+    downloaded before is not downloaded again, also of a file that was not finished.
     """
     from zimage import hub
 
@@ -244,12 +248,22 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
     if not names:
         raise StoreError(f"{results}: no runs to report on; `zimage sweep EXPERIMENT.yaml` makes some")
     pages = dashboard.build(store, None, single_file=single_file)
-    findings = {name: dashboard.findings(store, name) for name in names}
-    content = {"pages": [str(page) for page in pages], "findings": findings}
+    found = {name: dashboard.findings(store, name) for name in names}
+    content = {
+        "pages": [str(page) for page in pages],
+        "findings": {name: brief.sentence for name, brief in found.items()},
+    }
     terminal.skipped([problem for name in names for problem in store.scan(name)[1]])
-    terminal.show(
-        content, as_json, lambda: [*(f"{name}: {text}" for name, text in findings.items()), *map(terminal.link, pages)]
-    )
+
+    def lines() -> list[str]:
+        columns = terminal.columns()
+        text = []
+        for name, brief in found.items():
+            first, *others = brief.lines(columns)
+            text += [f"{name}: {first}", *others]
+        return [*text, *map(terminal.link, pages)]
+
+    terminal.show(content, as_json, lines)
 
 
 @cli.command(name="claims")
@@ -258,7 +272,10 @@ def report(single_file: bool, as_json: bool, results: Path) -> None:
 @_as_json
 @_results
 def claims_command(file: Path | None, as_json: bool, results: Path) -> None:
-    """Judge published claims on the results, for each device that they are from; needs no MLX."""
+    """Judge published claims on the results.
+
+    They are judged for each device that results are from. Needs no MLX.
+    """
     from zimage.lab import claims
     from zimage.lab.store import Store
 

@@ -23,12 +23,12 @@ import click
 def compare(
     a: str, b: str, rerun: bool, pythons: tuple[str, ...], pairs: int, samples: int, as_json: bool, results: Path
 ) -> int:
-    """Compare B with A, the reference, and exit 1 on a regression; needs no MLX.
+    """Compare B with A, the reference; exit 1 on a regression.
 
     A and B are runs (a key or the start of it, or experiment/key), experiments, or results folders; PATH/experiment
     and PATH/experiment/key too. What has the same notebook, weights, seed and other inputs on both sides is judged:
     time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared. Results
-    of B that cannot be read count as a regression.
+    of B that cannot be read count as a regression. Needs no MLX but to rerun.
     """
     from zimage.lab import comparing, rerunning
     from zimage.lab.store import Store
@@ -52,7 +52,10 @@ def compare(
 @as_json_option
 @results_option
 def trend(experiment: str, as_json: bool, results: Path) -> None:
-    """Show one EXPERIMENT across versions of MLX and zimage, superseded runs included; needs no MLX."""
+    """Show one EXPERIMENT across versions of MLX and zimage.
+
+    Superseded runs are included. Needs no MLX.
+    """
     from zimage.lab import trends
     from zimage.lab.store import Store
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -129,6 +130,9 @@ def _kernels(facts: Mapping[str, str]) -> list[Check]:
     """A check for each kernel of our own: those the published model needs are tried where there is no verdict."""
     if facts["device_type"] != "gpu":
         return [Check("Kernels", "ok", "plain operations: a CPU has no others")]
+    if doubt := trust.doubt():
+        value, _, advice = doubt.partition("; ")
+        return [Check("Kernels", "warn", value, advice)]
     if trust.off():
         return [Check("Kernels", "ok", f"off: {trust.VARIABLE} says so")]
     trust.settle(facts, trust.DEFAULTS)
@@ -210,6 +214,10 @@ def _disk(results: Path) -> Check:
     except OSError as error:
         return Check("Disk", "warn", f"{folder}: {error.strerror}", "choose another folder with --results")
     value = f"{free / 1e9:.1f} GB free for {results}"
+    if results.exists() and not results.is_dir():
+        return Check("Disk", "warn", f"{results} is not a folder", "choose one with --results")
+    if not os.access(folder, os.W_OK):
+        return Check("Disk", "warn", f"{folder} cannot be written to", "choose another folder with --results")
     if free < LEAST_FREE_BYTES:
         return Check("Disk", "warn", value, "free some, or choose another folder with --results")
     return Check("Disk", "ok", value)

@@ -42,9 +42,14 @@ class BackendError(ZImageError):
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The line that says a name is not known, with the nearest one or all there are."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}")
+    near = nearest(name, known := list(known))
+    return f"{what} {name!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known) or 'none'}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that was probably meant, "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    return near[0] if near else ""
 
 
 def require_integer(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -53,3 +58,9 @@ def require_integer(name: str, value: object, least: int, most: int | None = Non
     if not fits or (most is not None and value > most):  # type: ignore[operator]
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} must be an integer {span}, found {value!r:.60}")
+
+
+def require_seed(seed: object) -> None:
+    """Raise InputError for what is no seed of random numbers."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, found {seed!r:.60}")

@@ -10,6 +10,7 @@ from zimage import arms, recipes
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
 from zimage.inputs import Inputs
+from zimage.transform_names import require_known
 from zimage.transformer import Transformer
 from zimage.transforms import quantize
 from zimage.weights import load_transformer
@@ -31,7 +32,7 @@ class Lever:
         parts = [part.strip() for part in name.split("+")] if isinstance(name, str) else []
         if not parts or not all(parts):
             raise InputError(f"an arm is a precision and transforms such as '4bit{JOINT}fast', found {name!r}")
-        arms.require_known(parts[1:])
+        require_known(parts[1:])
         return cls(parts[0], tuple(parts[1:]))
 
     def __str__(self) -> str:

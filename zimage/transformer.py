@@ -17,7 +17,7 @@ from zimage.config import (
     TIMESTEP_WIDTH,
     TransformerConfig,
 )
-from zimage.errors import InputError
+from zimage.errors import InputError, require_seed
 from zimage.kernels import heads, stream
 from zimage.modulation import Modulation, Modulations, Stacked
 from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
@@ -634,8 +634,7 @@ def _stack(captions: Captions, least: int) -> mx.array:
 
 def random_key(seed: int) -> mx.array:
     """MLX's random key of a seed. Raises InputError for what is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, found {seed!r}")
+    require_seed(seed)
     return mx.random.key(seed)
 
 

@@ -2,7 +2,7 @@
 
 A kernel is tried in a process of its own before it may run in this one, where it is checked once more. Verdicts are
 kept in the user's cache folder for as long as device, driver, MLX and the kernels' sources stay the same. MLX is not
-loaded here. `ZIMAGE_KERNELS=off` turns all kernels off.
+loaded here. `ZIMAGE_KERNELS=off` turns all kernels off, and so does a value that nobody knows, with one line.
 """
 
 import functools
@@ -19,6 +19,7 @@ from typing import Any
 from zimage import blas
 
 VARIABLE = "ZIMAGE_KERNELS"
+_ON, _OFF = ("on", "1", "yes", "true", ""), ("off", "0", "no", "false", "none")  # values of it, in any case
 TRIAL_TIMEOUT_S = 120.0  # of a trial process: compiling takes seconds, so it hangs
 Request = dict[str, Any]  # what a kernel is tried for: `kernel`, its name, `dtype`, and the sizes it is compiled for
 # What the published model needs, which `zimage doctor` tries.
@@ -34,8 +35,19 @@ _PASSING = ("memory", "timed out waiting", "busy")  # in a reason: it says nothi
 
 
 def off() -> bool:
-    """Whether the user turned all kernels off."""
-    return os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "no", "false")
+    """Whether the user turned all kernels off, or may have meant to: see `doubt`."""
+    return _asked().lower() not in _ON
+
+
+def doubt() -> str:
+    """The line on a value of VARIABLE that is not known, which counts as off; "" for one that is."""
+    if (asked := _asked()).lower() in (*_ON, *_OFF):
+        return ""
+    return f"{VARIABLE}={asked!r:.60} is not known, so all kernels are off; write {VARIABLE}=off or {VARIABLE}=on"
+
+
+def _asked() -> str:
+    return os.environ.get(VARIABLE, "").strip()
 
 
 def key(request: Mapping[str, Any]) -> str:

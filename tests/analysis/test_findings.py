@@ -1,7 +1,7 @@
 """Findings say what the tables say and no more."""
 
 from tests.lab import fabricated
-from zimage.analysis.findings import baseline_arm, families, findings, sentence, time_phrase
+from zimage.analysis.findings import Brief, baseline_arm, families, findings, time_phrase
 
 import pandas as pd
 import pytest
@@ -172,12 +172,27 @@ def test_nothing_recorded() -> None:
     """No tables, or empty ones, give no finding and a sentence that says so."""
     empty = stored(**{name: pd.DataFrame() for name in ("stages", "ablation", "memory", "quality")})
     assert findings({}) == findings(empty) == []
-    assert sentence([], "cpu", None) == "On cpu: nothing was recorded that a finding could rest on."
+    assert Brief("cpu", "", ()).sentence == "On cpu: nothing was recorded that a finding could rest on."
 
 
 def test_the_sentence() -> None:
     """The sentence names device and kind of weights and ends in one full stop."""
-    assert sentence(["a", "b"], "cpu", "synthetic") == "On cpu, with synthetic weights: a; b."
+    assert Brief("cpu", "synthetic", ["a", "b"]).sentence == "On cpu, with synthetic weights: a; b."
+    more = Brief("cpu", "", ["a"], 3, "1 of 2 runs failed")
+    assert more.sentence == "On cpu: a; 3 more on its page; 1 of 2 runs failed."
+
+
+def test_the_list() -> None:
+    """For a terminal a line says where, each finding is an item that fits the columns, and how many more comes last."""
+    long = "a step takes 11.9 ms and 8bit takes 70.1 % more time than float32"
+    brief = Brief("cpu", "trained", ["b", long], 3, "1 of 2 runs failed")
+    start, end = "On cpu, with trained weights:", "3 more on its page."
+    assert brief.lines(200) == [start, "- b", f"- {long}", "- 1 of 2 runs failed", end]
+    wrapped = ["- a step takes 11.9 ms and 8bit takes", "  70.1 % more time than float32"]
+    assert brief.lines(43) == [start, "- b", *wrapped, "- 1 of 2 runs failed", end]  # not between 70.1 and %
+    assert Brief("cpu", "", ["a"]).lines(80) == ["On cpu:", "- a"]
+    nothing = Brief("cpu", "", ())
+    assert nothing.lines(20) == [nothing.sentence]
 
 
 def test_baseline() -> None:

@@ -202,7 +202,7 @@ def test_failed_runs_are_told(swept: Page, built: Path) -> None:
     assert "BackendError: out of memory at layers.17: use a smaller height" in swept.text
     assert "3d3d3d3d3d3d/notebook.ipynb" in swept.links()
     assert "1 failed" in Page(built / "index.html").text
-    assert dashboard.findings(Store(built), "turbo_sizes").endswith("; 1 of 3 runs failed.")
+    assert dashboard.findings(Store(built), "turbo_sizes").sentence.endswith("; 1 of 3 runs failed.")
 
 
 def test_runs_of_an_earlier_sweep_are_not_shown(swept: Page) -> None:
@@ -216,7 +216,7 @@ def test_synthetic_weights_are_prominent(swept: Page, built: Path) -> None:
     assert ("span", {"class": "tag synthetic"}) in swept.elements
     assert "errors and pictures mean little" in swept.text
     assert "synthetic weights" in Page(built / "index.html").text
-    assert "with synthetic weights" in dashboard.findings(Store(built), "turbo_sizes")
+    assert "with synthetic weights" in dashboard.findings(Store(built), "turbo_sizes").sentence
 
 
 def parts(path: Path) -> list[str]:
@@ -264,10 +264,10 @@ def test_findings_say_whose_weights_where_a_page_has_both(tmp_path: Path) -> Non
     store = Store(mixed(tmp_path))
     text = page_of(store.root, "mixed").text
     assert "source=digits, trained weights" in text and "source=synthetic:small, synthetic weights" in text
-    whole = dashboard.findings(store, "mixed")
+    whole = dashboard.findings(store, "mixed").sentence
     assert whole.startswith(f"On {fabricated.DEVICE}, with trained and synthetic weights: ")
     assert "[source=digits, trained weights]; " in whole
-    alone = dashboard.findings(store, "mixed", ["b2"])
+    alone = dashboard.findings(store, "mixed", ["b2"]).sentence
     assert alone.startswith(f"On {fabricated.DEVICE}, with synthetic weights: ") and alone.count("synthetic") == 1
 
 
@@ -298,7 +298,7 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
         fabricated.add_run(tmp_path, "e", key, {"stages": fabricated.stages()}, device=device)
     page = page_of(tmp_path, "e")
     assert len([1 for tag, _ in page.elements if tag == "option"]) == 2
-    assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e")
+    assert "On apple-m3-max and nvidia-h100-80gb-hbm3" in dashboard.findings(Store(tmp_path), "e").sentence
 
 
 def test_runs_of_different_machines_are_compared_with_the_difference(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_meagre_tables(tmp_path: Path, name: str, rows: list[dict[str, Any]]) ->
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["arm"])
     fabricated.add_run(tmp_path, "e", "a1", {name: frame})
     assert "nan" not in page_of(tmp_path, "e").text.lower().split()
-    assert dashboard.findings(Store(tmp_path), "e").startswith(f"On {fabricated.DEVICE}")
+    assert dashboard.findings(Store(tmp_path), "e").sentence.startswith(f"On {fabricated.DEVICE}")
 
 
 def test_loading_has_its_section(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_loading_has_its_section(tmp_path: Path) -> None:
     assert "What loading costs" in page.text and "2.09 s to 2.42 s" in page.text
     (figure,) = page.figures().values()
     assert [trace["y"] for trace in figure["data"]] == [["plain read", "zimage", "zimage 4bit"]] * 2
-    assert "zimage loads in 1.10 times a plain read's time" in dashboard.findings(Store(tmp_path), "e")
+    assert "zimage loads in 1.10 times a plain read's time" in dashboard.findings(Store(tmp_path), "e").sentence
 
 
 def test_broken_files_are_told_and_the_rest_is_shown(results: Path) -> None:
@@ -446,7 +446,7 @@ def test_only_failures(tmp_path: Path) -> None:
     assert "Nothing has completed yet" in text
     assert "ZeroDivisionError: division by zero" in text
     expected = f"On {fabricated.DEVICE}, with trained weights: 1 of 1 run failed."
-    assert dashboard.findings(Store(tmp_path), "e") == expected
+    assert dashboard.findings(Store(tmp_path), "e").sentence == expected
 
 
 def test_an_empty_store_has_an_index(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_unknown_experiment(results: Path) -> None:
 
 def test_the_sentence_is_one_plain_line(built: Path) -> None:
     """The terminal's sentence is one line without markup, with each notebook's finding about the whole step."""
-    text = dashboard.findings(Store(built), "quickstart")
+    text = dashboard.findings(Store(built), "quickstart").sentence
     assert text.startswith(f"On {fabricated.DEVICE}, with trained weights: the 3 main layers take 71 % of a step")
     assert "fused_qkv is equivalent in time to separate_qkv per step" in text
     assert "weights 84 % smaller, relative L2 error 0.0813" in text

@@ -149,7 +149,7 @@ def test_a_run_without_one_of_the_tables_is_shown(name: str) -> None:
 def test_several_runs_say_together_what_became_of_the_step(tmp_path: Path) -> None:
     """One sentence an arm for all runs comes first, with its ratios and where most is lost; each run's own follow."""
     store = sweep(tmp_path, {}, {"batch": 2}, {"quantization": "8bit"}, {"batch": 4})
-    said = dashboard.findings(store, "qkv_fusion")
+    said = dashboard.findings(store, "qkv_fusion").sentence
     first = "fused_qkv against separate_qkv per step is equivalent in all of 4 runs (ratios 0.995 to 0.998)"
     assert said.startswith(f"On {DEVICE}, with synthetic weights: {first}; ")
     assert "fused_gate_up against separate_gate_up per step, in 4 runs: faster in 2, equivalent in 2 (" in said
@@ -182,7 +182,7 @@ def test_the_ladder_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_run_speaks_for_itself(tmp_path: Path) -> None:
     """A single run's findings are its own, the step's verdict first and then where the gain goes."""
-    said = dashboard.findings(sweep(tmp_path, {}), "qkv_fusion")
+    said = dashboard.findings(sweep(tmp_path, {}), "qkv_fusion").sentence
     assert ": fused_qkv is equivalent in time to separate_qkv per step (ratio 0.998, " in said
     assert "): the product alone saves 54" in said and " are lost in QK norm; " in said
 

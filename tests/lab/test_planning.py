@@ -16,6 +16,7 @@ from zimage.lab.progress import Teller, forecast, span
 from zimage.lab.runner import Job
 from zimage.lab.store import Run, Store
 
+import mlx.core as mx
 import pytest
 
 
@@ -147,6 +148,13 @@ def test_a_device_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys.sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="the device cannot be asked"):
         device_facts.__wrapped__("auto")
+
+
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there() -> None:
+    """A GPU that this machine lacks is told in the words of who looked for it, which say what to do."""
+    with pytest.raises(BackendError, match=r"^no GPU that MLX can use here; use device auto or cpu, and see `zimage"):
+        device_facts.__wrapped__("gpu")
 
 
 def run_of(notebook_name: str, seconds: float, **parameters: Any) -> Run:

@@ -183,7 +183,7 @@ def test_the_page_shows_the_trend(tmp_path: Path) -> None:
     for key in ("1f", "2f", "3f"):
         assert f"{key * 6}/run.json" in page.links() and (root / "qkv_fusion" / (key * 6) / "run.json").is_file()
     assert "All of it but the other versions from run" in page.text
-    assert "rose by 5.3 %" in dashboard.findings(Store(root), "qkv_fusion")
+    assert "rose by 5.3 %" in dashboard.findings(Store(root), "qkv_fusion").sentence
 
 
 def test_a_page_without_versions_has_no_trend(tmp_path: Path) -> None:

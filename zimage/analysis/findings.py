@@ -5,6 +5,7 @@ only called so when its interval lies above every other, and a missing table is 
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,48 @@ class Finding:
     verdict: str = ""
     evidence: tuple[str, ...] = ()
     short: str = ""
+
+
+@dataclass(frozen=True)
+class Brief:
+    """Findings in short: on which device, with which kind of weights, and what.
+
+    more: how many there are besides; failed: how many runs failed, in words, "" where none did.
+    """
+
+    device: str
+    weights: str
+    clauses: Sequence[str]
+    more: int = 0
+    failed: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """All in one: `On <device>, with <kind> weights: a; b; 2 more on its page.`"""
+        rest = [f"{self.more} more on its page"] if self.more else []
+        said = [*self.clauses, *rest, *filter(None, [self.failed])]
+        return f"{self._start}: {'; '.join(said) or 'nothing was recorded that a finding could rest on'}."
+
+    def lines(self, columns: int) -> list[str]:
+        """The same for a terminal of so many columns: where, then what, an item each, and how many more last."""
+        items = [*self.clauses, *filter(None, [self.failed])]
+        if not items:
+            return [self.sentence]
+        rest = [f"{self.more} more on its page."] if self.more else []
+        return [f"{self._start}:", *(line for item in items for line in _wrapped(item, columns)), *rest]
+
+    @property
+    def _start(self) -> str:
+        return f"On {self.device}" + (f", with {self.weights} weights" if self.weights else "")
+
+
+def _wrapped(item: str, columns: int) -> list[str]:
+    """An item of a list as lines, of which none ends between a number and its percent sign."""
+    tied = item.replace(" %", "\N{NO-BREAK SPACE}%")
+    shape = textwrap.TextWrapper(
+        columns, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace("\N{NO-BREAK SPACE}%", " %") for line in shape.wrap(tied)]
 
 
 def findings(tables: Tables) -> list[Finding]:
@@ -92,12 +135,6 @@ def _said(found: Sequence[tuple[str, tuple[str, ...]]]) -> list[Finding]:
 def _briefly(found: Sequence[cost_texts.Text]) -> list[Finding]:
     """Observations with words of their own for one sentence among others."""
     return [Finding(text, "", evidence, short) for text, evidence, short in found]
-
-
-def sentence(clauses: list[str], device: str, weights: str | None) -> str:
-    """One sentence for the terminal: `On <device>, with <kind> weights: a; b.`"""
-    start = f"On {device}" + (f", with {weights} weights" if weights else "")
-    return f"{start}: {'; '.join(clauses) or 'nothing was recorded that a finding could rest on'}."
 
 
 def baseline_arm(tables: Tables) -> str | None:

@@ -193,7 +193,11 @@ def forget() -> None:
 
 def platform() -> Literal["cuda", "metal"] | None:
     """Whose kernels can run on MLX's default device; None on a CPU, or where the user turned them off."""
-    if mx.default_device().type != mx.DeviceType.gpu or trust.off():
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    if trust.off():
+        if doubt := trust.doubt():
+            warnings.warn(doubt, RuntimeWarning, stacklevel=1)  # of one place, so that it is told once
         return None
     return "cuda" if _has_cuda() else "metal"
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from zimage import __version__
 from zimage.analysis import over_runs, units
-from zimage.analysis.findings import Finding, sentence
+from zimage.analysis.findings import Brief, Finding
 from zimage.analysis.findings import findings as findings_of
 from zimage.analysis.matching import OF_THE_MODEL
 from zimage.analysis.trends import Trend
@@ -37,7 +37,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 WORDS = {"": "observed", "inconclusive": "undecided"}  # a finding's tag, where it is not the verdict itself
-IN_A_SENTENCE = 6  # findings that one terminal line holds
+IN_BRIEF = 6  # findings that a terminal shows
 ON_A_CARD = 4
 ON_A_PAGE = 10
 IN_A_LABEL = 4  # items of a list
@@ -126,14 +126,13 @@ def build(store: Store, experiments: Iterable[str] | None = None, single_file: b
     return pages
 
 
-def findings(store: Store, experiment: str, keys: Collection[str] | None = None) -> str:
-    """What the experiment found, or those of its runs that have these keys, in one plain sentence for a terminal."""
+def findings(store: Store, experiment: str, keys: Collection[str] | None = None) -> Brief:
+    """What the experiment found, or those of its runs that have these keys, in brief."""
     page = _read(store, experiment, keys)
-    clauses = _shorts(page, IN_A_SENTENCE, "{} more on its page")
-    if page.failed:
-        clauses.append(f"{len(page.failed)} of {_runs(len(page.runs), 'failed')}")
+    texts = _shorts(page)
+    failed = f"{len(page.failed)} of {_runs(len(page.runs), 'failed')}" if page.failed else ""
     devices, kinds = page.about()
-    return sentence(clauses, devices or "no device yet", kinds or None)
+    return Brief(devices or "no device yet", kinds, texts[:IN_BRIEF], max(len(texts) - IN_BRIEF, 0), failed)
 
 
 def weights_kind(run: Run) -> str:
@@ -369,7 +368,7 @@ def _values(name: str, several: Iterable[str]) -> str:
 
 
 def _card(page: Experiment) -> dict[str, Any]:
-    devices, kinds = page.about()
+    texts, (devices, kinds) = _shorts(page), page.about()
     return {
         "name": page.name,
         "title": page.question or page.name,
@@ -379,15 +378,13 @@ def _card(page: Experiment) -> dict[str, Any]:
         "runs": _runs(page.completed, "done"),
         "failed": len(page.failed),
         "date": _newest(page.runs),
-        "lines": _shorts(page, ON_A_CARD, "and {} more"),
+        "lines": [*texts[:ON_A_CARD], *([f"and {more} more"] if (more := len(texts) - ON_A_CARD) > 0 else [])],
     }
 
 
-def _shorts(page: Experiment, most: int, rest: str) -> list[str]:
-    """The findings in brief, at most `most` of them and then how many are left."""
-    texts = [f.short + (f" [{one.label}]" if one.label else "") for one, f in page.lines() if f.short]
-    more = len(texts) - most
-    return texts if more <= 0 else [*texts[:most], rest.format(more)]
+def _shorts(page: Experiment) -> list[str]:
+    """The findings in brief, each with its case."""
+    return [f.short + (f" [{one.label}]" if one.label else "") for one, f in page.lines() if f.short]
 
 
 def _links(run: Run) -> list[Link]:

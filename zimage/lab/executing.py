@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from zimage import machine
+from zimage import machine, trust
 from zimage.errors import StoreError
 from zimage.lab import dashboard, fitting, sweep, terminal
 from zimage.lab.experiment import Experiment, Values
@@ -18,7 +18,7 @@ from zimage.lab.runner import Job
 from zimage.lab.store import Store
 from zimage.lab.suite import Budget, Suite, not_in_time
 from zimage.lab.sweep import Estimates, Outcome
-from zimage.lab.terminal import complain, link, say, show
+from zimage.lab.terminal import columns, complain, link, say, show
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def execute(
         say(_beforehand(jobs, to_do, estimates, suite))
     if to_do and (doubt := machine.warning(jobs[0].facts)):
         terminal.note(doubt)
+    if to_do and jobs[0].facts.get("device_type") == "gpu" and (doubt := trust.doubt()):
+        complain(doubt)
     started = time.monotonic()
     limit = sweep.NO_LIMIT if suite is None else Budget(suite.budget_s, estimates)
     teller, told = Teller(jobs, estimates), []
@@ -93,8 +95,8 @@ def _do(
         return outcome, {"experiment": name, "runs": runs, "finding": None, "page": None}, [said]
     pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
     finding = dashboard.findings(store, name, {job.key for job in jobs})
-    content = {"experiment": name, "runs": runs, "finding": finding, "page": str(pages[0])}
-    return outcome, content, [said, finding, f"page: {link(pages[0])}"]
+    content = {"experiment": name, "runs": runs, "finding": finding.sentence, "page": str(pages[0])}
+    return outcome, content, [said, *finding.lines(columns()), f"page: {link(pages[0])}"]
 
 
 def _counts(outcome: Outcome, took_s: float) -> str:

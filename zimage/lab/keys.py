@@ -143,7 +143,8 @@ def device_facts(device: str = "auto", python: str = "") -> dict[str, str]:
     if answer.returncode != 0 or not isinstance(facts, dict) or "device" not in facts:
         said = [line for line in answer.stderr.strip().splitlines() if line.strip()]
         reason = said[-1] if said else f"exit status {answer.returncode}"
-        if not python and answer.returncode == 2 and reason.startswith(f"zimage: device {device!r} is not known"):
+        own = ("zimage: device ", "zimage: no GPU ")  # what was asked of a device that is well
+        if not python and answer.returncode == 2 and reason.startswith(own):
             raise BackendError(reason.removeprefix("zimage: "))
         asked, doctor = "the device", "zimage doctor"
         if python:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage.errors import ExperimentError, unknown
+from zimage.errors import ExperimentError, ZImageError, unknown
+from zimage.lab.values import Check, anything, check_of
 
 MAX_NOTEBOOK_BYTES = 64 * 2**20
 MAX_MODELS = 1000
@@ -26,12 +27,13 @@ _PLAIN: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a notebook: its default, its type as written, and a test of that type."""
+    """One parameter of a notebook: its default, its type as written, a test of that type and a check of what fits."""
 
     name: str
     default: Any
     type: str
     fits: Callable[[Any], bool]
+    check: Check = anything
 
     def accept(self, value: Any) -> Any:
         """`value` as the notebook gets it: an int becomes a float where a float is wanted. Raises ExperimentError."""
@@ -42,11 +44,16 @@ class Parameter:
             except OverflowError:
                 pass
         if not self.fits(value):
+            hint = f"; write [{value}]" if isinstance(value, (str, int, float)) and self.fits([value]) else ""
             raise ExperimentError(
-                f"parameter {self.name!r} takes {self.type}, not {type(value).__name__} {value!r:.60}"
+                f"parameter {self.name!r} takes {self.type}, not {type(value).__name__} {value!r:.60}{hint}"
             )
         if not _storable(value):
             raise ExperimentError(f"parameter {self.name!r}: {value!r:.60} is not finite, or no valid text")
+        try:
+            self.check(value)
+        except ZImageError as error:
+            raise ExperimentError(str(error)) from None
         return value
 
 
@@ -123,7 +130,7 @@ def _content(path: Path) -> dict[str, Any]:
     """What the file holds; its `cells` are a list of dicts."""
     try:
         if not path.is_file():
-            raise ExperimentError(f"{path}: {'not a file' if path.exists() else 'no such notebook'}")
+            raise ExperimentError(f"{path}: {'not a file; name a notebook' if path.exists() else 'no such notebook'}")
         if path.stat().st_size > MAX_NOTEBOOK_BYTES:
             raise ExperimentError(f"{path}: larger than {MAX_NOTEBOOK_BYTES >> 20} MiB; clear its outputs")
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +214,7 @@ def _parameter(name: str, default: Any, annotation: ast.expr | None, place: str)
         raise ExperimentError(
             f"{place}: the default of {name!r} is a {type(default).__name__}; use int, float, str, ..."
         )
-    parameter = Parameter(name, default, text, fits)
+    parameter = Parameter(name, default, text, fits, check_of(name, default))
     try:
         parameter.accept(default)
     except ExperimentError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 OUTPUT = "standard output"
+_NARROWEST = 40  # columns that text is wrapped to
 
 
 def say(text: str) -> None:
@@ -36,6 +38,11 @@ def skipped(problems: Sequence[str]) -> None:
 def link(page: Path) -> str:
     """A path, or on a terminal an address to click on."""
     return page.resolve().as_uri() if sys.stdout.isatty() else str(page)
+
+
+def columns() -> int:
+    """How many columns a line on standard output may take: the terminal's, or any number where it is none."""
+    return max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else sys.maxsize
 
 
 def complain(line: str) -> None:

@@ -1,0 +1,26 @@
+"""The names of `arms.TRANSFORMS`, for those who ask for transforms where no model is. Needs no MLX."""
+
+from collections.abc import Sequence
+
+from zimage import practices
+from zimage.errors import InputError, nearest
+
+KNOWN = (
+    *("fuse_qkv", "fuse_gate_up", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu", "wide_dequantize"),
+    *("fuse_qkv_copied", "join_blocks", "keep_captions", "chunk_feed_forward"),
+    *practices.EXECUTION,
+    *practices.OUTPUT,
+    *("tea_cache_flux", "reuse_by_timestep", "reuse_every_2nd", "fast", "tuned"),
+    *(f"quantize_input_{mode}_emulated" for mode in ("int8", "fp8", "mxfp8", "nvfp4")),
+)
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raise InputError unless all of these are names of transforms."""
+    if not isinstance(names, (list, tuple)):
+        raise InputError(f"transforms must be a list of names, found {names!r}")
+    for name in names:
+        if not isinstance(name, str) or name not in KNOWN:
+            near = nearest(name, KNOWN)
+            hint = f"did you mean {near!r}?" if near else f"known are {', '.join(KNOWN)}"
+            raise InputError(f"transform {name!r} is not known; {hint}")
