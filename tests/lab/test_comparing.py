@@ -81,7 +81,7 @@ def test_a_slower_arm_is_a_regression(tmp_path: Path) -> None:
     text = said(a, b)
     assert "slower  fused_qkv / separate_qkv, step  ratio 0.998 -> 1.060  1.062 times (" in text
     assert "regressions:\n  qkv/aa11: slower fused_qkv / separate_qkv, step" in text
-    assert text.endswith("1 compared (1 slower), 2 not: 1 regression")
+    assert text.endswith("1 compared (1 slower), 2 not: 1 regression; 2 rows of A have no counterpart in B")
 
 
 def test_both_noise_floors_count(tmp_path: Path) -> None:
@@ -473,3 +473,54 @@ def test_damage_is_told_and_costs_only_itself(tmp_path: Path) -> None:
     one = comparing.side(str(b), Store(a))
     assert len(one.problems) == 2 and [run.name for run in one.runs] == ["qkv/aa11"]
     assert len(compared(a, b).rows) == 3
+
+
+def test_what_could_not_be_judged_is_counted(tmp_path: Path) -> None:
+    """Runs, arms, tables and rows of A that B lacks are counted, those of B alone, failed or unusable in A are not."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    put(a, tables=quantization() | {"ablation": qkv()})
+    put(b, tables={"ablation": qkv().iloc[:2].assign(ratio_high=[1.0, None])})
+    packed(a, "cc33", "8bit", "4bit", "2bit")
+    packed(b, "cc33", "8bit", "nvfp4")
+    put(a, "dd44", parameters={"seed": 1})
+    put(a, "ee55", parameters={"seed": 2}, status="failed", error="ValueError: no")
+    put(b, "ff66", parameters={"seed": 3})
+    found = compared(a, b)
+    counts = {one.what: one.missing_rows for one in found.left_out if one.missing_rows}
+    tables = [row.table for row in compared(a, a).rows]
+    assert counts == {
+        "4bit of quantization/cc33": 1,
+        "2bit of quantization/cc33": 1,
+        "fused_qkv separate_qkv block burst of qkv/aa11": 1,
+        "fused_qkv separate_qkv step burst of qkv/aa11": 1,
+        "table 'memory' of qkv/aa11": tables.count("memory"),
+        "table 'quality' of qkv/aa11": tables.count("quality"),
+    }
+    assert (found.missing_runs, found.missing_rows) == (1, sum(counts.values()))
+    lacking = f"1 run of A has no counterpart in B, {found.missing_rows} rows of A have no counterpart in B"
+    assert f"no regression in what could be judged: {lacking}" in comparing.summary(found)
+    assert comparing.incomplete(found) == lacking.replace(", ", " and ")
+    whole = compared(a, a)
+    assert (whole.missing_runs, whole.missing_rows, comparing.incomplete(whole)) == (0, 0, "")
+
+
+def test_what_only_unusable_rows_of_a_lack_is_not_missing(tmp_path: Path) -> None:
+    """A row that A itself cannot use, or a peak of another device's allocator, is nothing that B lacks."""
+    put(tmp_path / "a", tables={**quantization(), "ablation": qkv().assign(ratio_low=[None, 0.969, 0.994])})
+    put(tmp_path / "b", tables={**quantization(), "ablation": qkv()}, device="apple-m3-max")
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert len(found.left_out) > 1 and (found.missing_runs, found.missing_rows) == (0, 0)
+
+
+def test_undecided_rows_are_counted(tmp_path: Path) -> None:
+    """Inconclusive rows stand beside "no regression", and that no time ratio is decided where A has some."""
+    wide = qkv().assign(ratio_low=0.2, ratio_high=5.0)
+    a, b = both(tmp_path, tables={"ablation": wide})
+    found = compared(a, b)
+    assert (found.undecided, found.times_undecided) == (3, True)
+    said_of_it = "no regression in what could be judged: 3 rows are undecided, no time ratio is decided"
+    assert comparing.summary(found) == f"3 compared (3 inconclusive), 0 not: {said_of_it}"
+    assert comparing.incomplete(found) == "no time ratio is decided"
+    only = {name: frame for name, frame in quantization().items() if name in ("memory", "quality")}
+    untimed = [put(tmp_path / name, tables=only) for name in ("c", "d")]
+    assert not compared(*(path.parent.parent for path in untimed)).times_undecided
