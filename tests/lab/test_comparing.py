@@ -524,3 +524,50 @@ def test_undecided_rows_are_counted(tmp_path: Path) -> None:
     only = {name: frame for name, frame in quantization().items() if name in ("memory", "quality")}
     untimed = [put(tmp_path / name, tables=only) for name in ("c", "d")]
     assert not compared(*(path.parent.parent for path in untimed)).times_undecided
+
+
+def scaled(root: Path, ratio: float, half: float | None = 0.01, **meta: Any) -> Path:
+    """A run of scaling: a step of 16 x 16 px takes `ratio` times one of 8 x 8 px, an image of two 0.9 times."""
+    sides = {"height": [16, 8], "width": [16, 8], "batch": [1, 2], "caption_tokens": [32, 32]}
+    least = {f"beside_{name}": 8 if name in ("height", "width") else 1 for name in sides} | {
+        "beside_caption_tokens": 32
+    }
+    ratios = pd.Series([ratio, 0.9])
+    ends = {} if half is None else {"ratio_low": ratios * (1 - half), "ratio_high": ratios * (1 + half)}
+    frame = pd.DataFrame({"arm": "float32", "axis": ["resolution", "batch"], **sides}).assign(**least)
+    given = {"notebook": "notebooks/scaling.ipynb", "parameters": INPUTS, **meta}
+    return add_run(root, "scaling", "aa11", {"axes": frame.assign(ratio=ratios, **ends)}, **given)
+
+
+def test_a_step_that_grows_more_with_the_size_is_a_regression(tmp_path: Path) -> None:
+    """Rows of `axes` are judged as time ratios, told by axis and sizes, and hold together with the others."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    scaled(a, 4.0)
+    scaled(b, 4.4)
+    found = compared(a / "scaling", b / "scaling")
+    assert [row.change.verdict for row in found.rows] == ["slower", "inconclusive"]
+    assert (found.worse, found.together, found.left_out, found.times_undecided) == (1, 2, [], False)
+    name = "float32, resolution 16 x 16 px, batch 1, 32 tokens beside 8 x 8 px, batch 1, 32 tokens"
+    assert re.search(f"slower +{name} +ratio 4.000 -> 4.400 +1.100 times [(]8.* % more", said(a, b))
+    sides = [comparing.side(str(root), Store(root)) for root in (a, b)]
+    row = comparing.content(*sides, found)["pairs"][0]["rows"][1]
+    about = {"table": "axes", "axis": "batch", "height": 8, "batch": 2, "beside_batch": 1, "a": row["a"]}
+    assert about.items() <= row.items() and row["a"]["value"] == 0.9
+
+
+def test_growth_without_an_interval_is_undecided(tmp_path: Path) -> None:
+    """Where a side had too few rounds for an interval its rows of `axes` are inconclusive, whatever the values."""
+    a, b, c = (tmp_path / name for name in "abc")
+    scaled(a, 4.0)
+    scaled(b, 9.0, half=None)
+    scaled(c, -1.0)
+    for sides in ((a, b), (b, a), (b, b)):
+        found = compared(*sides)
+        assert [row.change.verdict for row in found.rows] == ["inconclusive"] * 2
+        assert {row.change.reason for row in found.rows} == {"one side has no interval of its own"}
+        assert (found.worse, found.times_undecided, found.together) == (0, True, 1)
+    left_out = compared(a, c).left_out
+    assert [(one.what, one.reason, one.missing_rows) for one in left_out] == [(
+        "float32 resolution 16 x 16 px, batch 1, 32 tokens beside 8 x 8 px, batch 1, 32 tokens of scaling/aa11",
+        "B recorded no usable interval", 1,
+    )]  # fmt: skip

@@ -1,8 +1,8 @@
 """Two sets of runs compared: every number that both have, judged; the rest listed with why it is not compared.
 
 Runs are paired by notebook and inputs (`matching`), whichever arms they were asked for, their rows by what they are
-about: an arm, its baseline, scope and regime for a time ratio; arm, stage and metric for bytes; arm, metric and
-baseline for quality at the last step. What counts as a regression:
+about: an arm, its baseline, scope and regime for a time ratio, or of a step of two sizes an arm, axis and both sizes;
+arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What counts as a regression:
 
     a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
@@ -30,13 +30,19 @@ METHOD = (
     "each side's time ratios are to its own baseline, so that one also rises where only the baseline got faster; "
     "intervals and floors are combined as independent, in quadrature on the log scale, and hold together with 95 %"
 )
-TIMES = ("ablation",)  # the tables of time ratios
+TIMES = ("ablation", "axes")  # the tables of time ratios
+SIZE = ("height", "width", "batch", "caption_tokens")
 KEYS = {
     "ablation": ("arm", "baseline", "scope", "regime"),
+    "axes": ("arm", "axis", *SIZE, *(f"beside_{name}" for name in SIZE)),
     "memory": ("arm", "stage", "metric"),
     "quality": ("arm", "metric", "baseline"),
 }
-_ENDS = {"ablation": ("ratio", "ratio_low", "ratio_high"), "memory": ("bytes",), "quality": ("value", "low", "high")}
+_ENDS = {
+    **dict.fromkeys(TIMES, ("ratio", "ratio_low", "ratio_high")),
+    "memory": ("bytes",),
+    "quality": ("value", "low", "high"),
+}
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ class _Both:
 def _judged(both: _Both, together: int) -> Row:
     a, b = (interval_of(both.table, row) for row in (both.a, both.b))
     floor = None
-    if both.table == "ablation":
+    if both.table in TIMES:
         floor = combining.combined_floor(floor_of(both.a), floor_of(both.b), together)
         change = combining.time_change(a, b, floor, together)
     elif both.table == "memory":
@@ -233,7 +239,7 @@ def _common(a: Recorded, b: Recorded) -> tuple[list[_Both], list[Alone]]:
             if not all(key[0] in own for own in arms):
                 continue
             rows = left.get(key, []), right.get(key, [])
-            what = f"{' '.join(filter(None, key))} of {a.name}"
+            what = f"{_told(table, key)} of {a.name}"
             if reason := _not_comparable(table, rows):
                 missing.append(Alone(what, reason, missing_rows=int(key in usable)))
             elif reason := _other_allocator(table, key, a, b):
@@ -257,7 +263,9 @@ def _not_comparable(table: str, rows: tuple[list[dict[str, Any]], list[dict[str,
 def _unusable(table: str, row: Mapping[str, Any]) -> str:
     """Why a row has nothing to compare, or ""."""
     value = interval_of(table, row)
-    if table == "ablation" and not (0 <= value.low <= value.value <= value.high and 0 < value.value < math.inf):
+    open_ended = table == "axes" and math.isnan(value.low) and math.isnan(value.high)  # told as undecided
+    known = open_ended or (value.bounded and value.low >= 0)
+    if table in TIMES and not (known and 0 < value.value < math.inf):
         return "recorded no usable interval"
     perfect = table == "quality" and value.value == math.inf and row["metric"] in combining.HIGHER_IS_BETTER
     return "recorded no finite number" if units.missing(value.value) and not perfect else ""
@@ -307,7 +315,22 @@ def _usable(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, .
 
 
 def _text(name: str, value: Any) -> str:
+    if name.removeprefix("beside_") in SIZE:
+        return "" if units.missing(value) else f"{int(value)}"
     return value if isinstance(value, str) else BURST if name == "regime" else ""
+
+
+def sizes(about: tuple[str, ...]) -> str:
+    """What a row of `axes` is about but for its arm, in words: the axis, the size, and that beside it."""
+    size, beside = (
+        f"{height or '?'} x {width or '?'} px" + f", batch {batch}" * bool(batch) + f", {tokens} tokens" * bool(tokens)
+        for height, width, batch, tokens in (about[2:6], about[6:])
+    )
+    return f"{about[1]} {size} beside {beside}"
+
+
+def _told(table: str, about: tuple[str, ...]) -> str:
+    return f"{about[0]} {sizes(about)}" if table == "axes" else " ".join(filter(None, about))
 
 
 def _failed(a: Recorded, b: Recorded) -> Alone:

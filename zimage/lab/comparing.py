@@ -16,7 +16,7 @@ from zimage.lab.store import Run, Store
 from zimage.machine import doubts
 
 _VERSIONS = ("python", "numpy")  # of all recorded versions, those that an environment lacks and that could matter
-_TABLES = ("ablation", "memory", "quality", "samples", "stages")
+_TABLES = ("ablation", "axes", "memory", "quality", "samples", "stages")
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,9 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     if row.table == "ablation":
         arm, baseline, scope, regime = row.about
         about = f"{arm} / {baseline}, {scope}" + ("" if regime == comparing.BURST else f", {regime}")
-        values = f"ratio {units.ratio(row.a.value)} -> {units.ratio(row.b.value)}"
+        values = _ratios(row)
+    elif row.table == "axes":
+        about, values = f"{row.about[0]}, {comparing.sizes(row.about)}", _ratios(row)
     elif row.table == "memory":
         about = f"{row.about[0]}, {reading.metric_name(row.about[2])}"
         values = f"{units.size(row.a.value)} -> {units.size(row.b.value)}"
@@ -254,9 +256,13 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     return row.change.verdict, about, values, _change(row.change, row.table)
 
 
+def _ratios(row: Row) -> str:
+    return f"ratio {units.ratio(row.a.value)} -> {units.ratio(row.b.value)}"
+
+
 def _change(change: Change, table: str) -> str:
     found = change.interval
-    if table == "ablation":
+    if table in comparing.TIMES:
         ends = in_words(found.low, found.high).removesuffix(" time") if found.high < math.inf else ""
         told = f"{units.ratio(found.value)} times ({ends})" if ends else ""
     elif table == "memory":
@@ -283,9 +289,12 @@ def _pair_content(pair: Pair) -> dict[str, Any]:
 
 
 def _row_content(row: Row) -> dict[str, Any]:
+    about = dict(zip(comparing.KEYS[row.table], row.about, strict=True))
+    sizes = {name: int(text) for name, text in about.items() if name.removeprefix("beside_") in comparing.SIZE and text}
     return {
         "table": row.table,
-        **dict(zip(comparing.KEYS[row.table], row.about, strict=True)),
+        **about,
+        **sizes,
         "a": row.a.finite(),
         "b": row.b.finite(),
         "difference" if row.change.difference else "ratio": row.change.interval.finite(),
