@@ -12,6 +12,7 @@ from tests.lab.making import FACTS, PARAMETERS, RECORDS, fake_kernels, write_exp
 from zimage import __version__, cli
 from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
+from zimage.lab.store import Store
 
 import pytest
 
@@ -70,6 +71,33 @@ def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert noted == ["timings may be off: on battery power; low-power mode is on (zimage doctor says more)"]
     assert zimage(capsys, *SWEEP)[0] == 0
     assert len(noted) == 1  # nothing was left to do
+
+
+def test_a_quick_sweep_tells_what_leaves_the_page(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before full runs leave the page a line says how many, and what shows them again; the store keeps them all."""
+    ran = fake_kernels(monkeypatch)
+    noted: list[tuple[str, int]] = []
+    monkeypatch.setattr(terminal, "note", lambda line: noted.append((line, len(ran))))
+    zimage(capsys, *SWEEP, "--quick")
+    zimage(capsys, *SWEEP)
+    assert noted == []
+    write_experiment(project, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [4]}}\n")
+    zimage(capsys, *SWEEP, "--quick", "--dry-run")
+    assert noted == []
+    zimage(capsys, *SWEEP, "--quick", "--json")
+    text = "demo: the page will no longer show 3 runs of the full experiment; they stay in the store, and the same "
+    assert noted == [(f"{text}command without --quick shows them again", 3)]
+    store = Store(project / "results")
+    assert (len(store.runs("demo")), len(store.current("demo"))) == (4, 1)
+    zimage(capsys, *SWEEP, "--quick")  # they are gone from the page already
+    assert len(noted) == 1
+    zimage(capsys, *SWEEP)
+    assert (len(ran), len(store.current("demo"))) == (4, 3)
+    write_experiment(project, "grid: {batch: [1, 2, 5]}\nquick: {grid: {batch: [1]}}\n")
+    zimage(capsys, *SWEEP, "--quick")
+    assert "2 runs of" in noted[1][0] and "shows 1 of them again, as code or parameters are others now" in noted[1][0]
 
 
 @pytest.mark.usefixtures("project")

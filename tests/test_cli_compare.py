@@ -54,6 +54,31 @@ def test_an_added_mode_breaks_no_gate(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said[1][1].endswith("2 compared (2 slower), 1 not: 2 regressions\n")
 
 
+def test_a_gate_that_requires_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --require-all it is 1 where B lacks a run or an arm of A or decides no time, with a line that says why."""
+    whole = tmp_path / "whole"
+    packed(whole, "aa11", "8bit", "4bit")
+    put(whole, "bb22")
+    gone = "1 run of A has no counterpart in B"
+    for arms, why in ((("8bit", "4bit"), f"{gone}\n"), (("8bit",), f"{gone} and 1 row of A has no counterpart in B\n")):
+        part = tmp_path / f"part{len(arms)}"
+        packed(part, "aa11", *arms)
+        status, out, err = zimage(capsys, "compare", whole, part)
+        assert (status, err) == (0, "") and f": no regression in what could be judged: {gone}" in out
+        assert zimage(capsys, "compare", whole, part, "--require-all")[::2] == (1, f"zimage: --require-all: {why}")
+    wide = qkv().assign(ratio_low=0.2, ratio_high=5.0)
+    a, b = both(tmp_path, tables={"ablation": wide})
+    status, out, err = zimage(capsys, "compare", a, b, "--require-all", "--json")
+    assert (status, err) == (1, "zimage: --require-all: no time ratio is decided\n")
+    names = ("missing_runs", "missing_rows", "undecided", "times_undecided")
+    assert [strict(out)[name] for name in names] == [0, 0, 3, True]
+    assert zimage(capsys, "compare", a, b)[0] == 0
+    assert zimage(capsys, "compare", whole, whole, "--require-all")[::2] == (0, "")
+    _, out, _ = zimage(capsys, "compare", whole, tmp_path / "part1", "--json")
+    lacking = [(one["missing_runs"], one["missing_rows"]) for one in strict(out)["not_compared"]]
+    assert sorted(lacking) == [(0, 1), (1, 0)]
+
+
 def test_names_are_those_of_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain names are looked up in --results, and two runs of one experiment can be compared."""
     root = fabricated.across_versions(tmp_path)
@@ -102,6 +127,7 @@ def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["compare", "a"], "issing argument 'B'"),
         (["compare", "a", "nowhere"], "no run 'nowhere'"),
         (["compare", "a", "a", "--python", "python3"], "give it with --rerun"),
+        (["compare", "a", "a", "--rerun", "--require-all"], "--rerun times anew: give one of them"),
         (["compare", "a", "a", "--rerun", "--python", "python3"], "given twice, for A and for B, or not at all"),
         (["compare", "a", "a", "--rerun", "--pairs", "7"], "give at least 8 and 1"),
         (["compare", "a", "a", "--rerun", "--samples", "0"], "give at least 8 and 1"),

@@ -13,6 +13,8 @@ import click
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
+@click.option("--require-all", is_flag=True,
+              help="Exit 1 also where B lacks a run or row of A, or no time ratio is decided.")  # fmt: skip
 @click.option("--rerun", is_flag=True, help="Time the step of both anew, in fresh processes in turns.")
 @click.option("--python", "pythons", multiple=True, metavar="PYTHON",
               help="With --rerun: the interpreter of A, and once more that of B; this one's if left out.")  # fmt: skip
@@ -21,20 +23,24 @@ import click
 @as_json_option
 @results_option
 def compare(
-    a: str, b: str, rerun: bool, pythons: tuple[str, ...], pairs: int, samples: int, as_json: bool, results: Path
-) -> int:
+    a: str, b: str, require_all: bool, rerun: bool, pythons: tuple[str, ...], pairs: int, samples: int, as_json: bool,
+    results: Path,
+) -> int:  # fmt: skip
     """Compare B with A, the reference; exit 1 on a regression.
 
     A and B are runs (a key or the start of it, or experiment/key), experiments, or results folders; PATH/experiment
     and PATH/experiment/key too. What has the same notebook, weights, seed and other inputs on both sides is judged:
     time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared. Results
-    of B that cannot be read count as a regression. Needs no MLX but to rerun.
+    of B that cannot be read count as a regression. With --require-all it exits 1 also where a run or row of A has no
+    counterpart in B, or A has time ratios and none is decided. Needs no MLX but to rerun.
     """
     from zimage.lab import comparing, rerunning
     from zimage.lab.store import Store
 
     if pythons and not rerun:
         raise ExperimentError("--python says who measures again: give it with --rerun")
+    if require_all and rerun:
+        raise ExperimentError("--require-all is about what is recorded, and --rerun times anew: give one of them")
     store = Store(results)
     sides = comparing.side(a, store), comparing.side(b, store, completed=False)
     terminal.skipped(list(dict.fromkeys(problem for one in sides for problem in one.problems)))
@@ -44,7 +50,10 @@ def compare(
     terminal.show(comparing.content(*sides, found), as_json, lambda: comparing.lines(*sides, found))
     if sides[1].problems and not found.worse:
         terminal.complain(f"not known to be free of regressions: {sides[1].problems[0]}")
-    return 1 if found.worse or sides[1].problems else 0
+    lacking = comparing.incomplete(found) if require_all else ""
+    if lacking:
+        terminal.complain(f"--require-all: {lacking}")
+    return 1 if found.worse or sides[1].problems or lacking else 0
 
 
 @click.command()

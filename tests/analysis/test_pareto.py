@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from zimage.analysis.pareto import CATEGORIES, NONE, Category, Margins, Place, Point, Quantity, classify
+from zimage.analysis.pareto import CATEGORIES, NONE, Category, Margins, Place, Point, Quantity, classify, rows
 from zimage.errors import MeasurementError
 
 import pytest
@@ -74,7 +74,8 @@ def test_a_surely_dominated_point_changes_no_other(points: list[Point]) -> None:
 @settings(max_examples=300)
 @given(several(least=2), st.data(), MARGINS)
 def test_wider_intervals_never_dominate(points: list[Point], data: st.DataObject, margins: Margins) -> None:
-    """Where intervals become wider around the same estimates only dominated points may change their category."""
+    """Where intervals become wider around the same estimates only dominated points may change their category, and
+    those of the front to unknown."""
     wider = [
         replace(
             point,
@@ -86,18 +87,24 @@ def test_wider_intervals_never_dominate(points: list[Point], data: st.DataObject
         for point in points
     ]
     before, after = categories(points, margins), categories(wider, margins)
-    assert all(after[name] == before[name] for name in before if before[name] != "dominated")
+    kept = {name: "front" if category == "unknown" else category for name, category in after.items()}
+    unknown = {name for name, category in before.items() if category == "unknown"}
+    assert all(after[name] == "unknown" for name in unknown)
+    assert all(kept[name] == before[name] for name in before if before[name] != "dominated" and name not in unknown)
 
 
 @settings(max_examples=300)
 @given(several(), MARGINS)
 def test_there_is_a_front_and_dominators_are_named(points: list[Point], margins: Margins) -> None:
-    """Whatever the margins some point is on the front, and exactly the points off it name another one."""
+    """Whatever the margins some point is on the front or unknown, and exactly the points beaten name another one."""
     found = classify(points, margins)
-    assert "front" in {place.category for place in found.values()}
+    assert {"front", "unknown"} & {place.category for place in found.values()}
     for name, place in found.items():
         assert place.category in CATEGORIES
-        assert (place.dominated_by is None) == (place.category == "front") and place.dominated_by != name
+        unbeaten = place.category in ("front", "unknown")
+        assert (place.dominated_by is None) == unbeaten and place.dominated_by != name
+    assert not any(point.time.unbounded for point in points if found[point.name].category == "front")
+    assert all(point.time.unbounded for point in points if found[point.name].category == "unknown")
 
 
 @given(several())
@@ -120,6 +127,18 @@ def test_overlap_cannot_be_told_from_the_front() -> None:
         "far": Place("dominated", "front"),
         "unknown": Place("indistinguishable", "front"),
     }
+
+
+def test_what_has_no_interval_of_its_time_is_on_no_front() -> None:
+    """An arm that nothing beats but whose time has no interval is unknown, and still beats others by the estimates."""
+    quick = Point("quick", Quantity.of(0.5, None, None), Quantity.exact(10), Quantity.exact(0.1))
+    points = [quick, exact("slow", 1.0, 10, 0.1), exact("small", 1.0, 5, 0.2)]
+    assert classify(points) == {
+        "quick": Place("unknown"),
+        "slow": Place("indistinguishable", "quick"),
+        "small": Place("front"),
+    }
+    assert [row["category"] for row in rows(points)] == ["front", "indistinguishable", "unknown"]
 
 
 def test_margins_are_what_counts_as_no_difference() -> None:

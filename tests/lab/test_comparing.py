@@ -81,7 +81,7 @@ def test_a_slower_arm_is_a_regression(tmp_path: Path) -> None:
     text = said(a, b)
     assert "slower  fused_qkv / separate_qkv, step  ratio 0.998 -> 1.060  1.062 times (" in text
     assert "regressions:\n  qkv/aa11: slower fused_qkv / separate_qkv, step" in text
-    assert text.endswith("1 compared (1 slower), 2 not: 1 regression")
+    assert text.endswith("1 compared (1 slower), 2 not: 1 regression; 2 rows of A have no counterpart in B")
 
 
 def test_both_noise_floors_count(tmp_path: Path) -> None:
@@ -473,3 +473,101 @@ def test_damage_is_told_and_costs_only_itself(tmp_path: Path) -> None:
     one = comparing.side(str(b), Store(a))
     assert len(one.problems) == 2 and [run.name for run in one.runs] == ["qkv/aa11"]
     assert len(compared(a, b).rows) == 3
+
+
+def test_what_could_not_be_judged_is_counted(tmp_path: Path) -> None:
+    """Runs, arms, tables and rows of A that B lacks are counted, those of B alone, failed or unusable in A are not."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    put(a, tables=quantization() | {"ablation": qkv()})
+    put(b, tables={"ablation": qkv().iloc[:2].assign(ratio_high=[1.0, None])})
+    packed(a, "cc33", "8bit", "4bit", "2bit")
+    packed(b, "cc33", "8bit", "nvfp4")
+    put(a, "dd44", parameters={"seed": 1})
+    put(a, "ee55", parameters={"seed": 2}, status="failed", error="ValueError: no")
+    put(b, "ff66", parameters={"seed": 3})
+    found = compared(a, b)
+    counts = {one.what: one.missing_rows for one in found.left_out if one.missing_rows}
+    tables = [row.table for row in compared(a, a).rows]
+    assert counts == {
+        "4bit of quantization/cc33": 1,
+        "2bit of quantization/cc33": 1,
+        "fused_qkv separate_qkv block burst of qkv/aa11": 1,
+        "fused_qkv separate_qkv step burst of qkv/aa11": 1,
+        "table 'memory' of qkv/aa11": tables.count("memory"),
+        "table 'quality' of qkv/aa11": tables.count("quality"),
+    }
+    assert (found.missing_runs, found.missing_rows) == (1, sum(counts.values()))
+    lacking = f"1 run of A has no counterpart in B, {found.missing_rows} rows of A have no counterpart in B"
+    assert f"no regression in what could be judged: {lacking}" in comparing.summary(found)
+    assert comparing.incomplete(found) == lacking.replace(", ", " and ")
+    whole = compared(a, a)
+    assert (whole.missing_runs, whole.missing_rows, comparing.incomplete(whole)) == (0, 0, "")
+
+
+def test_what_only_unusable_rows_of_a_lack_is_not_missing(tmp_path: Path) -> None:
+    """A row that A itself cannot use, or a peak of another device's allocator, is nothing that B lacks."""
+    put(tmp_path / "a", tables={**quantization(), "ablation": qkv().assign(ratio_low=[None, 0.969, 0.994])})
+    put(tmp_path / "b", tables={**quantization(), "ablation": qkv()}, device="apple-m3-max")
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert len(found.left_out) > 1 and (found.missing_runs, found.missing_rows) == (0, 0)
+
+
+def test_undecided_rows_are_counted(tmp_path: Path) -> None:
+    """Inconclusive rows stand beside "no regression", and that no time ratio is decided where A has some."""
+    wide = qkv().assign(ratio_low=0.2, ratio_high=5.0)
+    a, b = both(tmp_path, tables={"ablation": wide})
+    found = compared(a, b)
+    assert (found.undecided, found.times_undecided) == (3, True)
+    said_of_it = "no regression in what could be judged: 3 rows are undecided, no time ratio is decided"
+    assert comparing.summary(found) == f"3 compared (3 inconclusive), 0 not: {said_of_it}"
+    assert comparing.incomplete(found) == "no time ratio is decided"
+    only = {name: frame for name, frame in quantization().items() if name in ("memory", "quality")}
+    untimed = [put(tmp_path / name, tables=only) for name in ("c", "d")]
+    assert not compared(*(path.parent.parent for path in untimed)).times_undecided
+
+
+def scaled(root: Path, ratio: float, half: float | None = 0.01, **meta: Any) -> Path:
+    """A run of scaling: a step of 16 x 16 px takes `ratio` times one of 8 x 8 px, an image of two 0.9 times."""
+    sides = {"height": [16, 8], "width": [16, 8], "batch": [1, 2], "caption_tokens": [32, 32]}
+    least = {f"beside_{name}": 8 if name in ("height", "width") else 1 for name in sides} | {
+        "beside_caption_tokens": 32
+    }
+    ratios = pd.Series([ratio, 0.9])
+    ends = {} if half is None else {"ratio_low": ratios * (1 - half), "ratio_high": ratios * (1 + half)}
+    frame = pd.DataFrame({"arm": "float32", "axis": ["resolution", "batch"], **sides}).assign(**least)
+    given = {"notebook": "notebooks/scaling.ipynb", "parameters": INPUTS, **meta}
+    return add_run(root, "scaling", "aa11", {"axes": frame.assign(ratio=ratios, **ends)}, **given)
+
+
+def test_a_step_that_grows_more_with_the_size_is_a_regression(tmp_path: Path) -> None:
+    """Rows of `axes` are judged as time ratios, told by axis and sizes, and hold together with the others."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    scaled(a, 4.0)
+    scaled(b, 4.4)
+    found = compared(a / "scaling", b / "scaling")
+    assert [row.change.verdict for row in found.rows] == ["slower", "inconclusive"]
+    assert (found.worse, found.together, found.left_out, found.times_undecided) == (1, 2, [], False)
+    name = "float32, resolution 16 x 16 px, batch 1, 32 tokens beside 8 x 8 px, batch 1, 32 tokens"
+    assert re.search(f"slower +{name} +ratio 4.000 -> 4.400 +1.100 times [(]8.* % more", said(a, b))
+    sides = [comparing.side(str(root), Store(root)) for root in (a, b)]
+    row = comparing.content(*sides, found)["pairs"][0]["rows"][1]
+    about = {"table": "axes", "axis": "batch", "height": 8, "batch": 2, "beside_batch": 1, "a": row["a"]}
+    assert about.items() <= row.items() and row["a"]["value"] == 0.9
+
+
+def test_growth_without_an_interval_is_undecided(tmp_path: Path) -> None:
+    """Where a side had too few rounds for an interval its rows of `axes` are inconclusive, whatever the values."""
+    a, b, c = (tmp_path / name for name in "abc")
+    scaled(a, 4.0)
+    scaled(b, 9.0, half=None)
+    scaled(c, -1.0)
+    for sides in ((a, b), (b, a), (b, b)):
+        found = compared(*sides)
+        assert [row.change.verdict for row in found.rows] == ["inconclusive"] * 2
+        assert {row.change.reason for row in found.rows} == {"one side has no interval of its own"}
+        assert (found.worse, found.times_undecided, found.together) == (0, True, 1)
+    left_out = compared(a, c).left_out
+    assert [(one.what, one.reason, one.missing_rows) for one in left_out] == [(
+        "float32 resolution 16 x 16 px, batch 1, 32 tokens beside 8 x 8 px, batch 1, 32 tokens of scaling/aa11",
+        "B recorded no usable interval", 1,
+    )]  # fmt: skip

@@ -148,3 +148,37 @@ def test_odd_rows_are_left_out(table: pd.DataFrame) -> None:
     odd.loc[0, "error"], odd.loc[1, "category"] = float("inf"), None
     assert pareto_sections.front(odd, "x") is None
     assert json.loads(pareto_plots.by_time(odd).to_json())["data"] == []
+
+
+def column(table: pd.DataFrame, head: str) -> dict[str, str]:
+    """What stands in a column of a page's table, by arm."""
+    section = pareto_sections.front(table, "x")
+    assert section is not None and section.table is not None
+    place = [one.text for one in section.table.heads].index(head)
+    return {row[0].text: row[place].text for row in section.table.rows if row[place].text}
+
+
+def test_only_what_is_dominated_is_said_to_be(table: pd.DataFrame) -> None:
+    """What is indistinguishable from the front is beaten by its estimate, in a column of its own."""
+    for category, head in (("dominated", "Dominated by"), ("indistinguishable", "By its estimate beaten by")):
+        own = table[table["category"] == category]
+        assert len(own) and column(table, head) == dict(zip(own["arm"], own["dominated_by"], strict=True))
+    beaten = table[table["dominated_by"].notna()].to_dict("records")
+    told = {row["category"]: pareto_plots.facts(row)[-1].removesuffix(row["dominated_by"]) for row in beaten}
+    assert told["dominated"] == "dominated by "
+    assert told["indistinguishable"] == "indistinguishable from it; by its estimate beaten by "
+
+
+def test_a_time_without_an_interval_is_on_no_front(table: pd.DataFrame) -> None:
+    """What a table calls the front without an interval of the time is told, drawn and listed as unknown."""
+    front = list(table.loc[table["category"] == "front", "arm"])
+    some = table["arm"].isin(front[:2])
+    half = table.assign(time_ratio_high=table["time_ratio_high"].mask(some))
+    assert {arm for arm, text in column(half, "Place").items() if text == "unknown"} == set(front[:2])
+    (found,) = findings({"pareto": half})
+    assert f"{len(front) - 2} are on the front" in found.text
+    assert f"unknown without an interval of the time: {', '.join(front[:2])}" in found.evidence
+    assert set(points(pareto_plots.by_time(half))["unknown: no interval of the time"]) == set(front[:2])
+    (found,) = findings({"pareto": table.assign(time_ratio_high=None)})
+    assert found.text == "of 11 arms none is known to be on the front of time, memory and error"
+    assert set(pareto.pooled([half])["category"]) == set(pareto.CATEGORIES)

@@ -101,9 +101,10 @@ def combined_floor(a: float | None, b: float | None, together: int = 1) -> float
 def time_change(a: Interval, b: Interval, noise_floor: float | None, together: int = 1) -> Change:
     """How the time ratio of an arm to its baseline changed, judged as `measure` judges one.
 
-    noise_floor: that of the ratio of both, see `combined_floor`, or None.
+    noise_floor: that of the ratio of both, see `combined_floor`, or None. Without both intervals it is inconclusive.
     """
-    found = divided(a, b, together)
+    left, right = (one if one.bounded else Interval(one.value, 0.0, math.inf) for one in (a, b))
+    found = divided(left, right, together)
     word, reason = verdict(Estimate(found.value, found.low, found.high, math.nan), DELTA, noise_floor)
     return Change(found, word, "one side has no interval of its own" if math.isinf(found.high) else reason)
 

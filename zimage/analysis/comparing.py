@@ -1,8 +1,8 @@
 """Two sets of runs compared: every number that both have, judged; the rest listed with why it is not compared.
 
 Runs are paired by notebook and inputs (`matching`), whichever arms they were asked for, their rows by what they are
-about: an arm, its baseline, scope and regime for a time ratio; arm, stage and metric for bytes; arm, metric and
-baseline for quality at the last step. What counts as a regression:
+about: an arm, its baseline, scope and regime for a time ratio, or of a step of two sizes an arm, axis and both sizes;
+arm, stage and metric for bytes; arm, metric and baseline for quality at the last step. What counts as a regression:
 
     a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
@@ -30,12 +30,19 @@ METHOD = (
     "each side's time ratios are to its own baseline, so that one also rises where only the baseline got faster; "
     "intervals and floors are combined as independent, in quadrature on the log scale, and hold together with 95 %"
 )
+TIMES = ("ablation", "axes")  # the tables of time ratios
+SIZE = ("height", "width", "batch", "caption_tokens")
 KEYS = {
     "ablation": ("arm", "baseline", "scope", "regime"),
+    "axes": ("arm", "axis", *SIZE, *(f"beside_{name}" for name in SIZE)),
     "memory": ("arm", "stage", "metric"),
     "quality": ("arm", "metric", "baseline"),
 }
-_ENDS = {"ablation": ("ratio", "ratio_low", "ratio_high"), "memory": ("bytes",), "quality": ("value", "low", "high")}
+_ENDS = {
+    **dict.fromkeys(TIMES, ("ratio", "ratio_low", "ratio_high")),
+    "memory": ("bytes",),
+    "quality": ("value", "low", "high"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,24 @@ class Row:
     change: Change
     noise_floor: float | None = None
 
+    @property
+    def decided(self) -> bool:
+        """Whether there is an answer."""
+        return self.change.verdict != "inconclusive"
+
 
 @dataclass(frozen=True)
 class Alone:
-    """What is not compared, and why; `worse` where that is a regression by itself."""
+    """What is not compared, and why; `worse` where that is a regression by itself.
+
+    missing_runs, missing_rows: how many completed runs or usable rows of A this is that have no counterpart in B.
+    """
 
     what: str
     reason: str
     worse: bool = False
+    missing_runs: int = 0
+    missing_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,7 @@ class Compared:
     alone: list[Alone]
     environments: list[tuple[str, str, str]]
     together: int  # intervals that hold at once
+    timed: bool = False  # whether completed runs of A have time ratios
 
     @property
     def rows(self) -> list[Row]:
@@ -103,11 +121,31 @@ class Compared:
         """How many regressions there are."""
         return sum(row.change.worse for row in self.rows) + sum(one.worse for one in self.left_out)
 
+    @property
+    def missing_runs(self) -> int:
+        """How many completed runs of A have no counterpart in B."""
+        return sum(one.missing_runs for one in self.left_out)
+
+    @property
+    def missing_rows(self) -> int:
+        """How many rows of A, in runs that are compared, have none that can be used in B."""
+        return sum(one.missing_rows for one in self.left_out)
+
+    @property
+    def undecided(self) -> int:
+        """How many rows are compared and inconclusive."""
+        return sum(not row.decided for row in self.rows)
+
+    @property
+    def times_undecided(self) -> bool:
+        """Whether A has time ratios and not one of them is decided."""
+        return self.timed and not any(row.decided for row in self.rows if row.table in TIMES)
+
 
 def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
     """Compare B with A, the reference."""
     matched = matching.match(a, b)
-    alone = [Alone(f"A {run.name}", reason) for run, reason in matched.alone_a]
+    alone = [Alone(f"A {run.name}", reason, missing_runs=int(not run.error)) for run, reason in matched.alone_a]
     alone += [Alone(f"B {run.name}", reason) for run, reason in matched.alone_b]
     alone += [_failed(one, two) for one, two in matched.pairs if one.error or two.error]
     completed = [(one, two) for one, two in matched.pairs if not (one.error or two.error)]
@@ -118,7 +156,8 @@ def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
         rows = [_judged(both, together) for both in common]
         pairs.append(Pair(one, two, rows, missing, _notes(one, two), _steps(one, two)))
     differing = matching.environments([p.a.facts for p in pairs], [p.b.facts for p in pairs])
-    return Compared(pairs, alone, differing, together)
+    timed = any(_has(table, run) for table in TIMES for run in a if not run.error)
+    return Compared(pairs, alone, differing, together, timed)
 
 
 def steps_s(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
@@ -137,8 +176,7 @@ def steps_s(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
 
 def ratios(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, ...], dict[str, Any]]:
     """The usable rows of an `ablation` table by (arm, baseline, scope, regime); none that is there twice."""
-    found = _by_key("ablation", tables)
-    return {key: rows[0] for key, rows in found.items() if len(rows) == 1 and not _unusable("ablation", rows[0])}
+    return _usable("ablation", tables)
 
 
 def interval_of(table: str, row: Mapping[str, Any]) -> Interval:
@@ -169,7 +207,7 @@ class _Both:
 def _judged(both: _Both, together: int) -> Row:
     a, b = (interval_of(both.table, row) for row in (both.a, both.b))
     floor = None
-    if both.table == "ablation":
+    if both.table in TIMES:
         floor = combining.combined_floor(floor_of(both.a), floor_of(both.b), together)
         change = combining.time_change(a, b, floor, together)
     elif both.table == "memory":
@@ -187,19 +225,25 @@ def _common(a: Recorded, b: Recorded) -> tuple[list[_Both], list[Alone]]:
     arms = [dict.fromkeys(key[0] for table in shared for key in _by_key(table, run.tables)) for run in (a, b)]
     for own, other, side, rest, run in ((arms[0], arms[1], "A", "B", a), (arms[1], arms[0], "B", "A", b)):
         only = [arm for arm in own if arm not in other]
-        missing += [Alone(f"{arm} of {run.name}", f"only {side} has this arm, {rest} has not") for arm in only]
+        for arm in only:
+            count = sum(key[0] == arm for table in shared for key in _usable(table, run.tables)) if run is a else 0
+            reason = f"only {side} has this arm, {rest} has not"
+            missing.append(Alone(f"{arm} of {run.name}", reason, missing_rows=count))
     for table in KEYS:
         if table not in shared:
             missing += _without_table(table, a, b)
             continue
         left, right = (_by_key(table, run.tables) for run in (a, b))
+        usable = _usable(table, a.tables)
         for key in dict.fromkeys([*left, *right]):
             if not all(key[0] in own for own in arms):
                 continue
             rows = left.get(key, []), right.get(key, [])
-            reason = _not_comparable(table, rows) or _other_allocator(table, key, a, b)
-            if reason:
-                missing.append(Alone(f"{' '.join(filter(None, key))} of {a.name}", reason))
+            what = f"{_told(table, key)} of {a.name}"
+            if reason := _not_comparable(table, rows):
+                missing.append(Alone(what, reason, missing_rows=int(key in usable)))
+            elif reason := _other_allocator(table, key, a, b):
+                missing.append(Alone(what, reason))
             else:
                 common.append(_Both(table, key, rows[0][0], rows[1][0]))
     return common, missing
@@ -219,7 +263,9 @@ def _not_comparable(table: str, rows: tuple[list[dict[str, Any]], list[dict[str,
 def _unusable(table: str, row: Mapping[str, Any]) -> str:
     """Why a row has nothing to compare, or ""."""
     value = interval_of(table, row)
-    if table == "ablation" and not (0 <= value.low <= value.value <= value.high and 0 < value.value < math.inf):
+    open_ended = table == "axes" and math.isnan(value.low) and math.isnan(value.high)  # told as undecided
+    known = open_ended or (value.bounded and value.low >= 0)
+    if table in TIMES and not (known and 0 < value.value < math.inf):
         return "recorded no usable interval"
     perfect = table == "quality" and value.value == math.inf and row["metric"] in combining.HIGHER_IS_BETTER
     return "recorded no finite number" if units.missing(value.value) and not perfect else ""
@@ -237,11 +283,12 @@ def _has(table: str, run: Recorded) -> bool:
 
 def _without_table(table: str, a: Recorded, b: Recorded) -> list[Alone]:
     """Why a whole table is not compared; nothing where neither run has it."""
+    what, count = f"table {table!r} of {a.name}", len(_usable(table, a.tables))
     unreadable = [run.unreadable[table] for run in (a, b) if table in run.unreadable]
     if unreadable:
-        return [Alone(f"table {table!r} of {a.name}", unreadable[0])]
+        return [Alone(what, unreadable[0], missing_rows=count)]
     sides = [side for side, run in (("A", a), ("B", b)) if _has(table, run)]
-    return [Alone(f"table {table!r} of {a.name}", f"only {sides[0]} has one")] if sides else []
+    return [Alone(what, f"only {sides[0]} has one", missing_rows=count)] if sides else []
 
 
 def _by_key(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
@@ -261,8 +308,29 @@ def _by_key(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, .
     return found
 
 
+def _usable(table: str, tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a table that are there once and have something to compare, by what they are about."""
+    found = _by_key(table, tables)
+    return {key: rows[0] for key, rows in found.items() if len(rows) == 1 and not _unusable(table, rows[0])}
+
+
 def _text(name: str, value: Any) -> str:
+    if name.removeprefix("beside_") in SIZE:
+        return "" if units.missing(value) else f"{int(value)}"
     return value if isinstance(value, str) else BURST if name == "regime" else ""
+
+
+def sizes(about: tuple[str, ...]) -> str:
+    """What a row of `axes` is about but for its arm, in words: the axis, the size, and that beside it."""
+    size, beside = (
+        f"{height or '?'} x {width or '?'} px" + f", batch {batch}" * bool(batch) + f", {tokens} tokens" * bool(tokens)
+        for height, width, batch, tokens in (about[2:6], about[6:])
+    )
+    return f"{about[1]} {size} beside {beside}"
+
+
+def _told(table: str, about: tuple[str, ...]) -> str:
+    return f"{about[0]} {sizes(about)}" if table == "axes" else " ".join(filter(None, about))
 
 
 def _failed(a: Recorded, b: Recorded) -> Alone:

@@ -16,11 +16,12 @@ of 0 it always holds. Categories:
 
 - `dominated`: some point surely dominates it;
 - `front`: none does, and none dominates it by the estimates alone (no more in all three, less in one);
-- `indistinguishable`: some point dominates it by the estimates, but not surely: measure more to know.
+- `indistinguishable`: some point dominates it by the estimates, but not surely: measure more to know;
+- `unknown`: it would be on the front, but nothing is known of how sure its time is, so that no point could dominate it.
 
-So the order of points does not matter, wider intervals never make a point `dominated`, there always is a front, and
-with margins of 0 a surely dominated point changes no other's category and points without any uncertainty give the
-classic Pareto set.
+So the order of points does not matter, wider intervals never make a point `dominated`, there always is a front where
+all times have intervals, and with margins of 0 a surely dominated point changes no other's category and points without
+any uncertainty give the classic Pareto set.
 """
 
 import math
@@ -34,8 +35,8 @@ from zimage.errors import MeasurementError
 
 import pandas as pd
 
-Category = Literal["front", "indistinguishable", "dominated"]
-CATEGORIES: tuple[Category, ...] = ("front", "indistinguishable", "dominated")
+Category = Literal["front", "indistinguishable", "unknown", "dominated"]
+CATEGORIES: tuple[Category, ...] = ("front", "indistinguishable", "unknown", "dominated")
 Ratio = tuple[float, float]  # the ends of the interval of a ratio
 
 
@@ -57,6 +58,11 @@ class Quantity:
         """With the ends of its interval; where either is None or NaN, nothing is known of how sure it is."""
         known = low is not None and high is not None and not (math.isnan(low) or math.isnan(high))
         return cls(low, value, high) if known else cls(0.0, value, math.inf)  # type: ignore[arg-type]
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether nothing is known of how sure it is."""
+        return self.low == 0 and self.high == math.inf
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ NONE = Margins(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Place:
-    """What category a point is in, and for one that is not on the front, which point dominates it."""
+    """What category a point is in, and for a dominated or indistinguishable one which point dominates it."""
 
     category: Category
     dominated_by: str | None = None
@@ -114,8 +120,10 @@ def classify(
     _check(points, margins)
     over = {point.name: [p for p in points if _surely(p, point, margins, paired or {})] for point in points}
     likely = {point.name: [p for p in points if _by_estimates(p, point)] for point in points}
+    unbeaten: dict[str, Category] = {p.name: "unknown" if p.time.unbounded else "front" for p in points}
     found: dict[str, Category] = {
-        name: "dominated" if over[name] else "indistinguishable" if likely[name] else "front" for name in over
+        name: "dominated" if over[name] else "indistinguishable" if likely[name] else best
+        for name, best in unbeaten.items()
     }
 
     def rank(point: Point) -> tuple[object, ...]:
@@ -203,13 +211,18 @@ def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a `pareto` table that are points: of a known category, time and memory above 0, and finite."""
+    """The rows of a `pareto` table that are points: of a known category, time and memory above 0, and finite.
+
+    What an earlier version put on the front although its time has no interval is unknown.
+    """
     frame = tables.complete("pareto", frame)
     good = frame["category"].isin(CATEGORIES) & frame["arm"].notna()
     for name in ("time_ratio", "bytes", "error"):
         values = pd.to_numeric(frame[name], errors="coerce")
         good &= values.lt(math.inf) & (values.ge(0) if name == "error" else values.gt(0))
-    return frame[good].reset_index(drop=True)
+    unsure = frame["time_ratio_low"].isna() | frame["time_ratio_high"].isna()
+    category = frame["category"].mask(unsure & (frame["category"] == "front"), "unknown")
+    return frame.assign(category=category)[good].reset_index(drop=True)
 
 
 def summary(frame: pd.DataFrame | None) -> tuple[str, tuple[str, ...]] | None:
@@ -217,12 +230,15 @@ def summary(frame: pd.DataFrame | None) -> tuple[str, tuple[str, ...]] | None:
     if frame is None or (points := usable(frame)).empty:
         return None
     named = {category: list(points.loc[points["category"] == category, "arm"]) for category in CATEGORIES}
-    front, unsure, out = (named[category] for category in CATEGORIES)
-    text = f"of {len(points)} arms {len(front)} {'is' if len(front) == 1 else 'are'} on the front of time, memory and "
-    text += f"error: {', '.join(front)}"
+    front, unsure, untimed, out = (named[category] for category in CATEGORIES)
+    count = f"{len(front)} {'is' if len(front) == 1 else 'are'}" if front else "none is known to be"
+    text = f"of {len(points)} arms {count} on the front of time, memory and error"
+    text += f": {', '.join(front)}" if front else ""
     evidence = []
     if unsure:
         evidence.append(f"indistinguishable from it: {', '.join(unsure)}")
+    if untimed:
+        evidence.append(f"unknown without an interval of the time: {', '.join(untimed)}")
     if out:
         by = points.set_index("arm")["dominated_by"]
         evidence.append("dominated: " + ", ".join(f"{arm} by {by[arm]}" for arm in out))

@@ -15,9 +15,15 @@ import plotly.graph_objects as go
 STYLES = {  # colour and marker
     "front": ("#1c9a78", "circle"),
     "indistinguishable": ("#cf8a14", "diamond-open"),
+    "unknown": ("#7a5fb5", "square-open"),
     "dominated": ("#8f97a3", "x-thin-open"),
 }
-_NAMES = {"front": "on the front", "indistinguishable": "indistinguishable from it", "dominated": "dominated"}
+_NAMES = {
+    "front": "on the front",
+    "indistinguishable": "indistinguishable from it",
+    "unknown": "unknown: no interval of the time",
+    "dominated": "dominated",
+}
 _NO_ERROR = 4  # times below the smallest error lies the place of arms without any, on a logarithmic axis
 
 
@@ -49,7 +55,7 @@ def facts(row: Mapping[str, Any]) -> list[str]:
     """All that a row of a `pareto` table says, a line each."""
     place = _NAMES[str(row["category"])]
     if isinstance(row["dominated_by"], str):
-        joint = " by " if row["category"] == "dominated" else "; by the estimates better: "
+        joint = " by " if row["category"] == "dominated" else "; by its estimate beaten by "
         place += joint + row["dominated_by"]
     return [
         f"time {_interval(units.ratio, row, 'time_ratio')} of {row['baseline'] or 'the baseline'}'s",

@@ -16,7 +16,7 @@ from zimage.lab.store import Run, Store
 from zimage.machine import doubts
 
 _VERSIONS = ("python", "numpy")  # of all recorded versions, those that an environment lacks and that could matter
-_TABLES = ("ablation", "memory", "quality", "samples", "stages")
+_TABLES = ("ablation", "axes", "memory", "quality", "samples", "stages")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,10 @@ def content(a: Side, b: Side, found: Compared) -> dict[str, Any]:
         "environment": [{"fact": name, "a": one, "b": two} for name, one, two in found.environments],
         "pairs": [_pair_content(pair) for pair in found.pairs],
         "not_compared": [vars(one) for one in found.left_out],
+        "missing_runs": found.missing_runs,
+        "missing_rows": found.missing_rows,
+        "undecided": found.undecided,
+        "times_undecided": found.times_undecided,
         "regressions": found.worse,
     }
 
@@ -130,13 +134,42 @@ def inputs_line(run: Recorded) -> str:
 
 
 def summary(found: Compared) -> str:
-    """How many were compared, and how many of them are worse."""
+    """How many were compared, how many of them are worse, and how much could not be judged."""
     counts: dict[str, int] = {}
     for row in found.rows:
         counts[row.change.verdict] = counts.get(row.change.verdict, 0) + 1
     told = ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word not in WORSE))
-    verdict = f"{found.worse} regression{'s' * (found.worse > 1)}" if found.worse else "no regression"
+    verdict = _several(found.worse, "regression") if found.worse else "no regression"
+    lacking = ", ".join([*_missing(found), *_undecided(found)])
+    if lacking:
+        verdict += f"; {lacking}" if found.worse else f" in what could be judged: {lacking}"
     return f"{len(found.rows)} compared ({told or 'none'}), {len(found.left_out)} not: {verdict}"
+
+
+def incomplete(found: Compared) -> str:
+    """Why not all that A has was judged, "" where it was: what B lacks, or that no time ratio was decided."""
+    return " and ".join([*_missing(found), *(["no time ratio is decided"] if found.times_undecided else [])])
+
+
+def _missing(found: Compared) -> list[str]:
+    """How many runs and rows of A have no counterpart in B."""
+    counts = {"run": found.missing_runs, "row": found.missing_rows}
+    return [
+        f"{_several(count, what)} of A {'have' if count > 1 else 'has'} no counterpart in B"
+        for what, count in counts.items()
+        if count
+    ]
+
+
+def _undecided(found: Compared) -> list[str]:
+    """How many rows are inconclusive, and whether no time ratio is decided."""
+    count = found.undecided
+    told = [f"{_several(count, 'row')} {'are' if count > 1 else 'is'} undecided"] if count else []
+    return [*told, *(["no time ratio is decided"] if found.times_undecided else [])]
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _place(asked: str, store: Store) -> tuple[Store, list[str], str | None]:
@@ -209,7 +242,9 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     if row.table == "ablation":
         arm, baseline, scope, regime = row.about
         about = f"{arm} / {baseline}, {scope}" + ("" if regime == comparing.BURST else f", {regime}")
-        values = f"ratio {units.ratio(row.a.value)} -> {units.ratio(row.b.value)}"
+        values = _ratios(row)
+    elif row.table == "axes":
+        about, values = f"{row.about[0]}, {comparing.sizes(row.about)}", _ratios(row)
     elif row.table == "memory":
         about = f"{row.about[0]}, {reading.metric_name(row.about[2])}"
         values = f"{units.size(row.a.value)} -> {units.size(row.b.value)}"
@@ -221,9 +256,13 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     return row.change.verdict, about, values, _change(row.change, row.table)
 
 
+def _ratios(row: Row) -> str:
+    return f"ratio {units.ratio(row.a.value)} -> {units.ratio(row.b.value)}"
+
+
 def _change(change: Change, table: str) -> str:
     found = change.interval
-    if table == "ablation":
+    if table in comparing.TIMES:
         ends = in_words(found.low, found.high).removesuffix(" time") if found.high < math.inf else ""
         told = f"{units.ratio(found.value)} times ({ends})" if ends else ""
     elif table == "memory":
@@ -250,9 +289,12 @@ def _pair_content(pair: Pair) -> dict[str, Any]:
 
 
 def _row_content(row: Row) -> dict[str, Any]:
+    about = dict(zip(comparing.KEYS[row.table], row.about, strict=True))
+    sizes = {name: int(text) for name, text in about.items() if name.removeprefix("beside_") in comparing.SIZE and text}
     return {
         "table": row.table,
-        **dict(zip(comparing.KEYS[row.table], row.about, strict=True)),
+        **about,
+        **sizes,
         "a": row.a.finite(),
         "b": row.b.finite(),
         "difference" if row.change.difference else "ratio": row.change.interval.finite(),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zimage import machine, trust
-from zimage.errors import StoreError
+from zimage.errors import StoreError, ZImageError
 from zimage.lab import dashboard, fitting, sweep, terminal
 from zimage.lab.experiment import Experiment, Values
 from zimage.lab.progress import Teller, forecast, span
@@ -23,17 +23,49 @@ from zimage.lab.terminal import columns, complain, link, say, show
 
 @dataclass(frozen=True)
 class Part:
-    """The runs of one experiment, and what puts on record that they are asked for."""
+    """The runs of one experiment, what puts on record that they are asked for, and what this takes off its page."""
 
     jobs: Sequence[Job]
     note: Callable[[], None]
+    hides: Callable[[], str] = str
 
 
 def part(asked: Experiment, store: Store, quick: bool, forced: Values) -> Part:
     """The runs of an experiment. Those of the forced parameters that none of its notebooks knows are left to others."""
     known = {name: v for name, v in forced.items() if any(name in one.parameters for one in asked.notebooks)}
     jobs = sweep.jobs_of(asked.name, asked.plan(quick=quick, overrides=known), asked.root, asked.timeout_s)
-    return Part(jobs, functools.partial(sweep.note_sweep, store, asked, jobs, quick, known))
+    note = functools.partial(sweep.note_sweep, store, asked, jobs, quick, known)
+    return Part(jobs, note, functools.partial(_hidden, store, asked, jobs, known)) if quick else Part(jobs, note)
+
+
+def _hidden(store: Store, asked: Experiment, jobs: Sequence[Job], overrides: Values) -> str:
+    """What a quick sweep takes off the experiment's page that a full one put there, "" for nothing."""
+    quick = {job.key for job in jobs}
+    try:
+        full = store.experiment(asked.name).get("quick") is False
+        keys = {run.key for run in store.current(asked.name) if run.completed and run.key not in quick}
+    except StoreError:
+        return ""
+    again = keys & _keys_of_all(asked, overrides) if keys else keys
+    hidden = keys if full else again
+    if not hidden:
+        return ""
+    some = f"{len(again)} of them" if again else "none of them"
+    shows = "shows them again" if again == hidden else f"shows {some} again, as code or parameters are others now"
+    count = f"{len(hidden)} run{'s' * (len(hidden) > 1)}"
+    return (
+        f"{asked.name}: the page will no longer show {count} of the full experiment; they stay in the store, and the "
+        f"same command without --quick {shows}"
+    )
+
+
+def _keys_of_all(asked: Experiment, overrides: Values) -> set[str]:
+    """The keys of all runs of an experiment, none where they cannot be had."""
+    try:
+        planned = asked.plan(overrides=overrides)
+        return {job.key for job in sweep.jobs_of(asked.name, planned, asked.root, asked.timeout_s)}
+    except ZImageError:
+        return set()
 
 
 def execute(
@@ -54,6 +86,9 @@ def execute(
         terminal.note(doubt)
     if to_do and jobs[0].facts.get("device_type") == "gpu" and (doubt := trust.doubt()):
         complain(doubt)
+    for part in parts:
+        if hides := part.hides():
+            terminal.note(hides)
     started = time.monotonic()
     limit = sweep.NO_LIMIT if suite is None else Budget(suite.budget_s, estimates)
     teller, told = Teller(jobs, estimates), []

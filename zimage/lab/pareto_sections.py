@@ -17,7 +17,8 @@ _NOTE = (
     "another is surely no worse in all three and surely better in one, by intervals that lie apart and with "
     f"{units.percent(_MARGINS.time, 0)} of time, {units.percent(_MARGINS.bytes, 0)} of memory and "
     f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Indistinguishable "
-    "from the front is what another beats by the estimates alone. A click on a point leads to the run that it is from."
+    "from the front is what another beats by the estimates alone, unknown what nothing beats but whose time has no "
+    "interval. A click on a point leads to the run that it is from."
 )
 NOT_IN_COMMON = (*OF_THE_ROWS, *OF_THE_EFFORT)  # parameters in which runs may differ whose arms belong on one front
 
@@ -34,13 +35,13 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         chart(pareto_plots.by_time(points, links), f"{id}-by-time", f"Error over time: {told}"),
         chart(pareto_plots.by_bytes(points, links), f"{id}-by-bytes", "Error over memory, of the same arms"),
     ]
-    heads = [Head("Arm"), Head("Place"), Head("Dominated by"), Head("Time", True), Head("Interval", True)]
-    heads += [Head("Memory", True), Head("Error", True), Head("Interval", True), Head("Run")]
+    heads = [Head("Arm"), Head("Place"), Head("Dominated by"), Head("By its estimate beaten by")]
+    heads += [Head(name, True) for name in ("Time", "Interval", "Memory", "Error", "Interval")] + [Head("Run")]
     cells = [
         [
             Cell(str(row["arm"])),
             Cell(str(row["category"]), "verdict"),
-            Cell(row["dominated_by"] if isinstance(row["dominated_by"], str) else "", "free"),
+            *(Cell(_beaten(row, category), "free") for category in ("dominated", "indistinguishable")),
             Cell(units.ratio(row["time_ratio"]), "num"),
             Cell(_ends(row, "time_ratio", units.ratio), "num"),
             Cell(units.size(row["bytes"]), "num"),
@@ -78,6 +79,12 @@ def pools(runs: Sequence[tuple[Mapping[str, Any], str, str, pd.DataFrame]], id: 
 def _notebook(key: Any) -> str:
     """The executed notebook of a run, beside its experiment's page."""
     return f"{quote(key, safe='')}/notebook.ipynb" if isinstance(key, str) and key else ""
+
+
+def _beaten(row: Mapping[str, Any], category: str) -> str:
+    """Which arm beats that of a row, if the row is in this category."""
+    by = row["dominated_by"]
+    return by if row["category"] == category and isinstance(by, str) else ""
 
 
 def _ends(row: Mapping[str, Any], name: str, text: Any) -> str:
