@@ -21,7 +21,7 @@ ROWS = (
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files", "mixing"},
     {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
-    {"transformer", "layers"},
+    {"transformer", "layers", "modulation"},
     {"transforms", "fusing", "half", "tuning", "step_caching", "details", "execution"},
     {"saving", "weights"},
     {"low_memory"},
