@@ -15,6 +15,7 @@ from tests.sweeping import EXPERIMENTS, LEAST, ROOT, SUITES, Command, Sweep, env
 from zimage import arms, backend, cli, ladder, measure, orders, practices, scheduler, sources
 from zimage.analysis import cost, crossover
 from zimage.analysis.findings import KNOWN_VERDICTS, families
+from zimage.analysis.reading import best_scope
 from zimage.analysis.tables import conform
 from zimage.errors import MeasurementError
 from zimage.lab import notebook as notebooks
@@ -153,13 +154,24 @@ def test_an_experiment_says_how_long_it_takes(file: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_runs_quickly(experiment: Path, swept: Callable[[Command], Sweep]) -> None:
-    """Every experiment file opens with its command and cost, has a quick version, and that completes without a word."""
+    """Every experiment file opens with its command and cost, has a quick version, and that completes without a word.
+
+    What it compares is known to an interval: no comparison has too few quads for one.
+    """
     text = experiment.read_text(encoding="utf-8")
     assert text.startswith(f"# Command: zimage sweep experiments/{experiment.name}\n# Cost: ")
     done = swept(quick(experiment))
     assert (done.status, done.err) == (0, ""), done.out
     runs = done.store.runs(experiment.stem)
     assert runs and all(run.completed for run in runs)
+    for run in runs:
+        assert "too few for any interval" not in (run.path / "notebook.ipynb").read_text(encoding="utf-8")
+        compared = run.table("ablation").dropna(subset=["ratio"]) if "ablation" in run.tables() else pd.DataFrame()
+        if len(compared):
+            widest = compared[compared["scope"] == best_scope(compared)]
+            bounded = (widest["ratio_low"] > 0) & np.isfinite(widest["ratio_high"])
+            dropped = widest["reason"].str.contains("quads were kept", na=False)  # as on a machine with other work
+            assert bounded.any() or dropped.all(), run.notebook
 
 
 @EACH
@@ -443,8 +455,9 @@ def test_every_change_is_compared_alone_and_left_out(ran: Callable[[Path], Run])
     """
     run = ran(ROOT / "notebooks" / "fusions.ipynb")
     ablation = run.table("ablation")
-    wanted = [(name, "plain") for name in (*arms.FAST, "together")]
-    wanted += [(f"without_{name}", "together") for name in arms.FAST]
+    changes = run.parameters["transforms"]
+    wanted = [(name, "plain") for name in (*changes, "together")]
+    wanted += [(f"without_{name}", "together") for name in changes]
     assert [tuple(row) for row in ablation[["arm", "baseline"]].values] == wanted
     assert set(ablation["scope"]) == {"step"} and (ablation["noise_floor"] > 0).all()
     samples = run.table("samples")
@@ -465,7 +478,7 @@ def test_every_detail_is_compared_or_left_out_with_its_reason(ran: Callable[[Pat
     """details has a row for each, and says of each that changes the output by how much; of the others by none."""
     run = ran(ROOT / "notebooks" / "details.ipynb")
     ablation = run.table("ablation").set_index("arm")
-    assert set(ablation.index) == {*practices.ALL, *run.parameters["variables"]}
+    assert set(ablation.index) == {*run.parameters["details"], *run.parameters["variables"]}
     left = ablation[ablation["ratio"].isna()]
     assert {"captions_512"} <= set(left.index) and left["reason"].str.startswith("left out: ").all()
     timed = ablation.dropna(subset=["ratio"])
@@ -659,6 +672,22 @@ def test_a_transformed_model_scales(tmp_path: Path) -> None:
     assert set(table["arm"]) == {f"{backend.default_dtype()} + fuse_qkv + fuse_norm_rope + submit_early"}
     config = sources.describe("digits").config
     assert list(table["flops"]) == [cost.whole(cost.step(config, *size)).flops for size in sizes]
+
+
+def test_absent_peers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a peer each has a row with its reason, and one line says that none was found and how to name one."""
+    given = {"diffusers_python": "/nowhere/python", "power_s": 0, **LEAST}
+    assert zimage_run(ROOT / "notebooks" / "peers.ipynb", tmp_path, **given) == 0
+    (run,) = Store(tmp_path).runs("peers")
+    rows = run.table("ablation").set_index("arm")
+    assert rows["ratio"].isna().all() and dict(rows["reason"]) == {
+        "diffusers": "left out: /nowhere/python does not have it",
+        "mflux": "left out: no mflux_python was given",
+    }
+    line = "no peer was found to compare zimage with; name an interpreter that has one: "
+    line += "--set diffusers_python=PYTHON or --set mflux_python=PYTHON"
+    assert line in capsys.readouterr().out
+    assert line.removeprefix("n") in (run.path.parent / "index.html").read_text(encoding="utf-8")
 
 
 def test_published_claims_compares_what_they_are_about(ran: Callable[[Path], Run]) -> None:

@@ -1,10 +1,16 @@
 """experiments/overnight.yaml: it lists what there is, and its quick half runs."""
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.sweeping import EXPERIMENTS, SUITES, Command, Sweep, quick
-from zimage.lab import suite
+from tests.sweeping import EXPERIMENTS, ROOT, SUITES, Command, Sweep, quick
+from zimage import sources
+from zimage.errors import InputError
+from zimage.lab import experiment, suite
+from zimage.quantization import AFFINE_BITS, AFFINE_GROUPS, MODES, Quantization
+from zimage.recipes import Recipe, packing
 from zimage.yaml_lines import load
 
 import pytest
@@ -23,6 +29,37 @@ def test_overnight_lists_every_experiment() -> None:
     (overnight,) = SUITES
     listed = {one.name for one in suite.read(load(overnight)).experiments}
     assert listed == {path.stem for path in EXPERIMENTS} - {"quickstart"}
+
+
+def test_overnight_says_what_the_parts_sum_up_to() -> None:
+    """The minutes at its head are the sum of the seconds that follow, to the nearest ten."""
+    (overnight,) = SUITES
+    head = " ".join(
+        line.lstrip("# ") for line in overnight.read_text(encoding="utf-8").partition("\nkind: ")[0].split("\n")
+    )
+    listed = head.partition("published shape: ")[2].partition(". ")[0].split(", ")
+    total = sum(math.prod(int(number) for number in re.findall(r"(?<!\w)\d+", part)) for part in listed)
+    said = re.search(r"some (\d+) minutes and more", head)
+    assert len(listed) == 12 and said is not None and abs(total - 60 * int(said[1])) <= 300
+
+
+@pytest.mark.parametrize("source", ["digits", "synthetic:turbo"])
+def test_every_packing_that_fits_is_compared(source: str) -> None:
+    """quantization asks for all packings of MLX's that the widths of either model take, and for no others."""
+    (found,) = (
+        planned.parameters["modes"]
+        for planned in experiment.read(ROOT / "experiments" / "quantization.yaml").plan()
+        if planned.parameters["source"] == source
+    )
+    config, fitting = sources.describe(source).config, []
+    every = [Quantization("affine", bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
+    for one in [*every, *(Quantization.parse(name) for name in MODES)]:
+        try:
+            packing(config, Recipe(one))
+            fitting.append(str(one))
+        except InputError:
+            pass
+    assert sorted(found) == sorted(fitting) and len(found) == {"digits": 15, "synthetic:turbo": 21}[source]
 
 
 def test_overnight_runs_quickly(swept: Callable[[Command], Sweep]) -> None:

@@ -1,6 +1,7 @@
 """Sensitivity: what single changes are found to do, how they add up, and the recipes that are made of that."""
 
 import itertools
+import json
 import math
 import weakref
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 from tests.sweeping import ROOT, Command, Sweep, quick
 from tests.test_weights import arrays, same_bits
 from zimage import inputs, mixing, recipe_files, recipes, sensitivity, transforms, weights
-from zimage.analysis import sensitivity_plots
+from zimage.analysis import answers, sensitivity_plots
 from zimage.config import TransformerConfig
 from zimage.errors import InputError, MeasurementError
 from zimage.lab.store import Run
@@ -321,6 +322,19 @@ def test_recipes_are_judged_where_nothing_was_chosen(run: Run) -> None:
         assert name == "within_bytes" or errors[0] <= known["budget"]
         said = (run.path / "recipes" / f"{name}.yaml").read_text().splitlines()[2:4]
         assert said == [f"# on 6 trajectories for that {errors[0]:.4g}", f"# judged on 6 others {errors[1]:.4g}"]
+
+
+def test_a_run_says_whether_its_budget_is_kept(run: Run) -> None:
+    """The verdict's table and the page say kept, missed or undecided by the interval of the error on held-out seeds."""
+    quality = run.table("quality")
+    (budget,) = quality[quality["metric"] == answers.BUDGET].to_dict("records")
+    (error,) = quality.query("metric == 'relative_l2_error' and arm == @budget['arm']").to_dict("records")
+    assert budget["value"] == run.parameters["budget"] and error["low"] <= error["value"] <= error["high"]
+    said = answers.budget_verdict(error["value"], error["low"], error["high"], budget["value"])
+    verdict = json.loads((run.path / "notebook.ipynb").read_text(encoding="utf-8"))["cells"][-1]["outputs"][-1]
+    assert said in "".join(verdict["data"]["text/html"])
+    page = (run.path.parent / "index.html").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert f"error budget of 3.00 % is {said}" in page
 
 
 def test_the_recipes_of_a_run_are_files_that_load(run: Run, tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_digits_stay_digits() -> None:
 def test_the_notebook_judges_every_arm_beside_fewer_steps(swept: Callable[[Command], Sweep]) -> None:
     """Its quick run times and judges each way of reusing steps and a plain run of as many blocks for each of them."""
     (run,) = swept(quick(ROOT / "experiments" / "step_caching.yaml")).store.runs("step_caching")
-    cached = {"keep_captions", "timestep_0.15", "tea_fitted_0.5", "every_2"}
+    cached = {"keep_captions", "tea_fitted_0.5", "every_2"}
     ablation, judged = run.table("ablation"), run.table("quality")
     fewer = {arm for arm in ablation["arm"] if arm.startswith("steps_")}
     assert set(ablation["arm"]) == cached | fewer and fewer

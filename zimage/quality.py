@@ -169,6 +169,17 @@ def interval_rows(found: Floats, wanted: Floats, prefix: str = "", seed: int = 0
     return rows
 
 
+def error_interval(squared: Doubles, wanted: Doubles, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
+    """The interval of the relative L2 error of B items by their squared errors and squared norms [B].
+
+    As of `interval_rows`: from resampling the items, None for fewer than FEWEST.
+    """
+    if len(squared) < FEWEST:
+        return None, None
+    drawn = _weights(len(squared), seed)
+    return _percentiles(np.sqrt(drawn @ squared / (drawn @ wanted)))
+
+
 def error_ratio(found: Floats, beside: Floats, wanted: Floats, level: float = 1 - LEVEL) -> tuple[float, float]:
     """The interval of the relative L2 error of `found` by that of `beside`, arrays [B, ...] of the same B seeds.
 

@@ -125,6 +125,33 @@ def test_a_recipe_claims_only_what_its_interval_says(low: float | None, high: fl
     assert texts(recipes(low, high))[1][0].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("error", "low", "high", "words"),
+    [
+        (0.0305, 0.0301, 0.031, "is missed: 3.05 %, 95 % interval 3.01 % to 3.10 %"),
+        (0.0295, 0.029, 0.03, "is kept: 2.95 %, 95 % interval 2.90 % to 3.00 %"),
+        (0.0305, 0.029, 0.032, "is undecided: 3.05 %, 95 % interval 2.90 % to 3.20 %"),
+        (0.0305, None, None, "is missed: 3.05 %, by the estimate alone"),
+        (0.0295, None, None, "is kept: 2.95 %, by the estimate alone"),
+    ],
+)
+def test_a_budget_is_judged_on_what_was_held_out(
+    error: float, low: float | None, high: float | None, words: str
+) -> None:
+    """By the interval where there is one, else by the estimate, and said which; a run without a budget tells none."""
+    tables = recipes(0.4, 0.5)
+    assert not any("budget" in text for text, _ in texts(tables))
+    rows = [
+        {"arm": "mixed", "metric": "relative_l2_error", "value": error, "low": low, "high": high},
+        {"arm": "mixed", "metric": "error_budget", "value": 0.03},
+    ]
+    old = tables["quality"]
+    tables["quality"] = pd.concat([old[old["metric"] == "error_ratio"], pd.DataFrame(rows)], ignore_index=True)
+    text, _ = texts(tables)[-1]
+    assert text == f"mixed: on held-out trajectories its error budget of 3.00 % {words}"
+    assert any(one.text == one.short == text for one in findings(tables))
+
+
 def test_an_answer_leads_and_takes_the_sentence() -> None:
     """On the page the answer comes first, and in the terminal's sentence it stands for every arm's own finding."""
     found = findings(stored(quality=REUSE, ablation=TIMES))

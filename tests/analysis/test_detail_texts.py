@@ -56,6 +56,15 @@ def test_details_are_told_together() -> None:
     assert evidence[4] == ("wired_limit: Metal alone has it",)
 
 
+def test_without_any_interval_nothing_is_decided() -> None:
+    """Where no comparison of a kind has an interval, none is said to be known not to take more time."""
+    found = tables()
+    found["ablation"] = found["ablation"].assign(ratio_low=0.0, ratio_high=np.inf, verdict="inconclusive")
+    said = [text for text, evidence in detail_texts.texts(found) if "timed" in text and not evidence]
+    ends = "timed: nothing could be decided, as none has an interval"
+    assert len(said) == 3 and all(text.endswith(ends) for text in said)
+
+
 def test_they_are_findings_in_short() -> None:
     """The page's findings open with them, and an arm alone has no short sentence beside them."""
     found = findings(tables())

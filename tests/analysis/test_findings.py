@@ -376,6 +376,21 @@ def test_undecided_families_claim_nothing() -> None:
     assert beside.text == "no transform is known to be worth anything beside the others"
 
 
+def test_families_without_intervals_are_undecided() -> None:
+    """Where no comparison has an interval, no transform is said to be known not to gain."""
+    pairs = [
+        ("a", "plain"),
+        ("b", "plain"),
+        ("together", "plain"),
+        ("without_a", "together"),
+        ("without_b", "together"),
+    ]
+    rows = [(*pair, "step", 0.9, 0.0, float("inf"), "inconclusive") for pair in pairs]
+    alone, _, beside = families(stored(ablation=fabricated.ablation(*rows))["ablation"])
+    assert alone.text == "what each transform gains alone could not be decided, as none has an interval"
+    assert beside.text.endswith("beside the others could not be decided, as none has an interval")
+
+
 def test_only_bursts_of_whole_families_are_one() -> None:
     """Sustained rows, missing ratios and other ablations make no family."""
     frame = stored(ablation=fabricated.ablation(*STEP_ROWS))["ablation"]  # type: ignore[arg-type]

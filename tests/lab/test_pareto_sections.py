@@ -142,6 +142,16 @@ def test_the_finding_names_front_and_dominated(table: pd.DataFrame) -> None:
     assert findings({"pareto": table.assign(category="what")}) == []
 
 
+@pytest.mark.parametrize("end", ["time_ratio_high", "error_high"])
+def test_a_front_without_intervals_is_none(table: pd.DataFrame, end: str) -> None:
+    """Where no two arms have intervals of time and error nothing is said to be on the front: it is undecided."""
+    blind = table.assign(category="front", dominated_by=None)
+    blind.loc[1:, end] = None
+    (found,) = findings({"pareto": blind})
+    assert found.text.startswith("which of 11 arms are on the front of time, memory and error could not be decided")
+    assert found.evidence == () and found.short == found.text
+
+
 def test_odd_rows_are_left_out(table: pd.DataFrame) -> None:
     """Rows without a category, or whose quantities are no numbers of 0 or more, are drawn nowhere and break nothing."""
     odd = table.assign(error=-1.0)

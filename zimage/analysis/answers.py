@@ -15,6 +15,7 @@ import pandas as pd
 Tables = Mapping[str, pd.DataFrame]
 Answer = tuple[str, tuple[str, ...]]  # a statement, and the numbers behind it
 SKIPPED = "skipped_blocks_fraction"
+BUDGET = "error_budget"  # the metric whose value is the error that a recipe may make
 PLAIN_RUN = "steps_"  # begins the name of a plain run of fewer steps
 
 
@@ -59,6 +60,18 @@ def beside_fewer_steps(quality: pd.DataFrame) -> dict[str, Beside]:
 def equivalent_steps(steps: int, skipped: float) -> int:
     """How many steps of a plain run compute as many blocks, at most, as `steps` that skip this share of them."""
     return max(1, int(steps * (1 - skipped) + 1e-9))
+
+
+def budget_verdict(error: float, low: float | None, high: float | None, budget: float) -> str:
+    """Whether an error on trajectories held out keeps to its budget, by its interval if there is one, and the numbers.
+
+    "kept", "missed" or "undecided", then what says so; without an interval the estimate alone decides.
+    """
+    if units.missing(low) or units.missing(high):
+        return f"{'missed' if error > budget else 'kept'}: {units.percent(error, 2)}, by the estimate alone"
+    word = "missed" if low > budget else "kept" if high <= budget else "undecided"  # type: ignore[operator]
+    ends = " to ".join(units.percent(float(end), 2) for end in (low, high))  # type: ignore[arg-type]
+    return f"{word}: {units.percent(error, 2)}, 95 % interval {ends}"
 
 
 def _reuse(tables: Tables) -> list[Answer]:
@@ -140,6 +153,19 @@ def _recipes(tables: Tables) -> list[Answer]:
         if arm in held and held.get(plain):
             text += f", {units.percent(held[arm] / held[plain])} of its bytes"
         found.append((text, () if found else _added(tables.get("additivity"))))
+    return found + _budgets(quality)
+
+
+def _budgets(quality: pd.DataFrame) -> list[Answer]:
+    """Whether recipes that were made within an error budget keep to it on trajectories held out."""
+    errors = {row["arm"]: row for row in records(quality[quality["metric"] == "relative_l2_error"])}
+    found: list[Answer] = []
+    for row in records(quality[quality["metric"] == BUDGET]):
+        if (own := errors.get(row["arm"])) is not None:
+            told = budget_verdict(own["value"], own["low"], own["high"], row["value"])
+            budget = units.percent(row["value"], 2)
+            text = f"{row['arm']}: on held-out trajectories its error budget of {budget} is {told}"
+            found.append((text, ()))
     return found
 
 

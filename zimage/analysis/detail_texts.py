@@ -79,6 +79,8 @@ def summary(ablation: pd.DataFrame, quality: pd.DataFrame | None) -> pd.DataFram
 
 
 def _times(kind: str, rows: Mapping[str, Mapping[str, Any]]) -> Text:
+    if all(units.missing(row["ratio_high"]) for row in rows.values()):
+        return f"{kind}, {len(rows)} timed: nothing could be decided, as none has an interval", ()
     ways = {verdict: [name for name, row in rows.items() if row["verdict"] == verdict] for verdict in _WORDS}
     text = f"{kind}, {len(rows)} timed: {_known(ways['slower'])} known to take more time"
     for verdict, pick in (("slower", max), ("faster", min)):

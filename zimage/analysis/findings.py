@@ -108,6 +108,9 @@ def findings(tables: Tables) -> list[Finding]:
     answered = _said(answers.texts(tables))
     if answered:
         by_arm = [replace(one, short="") for one in by_arm]
+    if absent := _without_peers(tables.get("ablation")):
+        by_arm = [replace(one, short="") for one in by_arm]
+        answered += absent
     grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
     if grouped:
         by_arm = [replace(one, short="") for one in by_arm]
@@ -212,6 +215,8 @@ def families(frame: pd.DataFrame | None) -> list[Finding]:
     if not without or not alone or together is None:
         return []
     text = "no transform alone is known to take less time"
+    if all(units.missing(row["ratio_high"]) for row in alone.values()):
+        text = "what each transform gains alone could not be decided, as none has an interval"
     if gains := [name for name, row in alone.items() if verdict_of(row) == "faster"]:
         best = min(gains, key=lambda name: float(alone[name]["ratio"]))
         less, first = time_phrase(float(alone[best]["ratio"])), _or_those_near(best, gains, alone)
@@ -219,6 +224,8 @@ def families(frame: pd.DataFrame | None) -> list[Finding]:
     product = math.prod(float(row["ratio"]) for row in alone.values())
     whole = time_finding({**together, "arm": f"a model with all {len(without)}"})
     beside = "no transform is known to be worth anything beside the others"
+    if all(units.missing(row["ratio_high"]) for row in without.values()):
+        beside = "what each transform is worth beside the others could not be decided, as none has an interval"
     if worths := [name for name, row in without.items() if verdict_of(row) == "slower"]:
         best = max(worths, key=lambda name: float(without[name]["ratio"]))
         more, first = time_phrase(float(without[best]["ratio"])), _or_those_near(best, worths, without)
@@ -245,6 +252,16 @@ def ways(frame: pd.DataFrame | None) -> list[Finding]:
     best = min(gains, key=lambda row: float(row["ratio"]))
     most = f"up to {time_phrase(float(best['ratio']))}: {best['arm']} instead of {best['baseline']} ({best['scope']})"
     return [Finding(text, "", (most,), f"{text}, {most}")]
+
+
+def _without_peers(frame: pd.DataFrame | None) -> list[Finding]:
+    """That the notebook peers found no peer, and how one is named; nothing where one was timed."""
+    rows = [] if frame is None else [row for row in records(frame) if row["baseline"] == "zimage"]
+    if not rows or not all(units.missing(row["ratio"]) for row in rows):
+        return []
+    named = " or ".join(f"--set {row['arm']}_python=PYTHON" for row in rows)
+    text = f"no peer was found to compare zimage with; name an interpreter that has one: {named}"
+    return [Finding(text, "", (), text)]
 
 
 def _is_way(row: Mapping[str, object]) -> bool:

@@ -234,6 +234,10 @@ def summary(frame: pd.DataFrame | None) -> tuple[str, tuple[str, ...]] | None:
     count = f"{len(front)} {'is' if len(front) == 1 else 'are'}" if front else "none is known to be"
     text = f"of {len(points)} arms {count} on the front of time, memory and error"
     text += f": {', '.join(front)}" if front else ""
+    if not out and points[["time_ratio_high", "error_high"]].notna().all(axis=1).sum() < 2:
+        text = f"which of {len(points)} arms are on the front of time, memory and error could not be decided: "
+        text += "without intervals of both time and error no arm surely dominates another"
+        return text, ()
     evidence = []
     if unsure:
         evidence.append(f"indistinguishable from it: {', '.join(unsure)}")

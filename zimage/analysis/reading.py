@@ -25,6 +25,7 @@ DRIFT = "drift_relative_l2"  # the metric whose every step is drawn
 # Metrics that say in other words what a headline says, or that say how sure it is: in the full table only.
 SUPPLEMENTARY = (
     *("cosine_similarity", "snr_db", "drift_cosine", "drift_snr_db", "frechet_difference", "repeat_difference"),
+    "error_budget",
 )
 _NAMES = {
     "predicted_peak_bytes": "predicted peak",
