@@ -197,12 +197,13 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
 
 @EACH
 def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], Run]) -> None:
-    """Executed it has at most three charts, and its verdict is a table, the last thing that it shows."""
+    """Executed it has at most three charts; its verdict is a table, the last thing that it shows, and names the weights."""
     outputs = [cell.get("outputs", []) for cell in cells(ran(path).path / "notebook.ipynb")]
     charts = sum("application/vnd.plotly.v1+json" in one.get("data", {}) for some in outputs for one in some)
     assert charts <= 3
     if path.stem not in WITHOUT_VERDICT:
         assert "<table" in "".join(outputs[-1][-1]["data"]["text/html"])
+        assert "trained" in json.dumps(outputs[-1])  # the verdict says of which weights it is
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in DRAWING], ids=lambda path: path.stem)

@@ -294,6 +294,22 @@ def test_the_index_shows_the_projects_claims(tmp_path: Path) -> None:
     assert "4 more claims are not measured on it." in page
 
 
+def test_an_experiment_s_page_begins_with_the_claims_on_its_runs(tmp_path: Path) -> None:
+    """What its runs say of published claims stands first on its page; other experiments' pages say nothing of them."""
+    root = store(tmp_path / "results").root
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    index(root)
+    judged, _ = claims.judgements(claims.read(tmp_path / "experiments" / "claims.yaml"), Store(root))
+    behind = {name: [one for one in judged if any(run.startswith(f"{name}/") for run in one.evidence)]
+              for name in Store(root).experiments()}  # fmt: skip
+    assert any(behind.values())
+    for name, several in behind.items():
+        page = html.unescape((root / name / "index.html").read_text()).replace("\N{NO-BREAK SPACE}", " ")
+        assert page.count("Published: ") == len(several)
+        for one in several:
+            assert f"Published: {one.claim.statement} ({one.claim.id})" in page
+
+
 def test_an_unreadable_claims_file_costs_the_index_a_line(tmp_path: Path) -> None:
     """The pages are built all the same, and the index says what is wrong with the file, escaped."""
     store(tmp_path / "results")

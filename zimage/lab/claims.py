@@ -127,11 +127,19 @@ def of_this_run(ablation: pd.DataFrame, parameters: Mapping[str, Any], weights: 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a page says of the claims on one device: (verdict, statement and id, its source, the evidence) of each."""
+    """What a page says of the claims on one device: (verdict, statement and id, its source, the evidence) of each.
+
+    experiments: of each claim those whose runs are behind it.
+    """
 
     device: str
     claims: list[tuple[str, str, str, list[str]]]
     unmeasured: int  # claims that no run of this device decides
+    experiments: list[set[str]]
+
+    def of_experiment(self, name: str) -> list[tuple[str, str, str, list[str]]]:
+        """Those of the claims that runs of this experiment are behind."""
+        return [one for one, behind in zip(self.claims, self.experiments, strict=True) if name in behind]
 
 
 def on_page(store: Store) -> tuple[list[Shown], list[str]]:
@@ -159,7 +167,8 @@ def on_page(store: Store) -> tuple[list[Shown], list[str]]:
             for one in measured_here
         ]
         if lines_of:
-            shown.append(Shown(device, lines_of, len(several) - len(lines_of)))
+            behind = [{run.partition("/")[0] for run in one.evidence} for one in measured_here]
+            shown.append(Shown(device, lines_of, len(several) - len(lines_of), behind))
     return shown, []
 
 

@@ -113,12 +113,13 @@ def build(store: Store, experiments: Iterable[str] | None = None, single_file: b
         _write(store.root / "assets" / "plotly.min.js", get_plotlyjs())
     pages = []
     read = {name: _read(store, name) for name in known}
+    judged, problems = claims.on_page(store)
     for name in chosen:
         pages.append(store.root / name / "index.html")
-        _write(pages[-1], _experiment_page(read[name], single_file))
+        published = [(one.device, claim) for one in judged for claim in one.of_experiment(name)]
+        _write(pages[-1], _experiment_page(read[name], published, single_file))
     pages.append(store.root / "index.html")
     cards = [_card(read[name]) for name in known]
-    judged, problems = claims.on_page(store)
     _write(
         pages[-1],
         _render("index.html", title="Experiments · zimage", cards=cards, claims=judged, problems=problems),
@@ -215,7 +216,10 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
         problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
 
 
-def _experiment_page(page: Experiment, single_file: bool) -> str:
+def _experiment_page(
+    page: Experiment, published: list[tuple[str, tuple[str, str, str, list[str]]]], single_file: bool
+) -> str:
+    """The page; published: claims that its runs are behind, each with the device, as `claims.Shown` has them."""
     devices, kinds = page.about()
     facts = [Fact("Device", devices or "none yet")]
     if kinds:
@@ -228,7 +232,17 @@ def _experiment_page(page: Experiment, single_file: bool) -> str:
     groups = [
         _group(f"g{i}", n, c, several, single_file, page.problems) for i, (n, c) in enumerate(page.groups.items())
     ]
+    several_devices = len({device for device, _ in published}) > 1
     lines = [
+        {
+            "verdict": verdict,
+            "word": verdict,
+            "text": f"Published: {statement}",
+            "evidence": [*([device] if several_devices else []), *evidence[:1]],
+        }
+        for device, (verdict, statement, _, evidence) in published
+    ]
+    lines += [
         {
             "verdict": f.verdict,
             "word": WORDS.get(f.verdict, f.verdict),
