@@ -197,7 +197,7 @@ def test_what_a_notebook_records_fits(path: Path, ran: Callable[[Path], Run]) ->
 
 @EACH
 def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], Run]) -> None:
-    """Executed it has at most three charts; its verdict is a table, the last thing that it shows, and names the weights."""
+    """Executed it has at most three charts; its verdict is a table, shown last, that names the weights."""
     outputs = [cell.get("outputs", []) for cell in cells(ran(path).path / "notebook.ipynb")]
     charts = sum("application/vnd.plotly.v1+json" in one.get("data", {}) for some in outputs for one in some)
     assert charts <= 3

@@ -98,13 +98,15 @@ def test_pages_are_built_without_mlx(sweep: Sweep) -> None:
 
 
 def test_the_store_is_listed_without_mlx(sweep: Sweep) -> None:
-    """Where MLX cannot be imported `list` still lists the three runs, in text and as JSON."""
+    """Where MLX cannot be imported `list` still lists the three runs with their weights' kind, in text and as JSON."""
     done, machine = (without_mlx("list", *more, "--results", str(sweep.results)) for more in ((), ("--json",)))
     assert (done.returncode, done.stderr, machine.returncode) == (0, "", 0)
     keys = [run.key for run in sweep.store.runs("quickstart")]
     assert len(keys) == 3
     assert all(key in done.stdout and key in machine.stdout for key in keys)
-    json.loads(machine.stdout)
+    assert done.stdout.count("trained weights") == 3
+    (listed,) = json.loads(machine.stdout)["experiments"]
+    assert {run["weights"] for run in listed["runs"]} == {"trained"}
 
 
 def test_a_run_is_shown_without_mlx(sweep: Sweep) -> None:

@@ -45,7 +45,8 @@ def store_lines(store: Store, content: dict[str, Any]) -> list[str]:
         for run in runs:
             shown = " ".join(f"{k}={v}" for k, v in run["parameters"].items() if k in telling)
             state = "" if run["current"] else " (superseded)"
-            tail = f"{run['device']}  {run['started'][:16].replace('T', ' ')}  {span(run['duration_s'])}"
+            weights = f"{run['weights']} weights  " if run["weights"] else ""
+            tail = f"{weights}{run['device']}  {run['started'][:16].replace('T', ' ')}  {span(run['duration_s'])}"
             lines.append(f"  {run['key']}  {run['status']:9}  {run['notebook']}  {shown}  {tail}{state}")
     return lines or [f"{store.root}: no runs yet; `zimage sweep EXPERIMENT.yaml` or `zimage run NOTEBOOK` makes some"]
 
@@ -163,6 +164,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "notebook": run.notebook,
         "parameters": run.parameters,
         "device": run.device,
+        "weights": str(run.mapping("weights").get("kind", "")),
         "started": run.meta["started"],
         "duration_s": run.meta["duration_s"],
         "error": run.meta.get("error"),
