@@ -139,7 +139,7 @@ class TransformerBlock(nn.Module):
 
     residual_norm_modulate = staticmethod(stream.residual_norm_modulate)  # `fusing` puts a kernel in its place
     compiled = False  # `transforms.compile_blocks` sets it
-    place: int | None = None  # in the model's stacked modulation; `transforms.fuse_modulation` sets it
+    modulation_place: int | None = None  # in the stack of all; `transforms.fuse_modulation` sets it
     streamed = False  # of `low_memory.StreamedBlock` it is True: its arrays are not in memory
 
     def __init__(self, config: TransformerConfig, modulation: bool) -> None:
@@ -228,7 +228,7 @@ class TransformerBlock(nn.Module):
         following: with what it takes as its own temb. What was computed for another block, or for another input than x,
         is left.
         """
-        if ahead is not None and not (ahead.block is self and ahead.x is x):
+        if ahead is not None and not ahead.belongs_to(self, x):
             ahead = None
         modulation = self.modulation(temb) if ahead is None else ahead.modulation
         normed = self.before_attention(x, modulation[0]) if ahead is None else ahead.normed
@@ -286,6 +286,10 @@ class Ahead:
     modulation: Modulation
     normed: mx.array
 
+    def belongs_to(self, block: TransformerBlock, x: mx.array) -> bool:
+        """Whether it is of this block and this input."""
+        return self.block is block and self.x is x
+
 
 class FinalLayer(nn.Module):
     """Modulated LayerNorm and a projection to patches: [B, L, D] -> [B, L, p * p * C]."""
@@ -329,9 +333,9 @@ class State:
 
     def of_timestep(self, block: TransformerBlock) -> mx.array | Modulation | None:
         """What a block is given as its temb: its modulation where that is computed already."""
-        if self.modulations is None or block.place is None:
+        if self.modulations is None or block.modulation_place is None:
             return self.temb
-        return self.modulations.of(block.place, block.adaLN_modulation[0]) or self.temb
+        return self.modulations.of(block.modulation_place, block.adaLN_modulation[0]) or self.temb
 
 
 @dataclass(frozen=True)
@@ -577,7 +581,7 @@ def _joined_block(
 ) -> Callable[[State], State]:
     def run(state: State) -> State:
         joint = _joint(state)
-        known = state.ahead is not None and state.ahead.block is block and state.ahead.x is joint
+        known = state.ahead is not None and state.ahead.belongs_to(block, joint)
         temb = state.temb if known else state.of_timestep(block)
         its = None if following is None else state.of_timestep(following)
         assert temb is not None

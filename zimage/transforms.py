@@ -271,7 +271,7 @@ def fuse_modulation(model: Transformer) -> Transformer:
     except InputError as error:
         raise InputError(f"adaLN_modulation: {error}") from None
     for place, block in enumerate(modulated):
-        block.place = place
+        block.modulation_place = place
         block.adaLN_modulation = [clone(new.stacked_modulation.parts[place])]  # whose arrays may be replaced
     return new
 
