@@ -164,8 +164,9 @@ def test_doctor_has_a_line_for_every_kernel(trial: Trial, monkeypatch: pytest.Mo
     """On a GPU those of the published model are tried, and what falls back is a warning that says why."""
     trust.keep(FACTS, {trust.key(BAD): "it is wrong by 0.5"})
     lines = doctor._kernels(FACTS)
-    assert len(lines) == len(trust.DEFAULTS) + 1
-    assert [(c.name, c.status) for c in lines if "bad" not in c.value] == [("Kernels", "ok")] * len(trust.DEFAULTS)
+    needed = trust.needed(FACTS)
+    assert len(lines) == len(needed) + 1
+    assert [(c.name, c.status) for c in lines if "bad" not in c.value] == [("Kernels", "ok")] * len(needed)
     (bad,) = (c for c in lines if "bad" in c.value)
     assert (bad.status, bad.value) == ("warn", "bad (bfloat16): falls back, it is wrong by 0.5")
     assert any(c.value == "qk_norm_rope (bfloat16, head_dim 128): right" for c in lines)

@@ -33,8 +33,8 @@ from zimage.weights import load_transformer
 import mlx.core as mx
 
 FAST = (  # what makes the fast step, in this order
-    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu"),
-    *("join_blocks", "compile_blocks", "submit_early", "keep_captions"),
+    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "flash_attention", "fuse_residual_norm"),
+    *("fuse_swiglu", "join_blocks", "compile_blocks", "submit_early", "keep_captions"),
 )
 _STACKED = {  # transforms that make new weights, in which part of a block
     "fuse_qkv": "attention",
@@ -69,6 +69,7 @@ TRANSFORMS: dict[str, Callable[..., Transformer]] = {
     "fuse_gate_up": fuse_gate_up,
     "fuse_modulation": fuse_modulation,
     "fuse_norm_rope": fusing.fuse_norm_rope,
+    "flash_attention": fusing.flash_attention,
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,

@@ -135,9 +135,9 @@ def _kernels(facts: Mapping[str, str]) -> list[Check]:
         return [Check("Kernels", "warn", value, advice)]
     if trust.off():
         return [Check("Kernels", "ok", f"off: {trust.VARIABLE} says so")]
-    trust.settle(facts, trust.DEFAULTS)
+    settled = trust.settle(facts, trust.needed(facts))
     found = []
-    for name, reason in sorted((trust.kept(facts) | trust.settle(facts, trust.DEFAULTS)).items()):
+    for name, reason in sorted((trust.kept(facts) | settled).items()):
         request = json.loads(name)
         sizes = ", ".join(f"{what} {value}" for what, value in request.items() if what not in ("kernel", "dtype"))
         value = f"{request['kernel']} ({request['dtype']}{', ' if sizes else ''}{sizes}): "

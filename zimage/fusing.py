@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from zimage.errors import InputError
 from zimage.kernels import QuantizedLinear
+from zimage.kernels.flash import FLASH_ATTENTION, HEAD_DIM
 from zimage.kernels.gate import SWIGLU
 from zimage.kernels.heads import QK_NORM_ROPE
 from zimage.kernels.native import Kernel, dtype_name
@@ -28,6 +29,16 @@ def fuse_norm_rope(model: Transformer) -> Transformer:
     """
     QK_NORM_ROPE.install({"dtype": _dtype(model), "head_dim": model.config.head_dim})
     return _with(model, lambda block: [block.attention], norm_then_rotate=QK_NORM_ROPE)
+
+
+def flash_attention(model: Transformer) -> Transformer:
+    """Attention in a kernel of our own where it has no mask, on NVIDIA's Hopper processors (H100, H200) in bfloat16.
+
+    Elsewhere, in other dtypes, for heads of another size than 128 and with a mask it stays MLX's. Covers sdpa.
+    """
+    if _dtype(model) == "bfloat16" and model.config.head_dim == HEAD_DIM:
+        FLASH_ATTENTION.install({"dtype": "bfloat16", "head_dim": HEAD_DIM})
+    return _with(model, lambda block: [block.attention], attend_to_all=FLASH_ATTENTION)
 
 
 def fuse_residual_norm(model: Transformer) -> Transformer:

@@ -6,8 +6,8 @@ from zimage import practices
 from zimage.errors import InputError, nearest
 
 KNOWN = (
-    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "fuse_residual_norm", "fuse_swiglu"),
-    *("wide_dequantize", "fuse_qkv_copied", "join_blocks", "keep_captions", "chunk_feed_forward"),
+    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "flash_attention", "fuse_residual_norm"),
+    *("fuse_swiglu", "wide_dequantize", "fuse_qkv_copied", "join_blocks", "keep_captions", "chunk_feed_forward"),
     *practices.EXECUTION,
     *practices.OUTPUT,
     *("tea_cache_flux", "reuse_by_timestep", "reuse_every_2nd", "fast", "tuned"),

@@ -18,7 +18,7 @@ from zimage.config import (
     TransformerConfig,
 )
 from zimage.errors import InputError, require_seed
-from zimage.kernels import heads, stream
+from zimage.kernels import flash, heads, stream
 from zimage.modulation import Modulation, Modulations, Stacked
 from zimage.patchify import PUBLISHED, Geometry, Layout, geometry, patchify, unpatchify
 
@@ -61,6 +61,7 @@ class Attention(nn.Module):
     """Self-attention with QK norm and RoPE: [B, L, D] -> [B, L, D]. Grouped-query where n_kv_heads < n_heads."""
 
     norm_then_rotate = staticmethod(heads.norm_then_rotate)  # `fusing` puts a kernel in its place
+    attend_to_all = staticmethod(flash.attend)  # and in this one's
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -94,9 +95,9 @@ class Attention(nn.Module):
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
         """What every head found, side by side: [B, L, n_heads * head_dim]."""
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        mask = _as(mask, q)  # the stream may be wider than what the attention computes in
-        out = kernels.attention(q, k, v, self.head_dim**-0.5, mask).transpose(0, 2, 1, 3)
+        scale = self.head_dim**-0.5
+        masked = mask is not None  # and then it is of the stream's dtype, which may be wider than q's
+        out = flash.attend(q, k, v, scale, _as(mask, q)) if masked else self.attend_to_all(q, k, v, scale)
         return out.reshape(*out.shape[:2], -1)
 
     def __call__(self, x: mx.array, rotation: mx.array, mask: mx.array | None = None) -> mx.array:

@@ -22,8 +22,8 @@ VARIABLE = "ZIMAGE_KERNELS"
 _ON, _OFF = ("on", "1", "yes", "true", ""), ("off", "0", "no", "false", "none")  # values of it, in any case
 TRIAL_TIMEOUT_S = 120.0  # of a trial process: compiling takes seconds, so it hangs
 Request = dict[str, Any]  # what a kernel is tried for: `kernel`, its name, `dtype`, and the sizes it is compiled for
-# What the published model needs, which `zimage doctor` tries.
-DEFAULTS: tuple[Request, ...] = (
+HOPPER = "sm_90"  # MLX's name for the architecture of NVIDIA's H100 and H200
+_EVERYWHERE: tuple[Request, ...] = (
     {"kernel": "qk_norm_rope", "dtype": "bfloat16", "head_dim": 128},
     {"kernel": "residual_norm_modulate", "dtype": "bfloat16", "width": 3840},
     {"kernel": "swiglu", "dtype": "bfloat16"},
@@ -48,6 +48,12 @@ def doubt() -> str:
 
 def _asked() -> str:
     return os.environ.get(VARIABLE, "").strip()
+
+
+def needed(facts: Mapping[str, str]) -> tuple[Request, ...]:
+    """What the published model needs on this device, which `zimage doctor` tries."""
+    only_here = {"kernel": "flash_attention", "dtype": "bfloat16", "head_dim": 128}
+    return (*_EVERYWHERE, only_here) if facts.get("architecture") == HOPPER else _EVERYWHERE
 
 
 def key(request: Mapping[str, Any]) -> str:

@@ -55,6 +55,11 @@ class Kernel:
     the composed form takes.
     examples: arguments to try the kernel with, for a request, in the request's dtype.
     strided: whether the body reads strides; otherwise MLX copies inputs that are not contiguous.
+    header: what stands before the function, after the prelude; shared_bytes: of memory that a group shares, beside what
+    the body declares. Both are CUDA's.
+    roundings: how often `BOUNDS` its result may be off, for one that rounds more than it must.
+    architecture: of the devices that it is written for, as MLX names it, or "" for all. Elsewhere its composed form is
+    all there is, and nothing is said of it.
     """
 
     name: str
@@ -65,10 +70,14 @@ class Kernel:
     prepare: Callable[..., Launch | None]
     examples: Callable[[trust.Request], Iterator[Arguments]]
     strided: bool = True
+    header: str = ""
+    shared_bytes: int = 0
+    roundings: int = 1
+    architecture: str = ""
 
     def __call__(self, *arguments: Any) -> Any:
         """What `composed` gives, computed natively where that is trusted."""
-        here = platform()
+        here = self.platform()
         launch = None if here is None else self.prepare(MOST_THREADS[here], *arguments)
         if here is None or launch is None:
             return self.composed(*arguments)
@@ -83,6 +92,11 @@ class Kernel:
         except Exception as error:  # whatever a backend raises, the composed form still answers
             self._refuse([launch], blas.one_line(error) or type(error).__name__)
             return self.composed(*arguments)
+
+    def platform(self) -> Literal["cuda", "metal"] | None:
+        """Whose compiler the kernel is for here; None where its composed form is all there is."""
+        here = platform()
+        return here if here is None or self.architecture in ("", architecture()) else None
 
     def start(self, here: str, launch: Launch) -> Any:
         """The native form's result, trusted or not, not yet computed."""
@@ -104,13 +118,15 @@ class Kernel:
         """MLX's kernel, made at its first use: MLX refuses to make one without its backend."""
         if (self.name, here) not in _made:
             create: Any = mx.fast.cuda_kernel if here == "cuda" else mx.fast.metal_kernel
+            more = {"shared_memory": self.shared_bytes} if self.shared_bytes else {}
             _made[self.name, here] = create(
                 name=f"zimage_{self.name}",
                 input_names=list(self.inputs),
                 output_names=list(self.outputs),
                 source=self.source(here),
-                header=PRELUDES[here],
+                header=PRELUDES[here] + self.header,
                 ensure_row_contiguous=not self.strided,
+                **more,
             )
         return _made[self.name, here]
 
@@ -120,7 +136,7 @@ class Kernel:
         In a process of its own first, unless a verdict is kept, then here. Where it fails, one warning says why, and
         the composed form is used from then on. On a CPU there is nothing to check.
         """
-        here = platform()
+        here = self.platform()
         if here is None:
             return False
         wanted = request | {"kernel": self.name}
@@ -144,9 +160,9 @@ class Kernel:
     def verify(self, request: trust.Request) -> str:
         """Why the native form must not be used for a request, "" where it gives the right answers here."""
         try:
-            here = platform()
+            here = self.platform()
             if here is None:
-                return "there is no GPU to run it on"
+                return "there is no GPU to run it on" if platform() is None else "it is not written for this device"
             for example in self.examples(request):
                 launch = self.prepare(MOST_THREADS[here], *example)
                 if launch is None:
@@ -155,7 +171,7 @@ class Kernel:
                 found = [_as_list(self.start(here, launch)) for _ in range(2)]
                 mx.eval(found)
                 for one in found:
-                    problem = compare(one, self.composed, example)
+                    problem = compare(one, self.composed, example, self.roundings)
                     if problem:
                         return problem
                 wanted = _as_list(self.composed(*example))
@@ -207,6 +223,12 @@ def _has_cuda() -> bool:
     return bool(mx.cuda.is_available())
 
 
+@cache
+def architecture() -> str:
+    """The GPU's architecture as MLX names it, such as "sm_90" for NVIDIA's Hopper."""
+    return str(mx.device_info().get("architecture", ""))
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """A dtype in one word, such as "bfloat16"."""
     return str(dtype).removeprefix("mlx.core.")
@@ -227,10 +249,11 @@ def normal(seed: int, *shape: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def compare(found: Any, composed: Callable[..., Any], arguments: Arguments) -> str:
+def compare(found: Any, composed: Callable[..., Any], arguments: Arguments, roundings: int = 1) -> str:
     """Why results are not those of `composed`, "" where they are. Where `composed` gives None, anything may be.
 
-    They must be within `BOUNDS` of the composed form in fp32, and within four times that of the composed form itself.
+    They must be within so many `BOUNDS` of the composed form in fp32, and within four times that of the composed form
+    itself.
     """
     alike = _as_list(composed(*arguments))
     exact = _as_list(composed(*(_wide(a) for a in arguments)))
@@ -242,7 +265,7 @@ def compare(found: Any, composed: Callable[..., Any], arguments: Arguments) -> s
             continue
         if one.shape != near.shape or one.dtype != near.dtype:
             return f"it gives {one.dtype} {one.shape} instead of {near.dtype} {near.shape}"
-        bound = BOUNDS[dtype_name(one.dtype)]
+        bound = roundings * BOUNDS[dtype_name(one.dtype)]
         for wanted, allowed in ((true, bound), (near, AGAINST_COMPOSED * bound)):
             error = _error(one, wanted)
             if not error <= allowed:
