@@ -1,10 +1,10 @@
 """The kernels' own sources in CUDA's and Metal's spelling, run on this CPU, give what their composed forms give."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from unittest.mock import patch
 
-from tests.emulation.device import COMPILER, Device
+from tests.emulation.device import COMPILER, NO_SLICES, Device, Slice
 from zimage import trust
 from zimage.kernels import dequantize, stream
 from zimage.kernels.catalogue import KERNELS
@@ -29,6 +29,7 @@ CASES: list[tuple[str, trust.Request]] = [
     ("metal", {"kernel": "residual_norm_modulate", "dtype": "float16", "width": 72}),
     ("cuda", {"kernel": "swiglu", "dtype": "bfloat16"}),
     ("metal", {"kernel": "swiglu", "dtype": "float32"}),
+    ("cuda", {"kernel": "flash_attention", "dtype": "bfloat16", "head_dim": 128}),
 ]
 CASES += [
     (here, {"kernel": "dequantize", "dtype": dtype, "mode": mode, "bits": bits, "group_size": group})
@@ -51,10 +52,16 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
         yield Device(tmp_path_factory.mktemp("kernels"))
 
 
-def problem(gpu: Device, here: str, kernel: Kernel, example: tuple[object, ...], slices: tuple[int, ...] = ()) -> str:
+def sliced(*numbers: int) -> dict[int, Slice]:
+    return dict.fromkeys(numbers, Slice())
+
+
+def problem(
+    gpu: Device, here: str, kernel: Kernel, example: tuple[object, ...], slices: Mapping[int, Slice] = NO_SLICES
+) -> str:
     launch = kernel.prepare(MOST_THREADS[here], *example)
     assert launch is not None
-    return compare(gpu.run(here, kernel, launch, slices), kernel.composed, example)
+    return compare(gpu.run(here, kernel, launch, slices), kernel.composed, example, kernel.roundings)
 
 
 @pytest.mark.parametrize(("here", "case"), CASES, ids=[f"{here} {trust.key(case)}" for here, case in CASES])
@@ -78,7 +85,7 @@ def test_queries_and_keys_of_any_lengths_and_strides(
     norms = [(1 + 0.1 * normal(seed + n, 32), eps) for n, eps in ((2, 1e-5), (3, 0.5))]
     angles = normal(seed + 4, batch if own_tables else 1, length, 1, 16)
     example = (q, k, *norms, mx.stack([mx.cos(angles), mx.sin(angles)]))
-    assert problem(_shared(), "cuda", KERNELS["qk_norm_rope"], example, slices=(0, 1, 4)) == ""
+    assert problem(_shared(), "cuda", KERNELS["qk_norm_rope"], example, slices=sliced(0, 1, 4)) == ""
 
 
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 60), *[st.booleans()] * 3, st.integers(0, 2**16))
@@ -94,7 +101,7 @@ def test_streams_of_any_lengths_and_forms(
     adding = (change, gate, after) if adds or not norms else (None, None, None)
     example = (x, *adding, *((before, scale) if norms else (None, None)))
     with patch.object(stream, "_GROUPS", groups):
-        assert problem(_shared(), "cuda", KERNELS["residual_norm_modulate"], example, slices=(0,)) == ""
+        assert problem(_shared(), "cuda", KERNELS["residual_norm_modulate"], example, slices=sliced(0)) == ""
 
 
 def test_a_group_gets_more_tokens_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +122,7 @@ def test_a_group_gets_more_tokens_where_there_are_many(monkeypatch: pytest.Monke
 def test_swiglu_of_any_width(batch: int, length: int, eighths: int, seed: int) -> None:
     """SwiGLU for any width in eights, gate and up as halves of a product; large gates neither overflow nor give NaN."""
     gate, up = 60 * normal(seed, batch, length, 8 * eighths), normal(seed + 1, batch, length, 8 * eighths)
-    assert problem(_shared(), "cuda", KERNELS["swiglu"], (gate, up), slices=(0, 1)) == ""
+    assert problem(_shared(), "cuda", KERNELS["swiglu"], (gate, up), slices=sliced(0, 1)) == ""
 
 
 PACKINGS = [*[("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)], *[(mode, *sizes) for mode, sizes in MODES.items()]]

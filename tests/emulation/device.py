@@ -7,9 +7,12 @@ templates come in. It does not tell how fast a kernel is, nor whether nvcc and A
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage.kernels.flash import PTX
 from zimage.kernels.native import Kernel, Launch
 from zimage.kernels.preludes import PRELUDES
 
@@ -29,18 +32,34 @@ TYPES = {
 ITEM = {mx.float32: "<f4", mx.bfloat16: "<u2", mx.float16: "<f2", mx.uint32: "<u4", mx.int32: "<i4", mx.uint8: "u1"}
 
 
+@dataclass(frozen=True)
+class Slice:
+    """How an input lies in a larger array: others' values before and after each row, and between its own.
+
+    turned: axes 1 and 2 are exchanged there.
+    """
+
+    before: int = 8
+    after: int = 16
+    step: int = 1
+    turned: bool = False
+
+
+NO_SLICES: Mapping[int, Slice] = {}
+
+
 class Device:
     """Compiles into `folder`, once for each variant, and runs there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, here: str, kernel: Kernel, launch: Launch, slices: tuple[int, ...] = ()) -> list[mx.array]:
+    def run(self, here: str, kernel: Kernel, launch: Launch, slices: Mapping[int, Slice] = NO_SLICES) -> list[mx.array]:
         """What the kernel writes. Inputs whose numbers are in `slices` lie in larger arrays, with other strides."""
         program = self._program(here, kernel, launch)
         data = bytearray()
         for number, array in enumerate(launch.inputs):
-            values, strides, offset = _laid_out(array, number in slices)
+            values, strides, offset = _laid_out(array, slices.get(number))
             data += np.array([len(values), offset * array.dtype.size], "<i8").tobytes()
             data += np.array([*array.shape, *[0] * (8 - array.ndim)], "<i4").tobytes()
             data += np.array([*strides, *[0] * (8 - array.ndim)], "<i8").tobytes() + values
@@ -94,15 +113,21 @@ def write(here: str, kernel: Kernel, launch: Launch) -> str:
         parameters.append(f"{types[dtype]}* {name}")
         arguments.append(f"({types[dtype]}*)outputs[{number}].data")
     constants = "".join(_constant(name, value, types) for name, value in launch.template)
+    header = kernel.header.removeprefix(PTX)  # hopper.h has what is meant by it
     return f"""#include "{here}.h"
-{PRELUDES[here]}
+{PRELUDES[here]}{header}
 namespace mlx {{
 void function({", ".join(parameters)}) {{
 {constants}{source}
 }}
 }}
-{_MAIN.replace("ARGUMENTS", ", ".join(arguments)).replace("INPUTS", str(len(kernel.inputs)))}
+{_main(", ".join(arguments), len(kernel.inputs), kernel.shared_bytes)}
 """
+
+
+def _main(arguments: str, inputs: int, shared_bytes: int) -> str:
+    main = _MAIN.replace("ARGUMENTS", arguments).replace("INPUTS", str(inputs))
+    return main.replace("SHARED_BYTES", str(shared_bytes))
 
 
 def _constant(name: str, value: Any, types: dict[mx.Dtype, str]) -> str:
@@ -111,16 +136,21 @@ def _constant(name: str, value: Any, types: dict[mx.Dtype, str]) -> str:
     return f"  constexpr int {name} = {value};\n"
 
 
-def _laid_out(array: mx.array, sliced: bool) -> tuple[bytes, list[int], int]:
-    """An array's bytes, its strides and where it begins, in items; a slice has others' values before and after."""
+def _laid_out(array: mx.array, part: Slice | None) -> tuple[bytes, list[int], int]:
+    """An array's bytes, its strides and where it begins, in items."""
     wide = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    values = np.array(wide).astype(ITEM[array.dtype])
-    if not sliced:
+    values = np.ascontiguousarray(np.array(wide).astype(ITEM[array.dtype]))
+    if part is None:
         return values.tobytes(), [s // values.itemsize for s in values.strides], 0
-    before, after = 8, 16  # of the last axis, whole vectors
-    room = np.full((*values.shape[:-1], values.shape[-1] + before + after), 7, values.dtype)
-    room[..., before : before + values.shape[-1]] = values
-    return room.tobytes(), [s // values.itemsize for s in room.strides], before
+    values = values.swapaxes(1, 2) if part.turned else values
+    end = part.before + part.step * values.shape[-1]
+    room = np.full((*values.shape[:-1], end + part.after), 7, values.dtype)
+    room[..., part.before : end : part.step] = values
+    strides = [s // values.itemsize for s in room.strides]
+    strides[-1] *= part.step
+    if part.turned:
+        strides[1], strides[2] = strides[2], strides[1]
+    return room.tobytes(), strides, part.before
 
 
 _MAIN = """
@@ -150,6 +180,7 @@ int main(int count, char** argument) {
   for (int i = 4; i < count; ++i) {
     outputs.emplace_back(std::strtoull(argument[i], nullptr, 10));
   }
+  emulation::shared_bytes = SHARED_BYTES;
   emulation::body = [&] { mlx::function(ARGUMENTS); };
   const unsigned across = std::atoi(argument[1]), down = std::atoi(argument[2]);
   emulation::groups = {across, down, 1};

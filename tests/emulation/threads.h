@@ -1,5 +1,5 @@
 // Runs the threads of a GPU's thread groups on a CPU, as fibers that take turns: one group after the other, in it
-// one warp after the other until it waits at a barrier. Where fibers wait and no other can come, the kernel diverged: exit status 3.
+// one warp after the other until it waits. Where fibers wait and no other can come, the kernel diverged: exit status 3.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,12 +49,26 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
-  int waiting = 0;  // 0: running, 1: at a barrier, 2: at a shuffle
-  float slot = 0;
+  int waiting = 0;
+  std::function<bool()> until;
+  uint64_t slots[2] = {0, 0};  // what it shows its warp: one may be written while others still read the one before
+  int slot = 0;
 };
+
+// What fibers wait for: all others; their warp; that `until` holds; that nobody else can go on, and then a whole warp
+// does, or those of its fibers that wait so.
+enum { RUNNING, EVERYBODY, WARP, UNTIL, LATE_WARP, LATE };
 
 inline std::vector<Fiber> fibers;
 inline std::function<void()> body;
+inline size_t shared_bytes = 0;  // of memory that a group shares, beside what the body declares
+inline void (*before_group)(int threads) = [](int) {};
+inline void (*after_group)() = [] {};
+
+[[noreturn]] inline void fail(const char* why) {
+  std::fprintf(stderr, "%s\n", why);
+  std::exit(7);
+}
 
 inline void wait(int what) {
   fibers[current].waiting = what;
@@ -62,15 +76,35 @@ inline void wait(int what) {
 }
 
 inline void barrier() {
-  wait(1);
+  wait(EVERYBODY);
+}
+
+template <typename F>
+inline void wait_until(F holds) {
+  fibers[current].until = holds;
+  wait(UNTIL);
+}
+
+// Show the warp a value, and wait until all of it have: then `shown` gives each one's, until the next time.
+template <typename T>
+inline void show(T value) {
+  static_assert(sizeof(T) <= 8);
+  Fiber& fiber = fibers[current];
+  fiber.slot ^= 1;
+  std::memcpy(&fiber.slots[fiber.slot], &value, sizeof(T));
+  wait(WARP);
+}
+
+template <typename T>
+inline T shown(int of) {
+  T value;
+  std::memcpy(&value, &fibers[of].slots[fibers[current].slot], sizeof(T));
+  return value;
 }
 
 inline float shuffle_xor(float value, int mask) {
-  fibers[current].slot = value;
-  wait(2);
-  const float other = fibers[current ^ mask].slot;
-  wait(2);  // until all have read
-  return other;
+  show(value);
+  return shown<float>(current ^ mask);
 }
 
 inline void enter() {
@@ -86,18 +120,41 @@ inline bool release(size_t from, size_t to, int what) {
     }
   }
   for (size_t i = from; i < to; ++i) {
-    fibers[i].waiting = 0;
+    fibers[i].waiting = RUNNING;
   }
   return true;
 }
 
+// Where all wait: let some go on that others were to get ahead of, of a warp that no pattern chooses.
+inline bool release_late(int threads) {
+  static uint32_t chance = 1;
+  chance = chance * 1664525 + 1013904223;
+  const int warps = (threads + 31) / 32;
+  for (int i = 0; i < warps; ++i) {
+    const int first = (chance / 65536 + i) % warps * 32, end = first + 32 < threads ? first + 32 : threads;
+    bool found = release(first, end, LATE_WARP);
+    for (int j = first; j < end; ++j) {
+      if (!fibers[j].done && fibers[j].waiting == LATE) {
+        fibers[j].waiting = RUNNING;
+        found = true;
+      }
+    }
+    if (found) {
+      return true;
+    }
+  }
+  return false;
+}
+
 inline void run_group(int threads) {
+  before_group(threads);
   fibers.resize(threads);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.stack.resize(1 << 16);
     fiber.done = false;
-    fiber.waiting = 0;
+    fiber.waiting = RUNNING;
+    fiber.slot = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -110,22 +167,27 @@ inline void run_group(int threads) {
       const int end = first + 32 < threads ? first + 32 : threads;
       do {
         for (current = first; current < end; ++current) {
-          if (!fibers[current].done && !fibers[current].waiting) {
+          Fiber& fiber = fibers[current];
+          if (!fiber.done && fiber.waiting == UNTIL && fiber.until()) {
+            fiber.waiting = RUNNING;
+          }
+          if (!fiber.done && fiber.waiting == RUNNING) {
             thread_ = {unsigned(current), 0, 0};
-            swapcontext(&scheduler, &fibers[current].context);
+            swapcontext(&scheduler, &fiber.context);
             moved = true;
           }
         }
-      } while (release(first, end, 2));  // all 32 must take part, as the mask says
+      } while (release(first, end, WARP));  // all 32 must take part, as the mask says
       for (int i = first; i < end; ++i) {
         left = left || !fibers[i].done;
       }
     }
     if (!left) {
+      after_group();
       return;
     }
-    moved = release(0, threads, 1) || moved;
-    if (!moved) {
+    moved = release(0, threads, EVERYBODY) || moved;
+    if (!moved && !release_late(threads)) {
       std::fprintf(stderr, "threads wait for others that will not come\n");
       std::exit(3);
     }

@@ -29,23 +29,21 @@ def _added_to(name: str, count: int) -> str:
 
 
 # What the body needs of the processor, in PTX (NVIDIA's PTX ISA 9.0, the sections wgmma, mbarrier, cp.async and bar).
-# MLX writes the function's head; how many registers a thread may have can only come in by its first word.
-_HEADER = rf"""
+# MLX writes the function's head; how many registers a thread may have can only come in by its first word. Where there
+# is no such processor, tests have other functions of the same names in its place.
+PTX = rf"""
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__({_THREADS}, 1)
 #define POOL(name) extern __shared__ uint8_t name[]
 
 namespace hopper {{
 
-using Scores = float[{_KEYS // 2}];  // of two rows a thread, side by side in pairs: 0 0 1 1 0 0 1 1 ...
-using Values = float[{HEAD_DIM // 2}];
-
 inline __device__ uint32_t address(const void* shared) {{
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }}
 
 // Scores (+)= 64 queries x 16 of their values, times as many of the keys; both from shared memory.
-inline __device__ void multiply_keys(Scores& s, uint64_t queries, uint64_t keys, bool add) {{
+inline __device__ void multiply_keys(float (&s)[{_KEYS // 2}], uint64_t queries, uint64_t keys, bool add) {{
   asm volatile(
       "{{.reg .pred p; setp.ne.b32 p, %{_KEYS // 2 + 2}, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n{_KEYS}k16.f32.bf16.bf16 "
@@ -56,7 +54,7 @@ inline __device__ void multiply_keys(Scores& s, uint64_t queries, uint64_t keys,
 }}
 
 // Values += 64 rows of 16 weights, from the threads' registers, times 16 rows of values in shared memory.
-inline __device__ void multiply_values(Values& o, const uint32_t* weights, uint64_t values) {{
+inline __device__ void multiply_values(float (&o)[{HEAD_DIM // 2}], const uint32_t* weights, uint64_t values) {{
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n{HEAD_DIM}k16.f32.bf16.bf16 "
       "{{{_numbers(0, HEAD_DIM // 2)}}}, "
@@ -131,42 +129,49 @@ inline __device__ uint32_t pack(float first, float second) {{
   return both;
 }}
 
+}} // namespace hopper
+"""
+
+# How tiles come to shared memory.
+_COPYING = r"""
+namespace hopper {
+
 // Whether the 16 bytes that a thread brings lie together, at an address that they can be copied from.
 template <typename T, typename S>
-inline __device__ bool whole(const T* from, const S& strides) {{
+inline __device__ bool whole(const T* from, const S& strides) {
   return strides[3] == 1 && ((reinterpret_cast<size_t>(from) | strides[1] * sizeof(T)) & 15) == 0;
-}}
+}
 
 // One thread's share of ROWS rows: 16 bytes of each eighth one, as far as `there` goes, and zeros beyond.
 template <int ROWS, typename T, typename S>
-inline __device__ void bring(const T* from, const S& strides, int there, bool together, uint32_t to) {{
+inline __device__ void bring(const T* from, const S& strides, int there, bool together, uint32_t to) {
   const int64_t step = 8 * strides[1];
-  if (together && there >= ROWS) {{
+  if (together && there >= ROWS) {
 #pragma unroll
-    for (int i = 0; i < ROWS; i += 8) {{
+    for (int i = 0; i < ROWS; i += 8) {
       copy16(to + i * 128, from, true);
       from += step;
-    }}
+    }
     return;
-  }}
+  }
   const T* next = from;
 #pragma unroll 1
-  for (int i = 0; i < ROWS; i += 8) {{
+  for (int i = 0; i < ROWS; i += 8) {
     const bool is = i < there;
-    if (together) {{
+    if (together) {
       copy16(to + i * 128, is ? next : from, is);
-    }} else {{
-      uint32_t words[4] = {{0, 0, 0, 0}};
-      for (int n = 0; is && n < 4; ++n) {{
+    } else {
+      uint32_t words[4] = {0, 0, 0, 0};
+      for (int n = 0; is && n < 4; ++n) {
         words[n] = pack(next[2 * n * strides[3]], next[(2 * n + 1) * strides[3]]);
-      }}
+      }
       write16(to + i * 128, words);
-    }}
+    }
     next += step;
-  }}
-}}
+  }
+}
 
-}} // namespace hopper
+} // namespace hopper
 """
 
 # A thread group takes 192 queries of one head: three groups of 128 threads, which take turns at the tensor cores and do
@@ -252,8 +257,8 @@ _BODY = r"""
   }
   hopper::meet(1 + GROUPS + team, 128);
 
-  hopper::Scores s;
-  hopper::Values o;
+  float s[SCORES];  // of two rows a thread, side by side in pairs: 0 0 1 1 0 0 1 1 ...
+  float o[D / 2];
   uint32_t weights[KEYS / 4];
   float largest[2] = {-FLOAT(0x7f800000), -FLOAT(0x7f800000)};
   float sums[2] = {0, 0};
@@ -442,7 +447,7 @@ FLASH_ATTENTION = Kernel(
     body=_BODY,
     prepare=_prepare,
     examples=_examples,
-    header=_HEADER,
+    header=PTX + _COPYING,
     shared_bytes=_SHARED,
     roundings=3,
     architecture=trust.HOPPER,
