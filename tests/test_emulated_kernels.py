@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 from tests.emulation.device import COMPILER, NO_SLICES, Device, Slice
@@ -125,6 +126,35 @@ def test_swiglu_of_any_width(batch: int, length: int, eighths: int, seed: int) -
     assert problem(_shared(), "cuda", KERNELS["swiglu"], (gate, up), slices=sliced(0, 1)) == ""
 
 
+LAYOUTS = [
+    None, Slice(), Slice(turned=True), Slice(4, 4), Slice(3, 2), Slice(step=2), Slice(1, 0, 3, turned=True),
+]  # fmt: skip
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 400), st.integers(1, 400), st.integers(1, 2), st.integers(1, 3),
+    st.sampled_from([0.1, 2, 8, 30]), st.tuples(*[st.sampled_from(LAYOUTS)] * 3), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(few, max_examples=40, deadline=None)
+def test_attention_of_any_lengths_and_strides(
+    batch: int, length: int, count: int, shared: int, queries: int, sharpness: float,
+    layouts: tuple[Slice | None, ...], seed: int,
+) -> None:  # fmt: skip
+    """For any numbers of items, queries, keys and heads, flat scores and sharp ones, and wherever the inputs lie."""
+    q = (sharpness * normal(seed, batch, length, queries * shared, 128)).astype(mx.bfloat16)
+    k, v = (normal(seed + n, batch, count, shared, 128).astype(mx.bfloat16) for n in (1, 2))
+    slices = {number: layout for number, layout in enumerate(layouts) if layout is not None}
+    assert problem(_shared(), "cuda", KERNELS["flash_attention"], (q, k, v, 128**-0.5), slices) == ""
+
+
+@pytest.mark.parametrize("count", [1, 95, 96, 97, 192, 193, 288, 289])
+def test_attention_to_whole_tiles_of_keys_and_one_more(count: int, gpu: Device) -> None:
+    """One to four tiles of keys, full ones and such with a single key, for as many queries as a group has and one."""
+    q = normal(count, 1, 193, 1, 128).astype(mx.bfloat16)
+    k, v = (normal(count + n, 1, count, 1, 128).astype(mx.bfloat16) for n in (1, 2))
+    assert problem(gpu, "cuda", KERNELS["flash_attention"], (q, k, v, 128**-0.5)) == ""
+
+
 PACKINGS = [*[("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)], *[(mode, *sizes) for mode, sizes in MODES.items()]]
 
 
@@ -177,17 +207,43 @@ def test_every_code_and_scale_of_narrow_numbers(mode: str, group: int, gpu: Devi
         ("dequantize", "chunk * BITS % 4 * 8", "0"),
         ("dequantize", "packed[word + 1]", "packed[word]"),
         ("dequantize", "word + 1 < words", "true"),
+        ("flash_attention", "hopper::await(left + 8 * slot, parity)", "hopper::await(left + 8 * slot, parity ^ 1)"),
+        ("flash_attention", "hopper::await(left + 8 * slot, parity);", ""),
+        ("flash_attention", "  hopper::await(full + 8 * slot, parity);  // the last", "  //"),
+        ("flash_attention", "hopper::arrive(full + 8 * before)", "hopper::arrive(full + 8 * slot)"),
+        ("flash_attention", "make_gate(left + 8 * i, ALL / 32)", "make_gate(left + 8 * i, ALL / 32 - 1)"),
+        ("flash_attention", "make_gate(full + 8 * i, 128)", "make_gate(full + 8 * i, 127)"),
+        ("flash_attention", "bring_keys(tile + 3)", "bring_keys(tile + 2)"),
+        ("flash_attention", "start_values(before);\n    hopper", "start_values(slot);\n    hopper"),
+        ("flash_attention", "await_copies<1>();\n      hopper", "await_copies<2>();\n      hopper"),
+        ("flash_attention", "hopper::await_products<1>(s);", "hopper::await_products<2>(s);"),
+        ("flash_attention", "soften(tile);\n    hopper::await_products<0>(o);", "soften(tile);"),
+        ("flash_attention", "hopper::begin_products();\n    start_scores(slot)", "start_scores(slot)"),
+        ("flash_attention", "if ((tile + 1) * KEYS > count) {", "if (false) {"),
+        ("flash_attention", "lane % 4 * 2 + i % 2 >= count", "lane % 4 * 2 + i % 2 > count"),
+        ("flash_attention", "o[i] *= factors[i / 2 % 2]", "o[i] *= 1"),
+        ("flash_attention", "sums[r] *= factors[r];", ""),
+        ("flash_attention", "head / (heads / k_shape[2])", "head % k_shape[2]"),
+        ("flash_attention", "item * v_strides[0]", "item * k_strides[0]"),
+        ("flash_attention", "part % 8 ^ row", "part % 8"),
+        ("flash_attention", "bool is = i < there", "bool is = i <= there"),
+        ("flash_attention", "strides[1] * sizeof(T)", "0"),
+        ("flash_attention", "strides[3] == 1 &&", ""),
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, what: str, instead: str, gpu: Device) -> None:
-    """A change of one place in a body is found, as a wrong result or as memory touched that is not the kernel's."""
+    """A change of one place is found: as a wrong result, a touch of others' memory, a wait without end or too short."""
     kernel = KERNELS[name]
-    assert what in kernel.body
-    sizes = {"head_dim": 32, "width": 2056, "mode": "affine", "bits": 3, "group_size": 64}
-    wrong = replace(kernel, body=kernel.body.replace(what, instead))
-    for example in kernel.examples({"dtype": "float32", **sizes}):
+    assert what in kernel.body + kernel.header
+    request = {"dtype": "float32", "head_dim": 32, "width": 2056, "mode": "affine", "bits": 3, "group_size": 64}
+    layouts = [NO_SLICES]
+    if name == "flash_attention":
+        request |= {"dtype": "bfloat16", "head_dim": 128}
+        layouts += [{1: Slice(8, 4), 2: Slice()}, {0: Slice(step=2)}]
+    wrong = replace(kernel, body=kernel.body.replace(what, instead), header=kernel.header.replace(what, instead))
+    for example, slices in product(kernel.examples(request), layouts):
         try:
-            if problem(gpu, "cuda", wrong, example):
+            if problem(gpu, "cuda", wrong, example, slices):
                 return
         except AssertionError as error:
             if "the kernel ended with" not in str(error):

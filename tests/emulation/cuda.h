@@ -34,4 +34,3 @@ inline float __int_as_float(int bits) {
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 using __nv_bfloat16 = BFloat;
 using __half = Half;
-#include "hopper.h"

@@ -1,7 +1,8 @@
 """A GPU for the kernels' sources: they are compiled by g++ with CUDA's or Metal's names, and run by fibers on a CPU.
 
 The function around a body is written as MLX 0.32 writes it: which shapes and strides it takes, in which order, and how
-templates come in. It does not tell how fast a kernel is, nor whether nvcc and Apple's compiler take it.
+templates come in. It does not tell how fast a kernel is, nor whether nvcc and Apple's compiler take it; what a kernel
+has in PTX is replaced by functions that do the same (`hopper.h`).
 """
 
 import hashlib
@@ -113,7 +114,7 @@ def write(here: str, kernel: Kernel, launch: Launch) -> str:
         parameters.append(f"{types[dtype]}* {name}")
         arguments.append(f"({types[dtype]}*)outputs[{number}].data")
     constants = "".join(_constant(name, value, types) for name, value in launch.template)
-    header = kernel.header.removeprefix(PTX)  # hopper.h has what is meant by it
+    header = kernel.header.replace(PTX, '#include "hopper.h"')
     return f"""#include "{here}.h"
 {PRELUDES[here]}{header}
 namespace mlx {{

@@ -125,21 +125,23 @@ inline bool release(size_t from, size_t to, int what) {
   return true;
 }
 
-// Where all wait: let some go on that others were to get ahead of, of a warp that no pattern chooses.
+// A number below `end` that no pattern chooses, the same ones in each run.
+inline int chance(int end) {
+  static uint32_t state = 1;
+  state = state * 1664525 + 1013904223;
+  return int((state >> 16) % uint32_t(end));
+}
+
+// Where all wait: let a warp or a fiber go on that the others were to get ahead of.
 inline bool release_late(int threads) {
-  static uint32_t chance = 1;
-  chance = chance * 1664525 + 1013904223;
-  const int warps = (threads + 31) / 32;
-  for (int i = 0; i < warps; ++i) {
-    const int first = (chance / 65536 + i) % warps * 32, end = first + 32 < threads ? first + 32 : threads;
-    bool found = release(first, end, LATE_WARP);
-    for (int j = first; j < end; ++j) {
-      if (!fibers[j].done && fibers[j].waiting == LATE) {
-        fibers[j].waiting = RUNNING;
-        found = true;
-      }
+  const int start = chance(threads);
+  for (int i = 0; i < threads; ++i) {
+    const int one = (start + i) % threads, first = one / 32 * 32;
+    if (release(first, first + 32 < threads ? first + 32 : threads, LATE_WARP)) {
+      return true;
     }
-    if (found) {
+    if (!fibers[one].done && fibers[one].waiting == LATE) {
+      fibers[one].waiting = RUNNING;
       return true;
     }
   }
@@ -163,7 +165,9 @@ inline void run_group(int threads) {
   }
   for (;;) {
     bool moved = false, left = false;
-    for (int first = 0; first < threads; first += 32) {  // one warp as far as it comes: others read what it wrote since
+    const int warps = (threads + 31) / 32, start = chance(warps);
+    for (int warp = 0; warp < warps; ++warp) {  // one as far as it comes: others read what it wrote since
+      const int first = (start + warp) % warps * 32;
       const int end = first + 32 < threads ? first + 32 : threads;
       do {
         for (current = first; current < end; ++current) {
