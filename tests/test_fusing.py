@@ -1,19 +1,21 @@
 """Transforms that put kernels in: the plain model's bits on a CPU, in any order, and calls of the kernels on a GPU."""
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests import loras
+from tests.parity.cases import relative_l2
 from tests.synthetic import synthetic
 from tests.test_operations import FUSED, PLAIN, _check_all_blocks, _tiny
 from tests.test_transforms import CONFIGS, arrays, every_config, run, same_bits
 from tests.test_trust import FACTS
 from zimage import arms, backend, blas, fusing, kernels, operations, transforms, trust
 from zimage.config import TransformerConfig
-from zimage.kernels import heads, native, stream
+from zimage.kernels import flash, heads, native, stream
 from zimage.transformer import Transformer
 
 import mlx.core as mx
@@ -23,6 +25,7 @@ import pytest
 Transform = Callable[[Transformer], Transformer]
 KERNELS: dict[str, Transform] = {
     "fuse_norm_rope": fusing.fuse_norm_rope,
+    "flash_attention": fusing.flash_attention,
     "fuse_residual_norm": fusing.fuse_residual_norm,
     "fuse_swiglu": fusing.fuse_swiglu,
     "wide_dequantize": fusing.wide_dequantize,
@@ -94,6 +97,7 @@ def test_unfused_models_save_the_published_tensors() -> None:
         values = [value for module in block.modules() for value in module.__dict__.values()]
         assert not any(isinstance(value, native.Kernel) for value in values)
     assert isinstance(fused.layers[0].attention.norm_then_rotate, native.Kernel)
+    assert isinstance(fused.layers[0].attention.attend_to_all, native.Kernel)
 
 
 @pytest.mark.parametrize("config", ["plain", "grouped queries", "no QK norm"])
@@ -142,6 +146,9 @@ class Gpu:
         q_weight, k_weight, rotation = others
         return list(heads.norm_then_rotate(q, k, (q_weight, number(Q_EPS)), (k_weight, number(K_EPS)), rotation))
 
+    def flash_attention(self, q: mx.array, k: mx.array, v: mx.array, SCALE_LOG2: int, **_: Any) -> list[mx.array]:
+        return [flash.attend(q, k, v, number(SCALE_LOG2) * float(np.log(2)))]
+
     def residual_norm_modulate(
         self, x: mx.array, *others: mx.array, AFTER_EPS: int, BEFORE_EPS: int, **_: Any
     ) -> list[mx.array]:
@@ -169,6 +176,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
     native.forget()
     found = Gpu()
     monkeypatch.setattr(native, "platform", lambda: "cuda")
+    monkeypatch.setattr(native, "architecture", lambda: trust.HOPPER)
     monkeypatch.setattr(mx.fast, "cuda_kernel", found.create)
     monkeypatch.setattr(backend, "device_facts", lambda: FACTS)
     monkeypatch.setattr(blas, "cache_folder", lambda: tmp_path)
@@ -211,3 +219,59 @@ def test_a_model_cast_afterwards_says_so(gpu: Gpu) -> None:
         run(model)
     assert len(caught) == 1
     assert not gpu.started
+
+
+WIDE_HEADS = TransformerConfig.tiny(dim=256, axes_dims=(32, 48, 48))
+
+
+def velocity(model: Transformer, captions: tuple[int, int]) -> mx.array:
+    """The velocity for two items whose captions have so many tokens."""
+    config, keys = model.config, mx.random.split(mx.random.key(3), 3)
+    latents = mx.random.normal((2, config.in_channels, 6, 4), key=keys[0])
+    texts = [mx.random.normal((n, config.cap_feat_dim), key=key) for n, key in zip(captions, keys[1:], strict=True)]
+    return model(latents, mx.array([0.3, 0.8]), texts)
+
+
+def test_attention_without_a_mask_starts_its_kernel(gpu: Gpu) -> None:
+    """On a Hopper GPU a bf16 model with heads of 128 starts it once a block, and gives the plain model's velocity."""
+    model = transforms.cast(synthetic(WIDE_HEADS), "bfloat16")
+    wanted = velocity(model, (40, 40))
+    fused = fusing.flash_attention(model)
+    gpu.started.clear()
+    found = velocity(fused, (40, 40))
+    assert gpu.started == {"flash_attention": len(list(transforms.blocks(fused)))}
+    assert relative_l2(np.array(found.astype(mx.float32)), np.array(wanted.astype(mx.float32))) < 1e-3
+
+
+def test_attention_with_a_mask_starts_no_kernel(gpu: Gpu) -> None:
+    """Captions of unequal length need one in all blocks but those of the image alone, where the kernel still runs."""
+    fused = fusing.flash_attention(transforms.cast(synthetic(WIDE_HEADS), "bfloat16"))
+    gpu.started.clear()
+    velocity(fused, (5, 40))
+    assert gpu.started == {"flash_attention": WIDE_HEADS.n_refiner_layers}
+    gpu.started.clear()
+    q = mx.zeros((2, 4, 2, 128), mx.bfloat16)
+    fused.layers[0].attention.attend(q, q, q, mx.zeros((2, 1, 1, 4), mx.bfloat16))
+    assert not gpu.started
+
+
+def test_attention_elsewhere_stays_as_it_was(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of another architecture the kernel is neither tried nor started, and nothing is said of it."""
+    monkeypatch.setattr(native, "architecture", lambda: "sm_100")
+    model = transforms.cast(synthetic(WIDE_HEADS), "bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = velocity(fusing.flash_attention(model), (40, 40))
+    assert mx.array_equal(found, velocity(model, (40, 40)))
+    assert not gpu.started and not trust.kept(FACTS)
+
+
+@pytest.mark.parametrize(("config", "dtype"), [(CONFIGS["plain"], "bfloat16"), (WIDE_HEADS, "float32")])
+def test_attention_of_other_models_stays_as_it_was(config: TransformerConfig, dtype: str, gpu: Gpu) -> None:
+    """On a Hopper GPU too, in another dtype and with heads of another size, none is started and none warns."""
+    model = transforms.cast(synthetic(config), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = velocity(fusing.flash_attention(model), (40, 40))
+    assert mx.array_equal(found, velocity(model, (40, 40)))
+    assert not gpu.started and not trust.kept(FACTS)

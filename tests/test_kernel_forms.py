@@ -3,6 +3,7 @@
 from typing import Any
 
 from zimage.kernels import dequantize, swiglu
+from zimage.kernels.flash import attend
 from zimage.kernels.heads import norm_then_rotate
 from zimage.kernels.native import BOUNDS
 from zimage.kernels.stream import residual_norm_modulate
@@ -83,6 +84,19 @@ def test_the_stream(
         assert close(new, stream, dtype)
     if norms:
         assert close(normed, rms_norm(stream, w, 0.25) * (1 + s if modulated else 1), dtype)
+
+
+@given(sizes, sizes, sizes, st.integers(1, 3), st.integers(1, 3), dtypes, st.integers(0, 2**16))
+@few
+def test_attention_to_all(batch: int, length: int, count: int, shared: int, groups: int, dtype: str, seed: int) -> None:
+    """Each query's mean of the values, weighted by exp of its scores; queries of a group share keys and values."""
+    draw = Draw(seed, dtype)
+    (q, q_wide) = draw(batch, length, shared * groups, 8)
+    (k, k_wide), (v, v_wide) = draw(batch, count, shared, 8), draw(batch, count, shared, 8)
+    keys, values = (np.repeat(a, groups, axis=2) for a in (k_wide, v_wide))
+    weights = np.exp(0.5 * np.einsum("blnd,bmnd->bnlm", q_wide, keys))
+    wanted = np.einsum("bnlm,bmnd->blnd", weights / weights.sum(-1, keepdims=True), values)
+    assert close(attend(q, k, v, 0.5), wanted, dtype)
 
 
 @given(sizes, sizes, st.integers(1, 40), dtypes, st.integers(0, 2**16))

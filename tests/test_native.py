@@ -11,6 +11,7 @@ from tests.test_trust import FACTS
 from zimage import backend, blas, half, trust
 from zimage.config import TransformerConfig
 from zimage.kernels import native
+from zimage.kernels.flash import FLASH_ATTENTION
 from zimage.kernels.gate import SWIGLU
 from zimage.kernels.heads import QK_NORM_ROPE
 from zimage.kernels.native import Kernel, Launch, normal
@@ -244,6 +245,42 @@ def test_a_cpu_runs_the_composed_form(double: Kernel) -> None:
         answers_right(double)
 
 
+def test_a_kernel_for_another_architecture(gpu: Gpu, double: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is neither tried nor started, and nothing is said; on its own it runs as others do."""
+    monkeypatch.setattr(native, "architecture", lambda: "sm_100")
+    elsewhere, here = (replace(double, architecture=name) for name in (trust.HOPPER, "sm_100"))
+    assert elsewhere.verify(REQUEST) == "it is not written for this device"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not elsewhere.install(REQUEST)
+        answers_right(elsewhere)
+    assert (gpu.calls, gpu.trials) == (0, [])
+    assert here.verify(REQUEST) == "" and here.install(REQUEST)
+    before = gpu.calls
+    answers_right(here)
+    assert gpu.calls == before + 1
+
+
+def test_a_kernel_may_be_off_by_more_roundings(gpu: Gpu, double: Kernel) -> None:
+    """What two roundings explain, and one does not, is refused but where the kernel says two."""
+    off = 1.5 * native.BOUNDS["float32"]
+    gpu.run = lambda x: [2 * x + off * mx.sqrt(mx.mean((2 * x) ** 2))]
+    assert "it is wrong by" in double.verify(REQUEST)
+    assert replace(double, roundings=2).verify(REQUEST) == ""
+
+
+def test_a_cuda_kernel_has_a_header_and_memory_to_share(double: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX gets the kernel's own header after the prelude and how many bytes it shares, and of others neither."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **about: made.append(about))
+    native.forget()
+    double._made("cuda")
+    replace(double, name="other", header="// own", shared_bytes=64)._made("cuda")
+    native.forget()
+    assert "shared_memory" not in made[0] and made[1]["shared_memory"] == 64
+    assert made[1]["header"] == made[0]["header"] + "// own"
+
+
 @pytest.mark.parametrize("value", ["off", "OFF", "0"])
 def test_the_user_can_turn_all_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZIMAGE_KERNELS=off is as a device without kernels."""
@@ -263,3 +300,27 @@ def test_a_word_that_nobody_knows_turns_all_off_and_warns(monkeypatch: pytest.Mo
     monkeypatch.setattr(native.mx, "default_device", lambda: mx.Device(mx.gpu))
     with pytest.warns(RuntimeWarning, match="ZIMAGE_KERNELS='offf' is not known"):
         assert native.platform() is None
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "scale"),
+    [
+        ((1, 4, 3, 128), (1, 4, 2, 128), 1.0),
+        ((2, 4, 2, 128), (1, 4, 2, 128), 1.0),
+        ((1, 4, 2, 128), (1, 4, 2, 64), 1.0),
+        ((1, 4, 2, 64), (1, 4, 2, 64), 1.0),
+        ((1, 4, 2, 128), (1, 0, 2, 128), 1.0),
+        ((1, 0, 2, 128), (1, 4, 2, 128), 1.0),
+        ((1, 4, 2, 128), (1, 4, 2, 128), 0.0),
+        ((1, 4, 2, 128), (1, 4, 2, 128), -1.0),
+        ((2, 1, 2**15, 128), (2, 1, 1, 128), 1.0),
+        ((1, 1, 1, 128), (1, 2**20, 1, 128), 1.0),
+    ],
+)
+def test_attention_that_is_not_for_the_kernel(q: tuple[int, ...], k: tuple[int, ...], scale: float) -> None:
+    """Heads that do not fit, other batches, no tokens, a scale that turns the order, and too many rows are left."""
+    prepare = FLASH_ATTENTION.prepare
+    arrays = [mx.zeros(shape, mx.bfloat16) for shape in (q, k, k)]
+    assert prepare(512, *arrays, scale) is None
+    one = mx.zeros((1, 4, 2, 128), mx.bfloat16)
+    assert prepare(512, one, one, one, 1.0) is not None

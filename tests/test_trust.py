@@ -176,3 +176,13 @@ def test_doctor_has_a_line_for_every_kernel(trial: Trial, monkeypatch: pytest.Mo
     monkeypatch.setenv(trust.VARIABLE, "off")
     assert [c.value for c in doctor._kernels(FACTS)] == ["off: ZIMAGE_KERNELS says so"]
     assert trial.started == 1
+
+
+def test_doctor_tries_a_kernel_where_it_is_for_the_device(trial: Trial) -> None:
+    """Flash attention has a line on a Hopper GPU alone, where it is tried with the others in one process."""
+    lines = [c.value for c in doctor._kernels(FACTS | {"architecture": "sm_100"})]
+    assert lines and not any("flash_attention" in line for line in lines)
+    here = FACTS | {"device": "nvidia-hopper", "architecture": trust.HOPPER}
+    found = [c.value for c in doctor._kernels(here)]
+    assert set(found) - set(lines) == {"flash_attention (bfloat16, head_dim 128): right"}
+    assert trial.started == 2  # one for each device
