@@ -9,7 +9,7 @@ from zimage.analysis.crossover import Crossing, Measured
 from zimage.analysis.roofline import Size
 from zimage.analysis.tables import conform
 from zimage.config import TransformerConfig
-from zimage.errors import MeasurementError
+from zimage.errors import InputError, MeasurementError
 
 import numpy as np
 import pandas as pd
@@ -132,6 +132,14 @@ def test_what_cannot_cross_is_refused() -> None:
     with pytest.raises(MeasurementError, match="in the same rounds"):
         crossover.by_rates([(size, [1.0] * (1 + i)) for i, size in enumerate(SIZES)], TURBO)
     assert Crossing("FLOPs alone", 23040.0).row(TURBO)["side_px"] == pytest.approx(16 * math.sqrt(23040))
+
+
+def test_sizes_of_as_many_tokens_are_refused_before_anything_is_timed() -> None:
+    """Padding makes 16 px as long as 32 px in the published model: one line says so; one size, none or two others do."""
+    with pytest.raises(InputError, match=r"block_sizes 16 x 16 and 32 x 32 px have 64 tokens each; a crossing needs"):
+        crossover.require_different([Size(16, 16), Size(32, 32)], TURBO)
+    for sizes in ([], [Size(16, 16)], [Size(16, 16), Size(512, 512)]):
+        crossover.require_different(sizes, TURBO)
 
 
 def test_an_h100s_times_give_a_crossing() -> None:

@@ -93,6 +93,7 @@ def test_what_cannot_be_judged_gets_no_verdict(tmp_path: Path, facts: dict[str, 
     ("given", "message"),
     [
         ({"height": -8}, "height"),
+        ({"source": "synthetic:turbo", "height": 8, "width": 8}, "images are multiples of 16, found 8 x 8"),
         ({"batch": 0}, "batch must be an integer"),
         ({"batch": 10**8}, "batch must be an integer"),
         ({"caption_tokens": 0}, "caption_tokens"),

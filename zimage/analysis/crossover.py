@@ -16,7 +16,7 @@ from typing import Any
 from zimage.analysis import cost, roofline
 from zimage.analysis.roofline import Size
 from zimage.config import TransformerConfig
-from zimage.errors import MeasurementError
+from zimage.errors import InputError, MeasurementError
 from zimage.measure.statistics import analyse, centre, walsh_averages
 
 import numpy as np
@@ -77,6 +77,17 @@ def tokens_of(size: Size, config: TransformerConfig) -> int:
         config, size.height, size.width, size.batch, size.caption_tokens, config.all_patch_size[0]
     )
     return lengths[0].joint
+
+
+def require_different(sizes: Sequence[Size], config: TransformerConfig) -> None:
+    """Raise InputError where all of several sizes have as many tokens, which show no crossing; one or none may be."""
+    counts = {tokens_of(size, config) for size in sizes}
+    if len(sizes) > 1 and len(counts) == 1:
+        given = " and ".join(f"{size.height} x {size.width}" for size in sizes)
+        raise InputError(
+            f"block_sizes {given} px have {counts.pop()} tokens each; a crossing needs sizes of different numbers, "
+            "and block_sizes [] leaves it out"
+        )
 
 
 def by_flops(config: TransformerConfig) -> Crossing:
