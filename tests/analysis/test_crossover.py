@@ -135,7 +135,7 @@ def test_what_cannot_cross_is_refused() -> None:
 
 
 def test_sizes_of_as_many_tokens_are_refused_before_anything_is_timed() -> None:
-    """Padding makes 16 px as long as 32 px in the published model: one line says so; one size, none or two others do."""
+    """Padding makes 16 px as long as 32 px in the published model: one line says so; other sizes, one or none do."""
     with pytest.raises(InputError, match=r"block_sizes 16 x 16 and 32 x 32 px have 64 tokens each; a crossing needs"):
         crossover.require_different([Size(16, 16), Size(32, 32)], TURBO)
     for sizes in ([], [Size(16, 16)], [Size(16, 16), Size(512, 512)]):
