@@ -26,7 +26,7 @@ LEAST = {
 }  # fmt: skip
 Command = tuple[str, ...]
 T = TypeVar("T")
-_OF_A_RUN = ("ZIMAGE_RUN_DIR", "ZIMAGE_RUN_KEY", "ZIMAGE_EXPERIMENT", "ZIMAGE_DEVICE")
+_OF_A_RUN = ("ZIMAGE_RUN_DIR", "ZIMAGE_RUN_KEY", "ZIMAGE_EXPERIMENT", "ZIMAGE_DEVICE", "ZIMAGE_WEIGHTS_KIND")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def test_reference_runs_are_whole(root: Path) -> None:
             assert re.fullmatch(r"[0-9a-f]{12}", run.meta["environment"]["commit"])
             assert run.meta["weights"]["kind"] in ("trained", "synthetic")
             for table in run.tables():
-                assert len(conform(table, run.table(table)))
+                rows = run.table(table)
+                assert len(conform(table, rows)) and set(rows["weights_kind"]) == {run.meta["weights"]["kind"]}
 
 
 @EACH

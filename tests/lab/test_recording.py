@@ -39,6 +39,21 @@ def test_shared_columns_and_appending(run_folder: Path) -> None:
     assert list(frame.columns) == list(FRAME.columns)
 
 
+def test_every_table_says_what_kind_of_weights_it_is_about(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the run, unless the frame says it itself; nothing for a run without weights."""
+    times = pd.DataFrame({"arm": ["a"], "scope": ["step"]})
+    monkeypatch.setenv("ZIMAGE_WEIGHTS_KIND", "synthetic")
+    record("ablation", times)
+    record("quality", FRAME.assign(weights_kind="trained"))
+    monkeypatch.setenv("ZIMAGE_WEIGHTS_KIND", "")
+    record("samples", times)
+    tables = run_folder / "tables"
+    found = {name: read_table(tables / f"{name}.parquet", name) for name in ("ablation", "quality", "samples")}
+    assert {name: rows["weights_kind"].to_pylist() for name, rows in found.items()} == {
+        "ablation": ["synthetic"], "quality": ["trained"], "samples": [None],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "frame", "message"),
     [("nope", FRAME, "table 'nope' is not known"), ("quality", FRAME.assign(x=1), "unknown column x"),

@@ -1,7 +1,7 @@
 """The result tables: one Arrow schema each, units in the column names.
 
-Every table starts with the columns `run_key, experiment, device, arm`, so that tables of several runs can be stacked.
-A notebook supplies `arm` and the table's own columns; the store fills in the rest.
+Every table starts with the columns `run_key, experiment, device, weights_kind, arm`, so that tables of several runs can
+be stacked. A notebook supplies `arm` and the table's own columns; the store fills in the rest.
 """
 
 from zimage.errors import ExperimentError
@@ -13,6 +13,7 @@ SHARED = (
     pa.field("run_key", pa.string()),
     pa.field("experiment", pa.string()),
     pa.field("device", pa.string()),
+    pa.field("weights_kind", pa.string()),  # "trained" or "synthetic"
     pa.field("arm", pa.string()),
 )
 
@@ -45,7 +46,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         saved_high_s=_FLOAT, floor_s=_FLOAT,
     ),
     "quality": _schema(
-        step=_INT, metric=_TEXT, baseline=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, count=_INT, weights_kind=_TEXT,
+        step=_INT, metric=_TEXT, baseline=_TEXT, value=_FLOAT, low=_FLOAT, high=_FLOAT, count=_INT,
     ),
     "memory": _schema(stage=_TEXT, metric=_TEXT, bytes=_INT),
     "footprint": _schema(
@@ -76,14 +77,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "sensitivity": _schema(
         unit=_TEXT, kind=_TEXT, quantization=_TEXT, step=_INT, bytes_saved=_INT, velocity_error=_FLOAT,
-        end_error=_FLOAT, damage_per_byte=_FLOAT, weights_kind=_TEXT,
+        end_error=_FLOAT, damage_per_byte=_FLOAT,
     ),
     "additivity": _schema(
-        what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT, weights_kind=_TEXT,
+        what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT,
     ),
     "pareto": _schema(
         baseline=_TEXT, time_ratio=_FLOAT, time_ratio_low=_FLOAT, time_ratio_high=_FLOAT, bytes=_INT, error=_FLOAT,
-        error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT, weights_kind=_TEXT,
+        error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT,
     ),
     "power": _schema(
         scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,

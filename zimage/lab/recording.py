@@ -1,7 +1,8 @@
 """What a notebook calls to keep a table or a picture with its run.
 
-The runner says where through the environment: ZIMAGE_RUN_DIR, ZIMAGE_RUN_KEY, ZIMAGE_EXPERIMENT, ZIMAGE_DEVICE.
-Without them, by hand in JupyterLab or under papermill alone, the same calls just show what they are given.
+The runner says where through the environment: ZIMAGE_RUN_DIR, ZIMAGE_RUN_KEY, ZIMAGE_EXPERIMENT, ZIMAGE_DEVICE and
+ZIMAGE_WEIGHTS_KIND. Without them, by hand in JupyterLab or under papermill alone, the same calls just show what they
+are given.
 """
 
 import os
@@ -24,8 +25,8 @@ def record(name: str, frame: "pd.DataFrame") -> None:
     """Keep `frame` as the table `name` of this run; a second call with the same name appends its rows.
 
     `name` is one of zimage.analysis.tables.SCHEMAS. The frame has that table's columns and `arm`; columns it lacks are
-    null, and run_key, experiment and device are filled in here. Raises ExperimentError for anything that does not fit,
-    by hand just as in a run.
+    null, and run_key, experiment, device and, where the frame does not say it, weights_kind are filled in here. Raises
+    ExperimentError for anything that does not fit, by hand just as in a run.
     """
     from zimage.analysis.tables import conform
 
@@ -42,7 +43,8 @@ def record(name: str, frame: "pd.DataFrame") -> None:
         _show(frame)
         return
     shared = {column: os.environ.get(f"ZIMAGE_{column.upper()}", "") for column in ("run_key", "experiment", "device")}
-    append_rows(folder, name, frame.assign(**shared))
+    kind = os.environ.get("ZIMAGE_WEIGHTS_KIND") or None  # none where a run has no weights
+    append_rows(folder, name, frame.assign(**shared, weights_kind=frame.get("weights_kind", kind)))
 
 
 def append_rows(run_folder: Path, name: str, frame: "pd.DataFrame") -> None:

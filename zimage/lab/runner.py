@@ -167,6 +167,7 @@ def _environment(job: Job, partial: Path) -> dict[str, str]:
         "ZIMAGE_RUN_KEY": job.key,
         "ZIMAGE_EXPERIMENT": job.experiment,
         "ZIMAGE_DEVICE": job.facts["device"],
+        "ZIMAGE_WEIGHTS_KIND": _weights_kind(job) or "",
     }
     if job.facts.get("blas_threads", "").isdigit():  # what is on record is what the kernel uses
         ours["OPENBLAS_NUM_THREADS"] = job.facts["blas_threads"]
@@ -224,5 +225,12 @@ def _keep_environment(job: Job, facts: dict[str, str], partial: Path) -> None:
     frame = pd.DataFrame({"key": list(facts), "value": list(facts.values())})
     append_rows(
         partial, "environment",
-        frame.assign(run_key=job.key, experiment=job.experiment, device=job.facts["device"]),
+        frame.assign(
+            run_key=job.key, experiment=job.experiment, device=job.facts["device"], weights_kind=_weights_kind(job)
+        ),
     )  # fmt: skip
+
+
+def _weights_kind(job: Job) -> str | None:
+    """ "trained" or "synthetic"; None for a run without weights."""
+    return None if job.identity.weights is None else job.identity.weights.kind

@@ -125,7 +125,10 @@ class Run:
         path = self.path / "tables" / f"{name}.parquet"
         if name not in SCHEMAS or not path.is_file():
             raise StoreError(f"run {self.key} of {self.experiment!r} has no table {name!r}; it has {self.tables()}")
-        return _frame(read_table(path, name))
+        frame = _frame(read_table(path, name))
+        if frame["weights_kind"].isna().all():  # from a version that told it in run.json alone
+            frame["weights_kind"] = self.mapping("weights").get("kind")
+        return frame
 
     def damaged(self) -> list[str]:
         """A line for each recorded table that cannot be read, going by its footer."""
