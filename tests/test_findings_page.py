@@ -76,3 +76,17 @@ def test_each_device_that_was_measured_is_told() -> None:
     """The page speaks of every device of results/reference."""
     for device in DEVICES:
         assert f"../results/reference/{device.name}/" in TEXT
+
+
+def test_every_surprise_says_where_and_of_which_weights() -> None:
+    """Each item under "What surprised" begins with its device and the kind of its weights, as its run has them."""
+    section = TEXT.partition("## What surprised")[2].partition("\n## ")[0]
+    items = re.findall(r"^- (.+?)(?=^- |\Z)", section, re.M | re.S)
+    assert len(items) > 5
+    for item in items:
+        told = re.match(r"\((H100|H200|CPU), (?:(synthetic) weights|the (trained) digits)\)", item)
+        assert told, item
+        device, *kinds = told.groups()
+        for _, link in re.findall(r"\[`([0-9a-f]{7})`\]\((\.\./results/reference/[^)]+)\)", item):
+            run = json.loads(((PAGE.parent / link).resolve() / "run.json").read_text(encoding="utf-8"))
+            assert device.lower() in run["device"] and run["weights"]["kind"] in kinds
