@@ -264,6 +264,7 @@ def test_the_verdict_of_scaling_has_every_axis(ran: Callable[[Path], Run]) -> No
     first, second = tables_of(run)[-2:]
     verdicts = re.findall(rf"<td>({'|'.join(KNOWN_VERDICTS)})</td>", first)
     assert verdicts == list(run.table("axes")["verdict"]) and len(verdicts) > 3
+    assert all(f"<th>{head}</th>" in first for head in ("size", "beside", "ratio", "95 % interval", "verdict"))
     assert "calibrated rates" in second and "calibrated rates" not in first
 
 
