@@ -42,6 +42,10 @@ SHARED: dict[str, tuple[str, Any]] = {
     "device": ("str", "auto"),
 }
 WITHOUT_VERDICT = {"loading", "profile_layers", "train_digits"}  # they show what is there and compare no arms
+UNANSWERED = {"loading", "train_digits"}  # docs/findings.md says nothing of their questions
+# Those that compare what one may do to a model, and whose answers are tempting to carry over from a small one.
+ABLATIONS = {"details", "memory", "pareto", "qkv_fusion", "quantization", "scaling", "sensitivity", "step_caching"}
+SO_FAR = "**So far:** [what the results say](../docs/findings.md): "  # and then the answer, in a clause
 TIME = re.compile(r"\d s\b|\b(second|minute|hour)s?\b")  # how long something takes, in words or digits
 # Those whose arms draw digits, and how many rows that is with little work, what they are judged against among them.
 DRAWING = {"details": 2, "pareto": 5, "quantization": 4, "sensitivity": 4, "step_caching": 3}
@@ -97,6 +101,26 @@ def test_a_notebook_opens_with_its_question(path: Path) -> None:
     (command,) = (part for part in first["source"].split("\n\n") if part.startswith("**Command** "))
     assert f"zimage run notebooks/{path.name}" in command and TIME.search(command), command
     assert any(cell["cell_type"] == "code" for cell in rest)
+
+
+@EACH
+def test_a_notebook_says_what_is_known_so_far(path: Path) -> None:
+    """Its first cell leads to the findings with a short answer, whose numbers are all there."""
+    said = [part for part in cells(path)[0]["source"].split("\n\n") if part.startswith("**So far:**")]
+    assert len(said) == (path.stem not in UNANSWERED)
+    for line in said:
+        assert line.startswith(SO_FAR) and 30 < len(line) - len(SO_FAR) < 240 and line.endswith(".")
+        found = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+        numbers = re.findall(r"(?<![\w.,])\d[\d.,]*(?<![.,])", line.removeprefix(SO_FAR))
+        assert [one for one in numbers if not re.search(rf"(?<![\d.,]){re.escape(one)}(?![\d]|[.,]\d)", found)] == []
+
+
+def test_an_ablation_warns_of_carrying_over() -> None:
+    """The eight ablations say at their head that what the digits show need not hold for the published model."""
+    assert {path.stem for path in NOTEBOOKS} >= ABLATIONS and len(ABLATIONS) == 8
+    words = "What the digits show need not transfer to the 6-billion-parameter model"
+    first = {path.stem: cells(path)[0]["source"] for path in NOTEBOOKS}
+    assert [name for name in sorted(ABLATIONS) if words not in first[name]] == []
 
 
 @EACH
@@ -204,6 +228,44 @@ def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], R
     if path.stem not in WITHOUT_VERDICT:
         assert "<table" in "".join(outputs[-1][-1]["data"]["text/html"])
         assert "trained" in json.dumps(outputs[-1])  # the verdict says of which weights it is
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("details", "relative L2 error against fp32"),
+        ("details", "recognised"),
+        ("qkv_fusion", "relative_l2_error"),
+        ("scaling", "predicted_s"),
+        ("scaling", "predicted_ratio"),
+    ],
+)
+def test_tables_on_the_way_name_their_weights(name: str, words: str, ran: Callable[[Path], Run]) -> None:
+    """A table that is shown before the verdict has the kind of weights in it."""
+    (shown,) = (table for table in tables_of(ran(ROOT / "notebooks" / f"{name}.ipynb")) if words in table)
+    assert "<td>trained</td>" in shown
+
+
+def tables_of(run: Run) -> list[str]:
+    """The tables that an executed notebook shows, as HTML."""
+    outputs = [output for cell in cells(run.path / "notebook.ipynb") for output in cell.get("outputs", [])]
+    shown = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
+    return [table for table in shown if "<table" in table]
+
+
+def test_the_verdict_of_scaling_has_every_axis(ran: Callable[[Path], Run]) -> None:
+    """scaling ends with the verdict on each pair of sizes, then the crossings, each below a line with the weights."""
+    run = ran(ROOT / "notebooks" / "scaling.ipynb")
+    last = cells(run.path / "notebook.ipynb")[-1]["outputs"]
+    said = [line for output in last for line in "".join(output.get("text", "")).splitlines() if "trained" in line]
+    assert [line.partition("; ")[2] for line in said] == [
+        *("one thing at a time", "where attention overtakes the linear layers")
+    ]
+    first, second = tables_of(run)[-2:]
+    verdicts = re.findall(rf"<td>({'|'.join(KNOWN_VERDICTS)})</td>", first)
+    assert verdicts == list(run.table("axes")["verdict"]) and len(verdicts) > 3
+    assert all(f"<th>{head}</th>" in first for head in ("size", "beside", "ratio", "95 % interval", "verdict"))
+    assert "calibrated rates" in second and "calibrated rates" not in first
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in DRAWING], ids=lambda path: path.stem)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.sweeping import EXPERIMENTS, ROOT, SUITES, Command, Sweep, quick
-from zimage import sources
+from zimage import quality, sources
 from zimage.errors import InputError
 from zimage.lab import experiment, suite
 from zimage.quantization import AFFINE_BITS, AFFINE_GROUPS, MODES, Quantization
@@ -71,3 +71,26 @@ def test_overnight_runs_quickly(swept: Callable[[Command], Sweep]) -> None:
     assert done.store.experiments() == sorted(names)
     assert all((done.results / name / "index.html").is_file() for name in names)
     assert done.out.splitlines()[-1].startswith(f"overnight: {len(names)} completed, 0 failed in ")
+
+
+@pytest.mark.parametrize("source", ["digits", "synthetic:turbo"])
+def test_pareto_weighs_caching_and_draws_enough(source: str) -> None:
+    """Both runs of pareto have each way to reuse steps that is known by name, and draws that tell all errors apart."""
+    (found,) = (
+        planned.parameters
+        for planned in experiment.read(ROOT / "experiments" / "pareto.yaml").plan()
+        if planned.parameters["source"] == source
+    )
+    count = len(found["arms"]) + 1  # the baseline too
+    assert found["draws"] >= quality.fewest_seeds(0.05 / (count * (count - 1) / 2))
+    rules = {name.split(" + ")[-1] for name in found["arms"] if name.startswith(found["dtype"])}
+    assert rules >= {"tea_cache_flux", "reuse_by_timestep", "reuse_every_2nd"}
+
+
+def test_overnight_says_what_quick_leaves_out() -> None:
+    """Its head names the experiments that --quick runs, and no other."""
+    (overnight,) = SUITES
+    head = " ".join(line.lstrip("# ") for line in overnight.read_text(encoding="utf-8").splitlines())
+    told = re.search(r"With --quick only (.+?) of", head)
+    assert told is not None
+    assert told[1].split(" and ") == [one.name for one in suite.read(load(overnight), quick=True).experiments]

@@ -71,6 +71,19 @@ def test_other_resolutions_are_left_out_of_the_chart_of_ratios(alone: pd.DataFra
     assert only.charts == [] and only.table is not None and not only.folded
 
 
+def test_every_axis_has_its_verdict_in_words(alone: pd.DataFrame) -> None:
+    """The notebook's verdict is a row for each pair: axis, both sizes, ratio, interval and verdict."""
+    shown = scaling_plots.verdicts(alone)
+    assert list(shown.index) == ["resolution", "aspect", "aspect", "batch", "caption"]
+    assert list(shown["verdict"]) == ["slower", "equivalent", "slower", "faster", "slower"]
+    assert list(shown.iloc[3]) == [
+        *("512 x 512 px, batch 8, 32 tokens", "512 x 512 px, batch 1, 32 tokens", "0.860", "0.857 to 0.863", "faster")
+    ]
+    unknown = scaling_plots.verdicts(alone.assign(ratio_high=float("nan"), verdict="inconclusive"))
+    assert set(unknown["95 % interval"]) == {"none"} and set(unknown["verdict"]) == {"inconclusive"}
+    assert len(scaling_plots.verdicts(alone[:0])) == 0
+
+
 def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.DataFrame, held: pd.DataFrame) -> None:
     """The crossing, the shapes, the largest batch, the longest caption and images an hour are a sentence each."""
     found = findings({"axes": alone, "crossover": crossings, "scaling": held})

@@ -359,8 +359,11 @@ def _quality(frame: pd.DataFrame | None, arm: str, baseline: str | None) -> list
         if arm not in rows.index:
             continue
         text = f"{metric_name(metric)} {metric_value(metric, rows.loc[arm, 'value'])}"
-        # The baseline's own error is zero by construction and says nothing; its accuracy and Fréchet distance do.
         own = rows.loc[baseline, "value"] if baseline in rows.index else None
+        # Distances are cut off at zero: two that are there say no more than that there were too few draws.
+        if metric.startswith("frechet") and own == 0 == rows.loc[arm, "value"]:
+            continue
+        # The baseline's own error is zero by construction and says nothing; its accuracy and Fréchet distance do.
         if own is not None and (is_fraction(metric) or metric.startswith("frechet") or own != 0):
             text += f" against {metric_value(metric, rows.loc[baseline, 'value'])}"
             text += _overlap(rows.loc[arm], rows.loc[baseline])

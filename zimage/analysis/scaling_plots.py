@@ -1,4 +1,7 @@
-"""Figures of how a step scales: where attention overtakes the linear layers, and one thing changed at a time."""
+"""Figures of how a step scales: where attention overtakes the linear layers, and one thing changed at a time.
+
+Of the latter also a table of the verdicts, in words.
+"""
 
 import math
 
@@ -97,3 +100,16 @@ def beside_name(row: dict[str, float]) -> str:
     """The size that a row of an `axes` table is beside, in words."""
     names = ("height", "width", "batch", "caption_tokens")
     return plain([size_name({name: row[f"beside_{name}"] for name in names})])[0]
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """What became of each pair of sizes, in words: a row for each of an `axes` table, in its order."""
+    heads, shown = ("axis", "size", "beside", "ratio", "95 % interval", "verdict"), []
+    for row in records(tables.complete("axes", frame)):
+        low, high = row["ratio_low"], row["ratio_high"]
+        unknown = units.missing(low) or units.missing(high)
+        between = "none" if unknown else f"{units.ratio(low)} to {units.ratio(high)}"
+        shown.append(
+            (row["axis"], size_name(row), beside_name(row), units.ratio(row["ratio"]), between, row["verdict"])
+        )
+    return pd.DataFrame(shown, columns=heads).set_index("axis")
