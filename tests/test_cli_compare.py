@@ -1,6 +1,7 @@
 """`zimage compare` and `zimage trend`: what they print, for people and for programs, and their exit status."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.test_quickstart import WITHOUT_MLX
 from zimage import cli, sources
 from zimage.analysis import combining
 
+import pyarrow.parquet as pq
 import pytest
 
 TINY = {"source": "synthetic:tiny", "height": 64, "width": 64, "batch": 1, "caption_tokens": 4, "device": "cpu"}
@@ -79,6 +81,132 @@ def test_a_gate_that_requires_all(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(lacking) == [(0, 1), (1, 0)]
 
 
+def clocked(root: Path, *arms: str, **meta: Any) -> Path:
+    """A store with a run of qkv_fusion that keeps the samples of a step of these arms, or of both."""
+    timed = fabricated.samples(*arms or PAIR[1::-1]).assign(scope="step", regime="burst")
+    put(root, tables={"ablation": qkv(), "samples": timed}, **meta)
+    return root
+
+
+def slowed(root: Path, to: Path, *factors: float) -> Path:
+    """A copy of a store in which each sample took so many times as long, a factor for all or one an arm."""
+    shutil.copytree(root, to)
+    for path in to.glob("*/*/tables/samples.parquet"):
+        frame = pq.read_table(path).to_pandas()
+        arms = list(dict.fromkeys(frame["arm"]))
+        by = dict(zip(arms, factors * (len(arms) if len(factors) == 1 else 1), strict=True))
+        frame["time_s"] *= frame["arm"].map(by)
+        pq.write_table(fabricated.arrow("samples", frame), path)
+    return to
+
+
+def test_everything_takes_twice_as_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No ratio moves: exit 0 and a line that says so, and with --times exit 1 where it is more than that."""
+    a = clocked(tmp_path / "a")
+    b = slowed(a, tmp_path / "b", 1.9, 2.1)
+    status, out, err = zimage(capsys, "compare", a, b)
+    *_, told, summary = out.splitlines()
+    assert (status, err) == (0, "") and "no regression" in summary
+    assert told == (
+        "every step takes 1.9 to 2.1 times as long in B; no ratio can tell that: --times 25 makes it a failure, "
+        "--rerun measures both in turns"
+    )
+    status, out, err = zimage(capsys, "compare", a, b, "--times", 95)
+    assert (status, err) == (1, "") and "every step" not in out and "not judged" not in out
+    assert (
+        "  within        separate_qkv, step               11.1 ms -> 21.1 ms    1.900 times: at most 95 % longer\n"
+        in out
+    )
+    assert (
+        "regressions:\n  qkv/aa11: longer fused_qkv, step 11.8 ms -> 24.7 ms 2.100 times: more than 95 % longer\n"
+        in out
+    )
+    assert "\nTimes: medians of each run's samples" in out
+    assert out.endswith(", 2 by their seconds (1 longer), 0 not: 1 regression; 2 rows are undecided\n")
+    assert [zimage(capsys, "compare", a, b, "--times", percent)[0] for percent in (25, 250)] == [1, 0]
+
+
+def test_little_more_time_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """5 % more pass --times 25 and not --times 4; nothing is told without it, nor where one arm is as it was."""
+    a = clocked(tmp_path / "a")
+    for place, (factors, statuses, told) in enumerate(
+        [
+            ((1.05,), [0, 0, 1], False),
+            ((1.12,), [0, 0, 1], True),
+            ((1.0, 2.0), [0, 1, 1], False),
+            ((0.5,), [0] * 3, False),
+        ]
+    ):
+        b = slowed(a, tmp_path / f"b{place}", *factors)
+        said = [zimage(capsys, "compare", a, b, *more) for more in ((), ("--times", 25), ("--times", 4))]
+        assert [status for status, _, _ in said] == statuses
+        assert (
+            "every step takes 1.1 times as long in B; no ratio can tell that: --times 10 makes" in said[0][1]
+        ) == told
+        assert ("no ratio can tell" in said[0][1]) == told
+
+
+def test_seconds_of_two_devices_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However much longer another device takes it is exit 0, and --times says that it judged nothing."""
+    a = clocked(tmp_path / "a")
+    b = slowed(clocked(tmp_path / "other", device="apple-m3-max"), tmp_path / "b", 3.0)
+    status, out, err = zimage(capsys, "compare", a, b)
+    assert (status, err) == (0, "") and "no ratio can tell" not in out
+    status, out, err = zimage(capsys, "compare", a, b, "--times", 25)
+    nothing = "no step or trajectory of both has seconds of one device"
+    assert (status, err) == (0, f"zimage: --times judged nothing: {nothing}\n")
+    assert (
+        "  no seconds are judged: cpu-amd-epyc-2c against apple-m3-max\n" in out
+        and "0 by their seconds (0 longer)" in out
+    )
+    asked = zimage(capsys, "compare", a, b, "--times", 25, "--require-all")
+    assert asked[::2] == (1, f"zimage: --require-all: {nothing}\n")
+
+
+def test_every_device_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What rose together on one device is told with its name where there are others, which did not."""
+    a, b = (clocked(tmp_path / name) for name in "ab")
+    other = clocked(tmp_path / "other", key="bb22", device="apple-m3-max")
+    for one, root in ((other, a), (slowed(other, tmp_path / "slow", 2.0), b)):
+        shutil.copytree(one / "qkv" / "bb22", root / "qkv" / "bb22")
+    _, out, _ = zimage(capsys, "compare", a, b)
+    assert out.count("no ratio can tell") == 1 and "\napple-m3-max: every step takes 2.0 times as long in B;" in out
+
+
+def test_seconds_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json has the seconds of every arm, whether they were judged, and what rose together."""
+    a = clocked(tmp_path / "a")
+    b = slowed(a, tmp_path / "b", 2.0)
+    for more, status, judged in (((), 0, None), (("--times", 25), 1, True), (("--times", 200), 0, False)):
+        found, out, _ = zimage(capsys, "compare", "--json", a, b, *more)
+        content = strict(out)
+        times = content["times"]
+        assert (found, content["regressions"], times["longer"]) == (
+            status,
+            2 * status,
+            None if not more else 2 * status,
+        )
+        assert (times["percent"], times["compared"]) == (more[1] if more else None, 2)
+        assert times["rose_together"] == [
+            {"device": fabricated.DEVICE, "times": 2, "ratio_low": 2.0, "ratio_high": 2.0}
+        ]
+        one, two = content["pairs"][0]["times"]
+        assert (one["arm"], one["scope"], two["arm"]) == ("separate_qkv", "step", "fused_qkv")
+        assert one["b_s"] == 2 * one["a_s"] > 0 and one["ratio"] == 2 and one["regression"] is judged
+
+
+def test_a_profile_has_no_ratios_but_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing but seconds can be compared it is exit 2 without --times, and judged with it."""
+    for name, scale in (("a", 1.0), ("b", 1.5)):
+        fabricated.add_run(tmp_path / name, "profile", "aa11", {"stages": fabricated.stages(scale)})
+    a, b = tmp_path / "a", tmp_path / "b"
+    status, out, err = zimage(capsys, "compare", a, b)
+    assert (status, out) == (2, "") and "nothing to compare" in err
+    said = [zimage(capsys, "compare", *sides, "--times", 25) for sides in ((a, b), (b, a))]
+    assert [status for status, _, _ in said] == [1, 0]
+    assert said[0][1].endswith("0 compared (none), 1 by their seconds (1 longer), 0 not: 1 regression\n")
+
+
 def test_names_are_those_of_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain names are looked up in --results, and two runs of one experiment can be compared."""
     root = fabricated.across_versions(tmp_path)
@@ -128,6 +256,12 @@ def test_damage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["compare", "a", "nowhere"], "no run 'nowhere'"),
         (["compare", "a", "a", "--python", "python3"], "give it with --rerun"),
         (["compare", "a", "a", "--rerun", "--require-all"], "--rerun times anew: give one of them"),
+        (["compare", "a", "a", "--times", "0"], "'--times': 0 is no positive number of percent"),
+        (["compare", "a", "a", "--times", "-5"], "-5 is no positive number of percent"),
+        (["compare", "a", "a", "--times", "nan"], "nan is no positive number of percent"),
+        (["compare", "a", "a", "--times", "inf"], "inf is no positive number of percent"),
+        (["compare", "a", "a", "--times", "much"], "'much' is not a valid float"),
+        (["compare", "a", "a", "--times", "25", "--rerun"], "--rerun times anew: give one of them"),
         (["compare", "a", "a", "--rerun", "--python", "python3"], "given twice, for A and for B, or not at all"),
         (["compare", "a", "a", "--rerun", "--pairs", "7"], "give at least 8 and 1"),
         (["compare", "a", "a", "--rerun", "--samples", "0"], "give at least 8 and 1"),

@@ -335,6 +335,34 @@ def test_steps_are_context(tmp_path: Path) -> None:
     )
 
 
+def test_whole_steps_and_trajectories_have_times(tmp_path: Path) -> None:
+    """Medians of what was kept in bursts, by arm and scope; no part of a step, warm-up, canary or copy counts."""
+    rows = [  # arm, scope, kind, regime, dropped, seconds in A and in B
+        *[("separate_qkv", "step", "sample", None, False, time_s, 2 * time_s) for time_s in (1.0, 2.0, 9.0)],
+        ("separate_qkv", "step", "sample", "burst", True, 99.0, 1.0),
+        ("separate_qkv", "step", "warm-up", "burst", False, 99.0, 1.0),
+        ("separate_qkv", "step", "sample", "sustained", False, 99.0, 1.0),
+        ("separate_qkv", "trajectory", "sample", "burst", False, 20.0, 30.0),
+        ("separate_qkv", "8 x 16 px, batch 2, 4 tokens", "sample", "burst", False, 5.0, 4.0),
+        ("separate_qkv", "qkv", "sample", "burst", False, 0.1, 9.0),
+        ("separate_qkv", "up to final_layer", "sample", "burst", False, 0.1, 9.0),
+        ("separate_qkv", None, "sample", "burst", False, 0.1, 9.0),
+        ("fused_qkv", "step", "sample", "burst", False, 2.0, float("nan")),
+        ("canary", "step", "canary", "burst", False, 0.1, 9.0),
+        ("copy", "step", "sample", "burst", False, 2.0, 9.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["arm", "scope", "kind", "regime", "dropped", "a", "b"])
+    for side in "ab":
+        put(tmp_path / side, tables={"ablation": qkv(), "samples": frame.assign(time_s=frame[side])})
+    (pair,) = compared(tmp_path / "a", tmp_path / "b").pairs
+    assert {(time.arm, time.scope): (time.a_s, time.b_s) for time in pair.times} == {
+        ("separate_qkv", "step"): (2.0, 4.0),
+        ("separate_qkv", "trajectory"): (20.0, 30.0),
+        ("separate_qkv", "8 x 16 px, batch 2, 4 tokens"): (5.0, 4.0),
+    }
+    assert pair.steps_s == {"separate_qkv": (2.0, 4.0)}
+
+
 def test_a_run_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     """A run that completed in A and failed in B counts; one that failed in A is only told."""
     a, b = both(tmp_path, key="bb22", parameters={"seed": 1})

@@ -11,7 +11,8 @@ arm, stage and metric for bytes; arm, metric and baseline for quality at the las
 
 The intervals of all times and qualities of one comparison hold together with 95 %, and noise floors are widened with
 them, so that a gate over many of them rarely closes by chance. Absolute times are context: no clock links two runs, so
-they are shown and not judged.
+they are shown, and judged only where one says by how much they may grow. The canary does not link them either: every
+run sizes its own, and keeps its seconds but not how much work they were for.
 """
 
 import math
@@ -30,6 +31,11 @@ METHOD = (
     "each side's time ratios are to its own baseline, so that one also rises where only the baseline got faster; "
     "intervals and floors are combined as independent, in quadrature on the log scale, and hold together with 95 %"
 )
+SECONDS = (
+    "medians of each run's samples in bursts, or a profile's whole step; no clock links two runs, nor does the canary, "
+    "which every run sizes anew"
+)
+TOGETHER = 10.0  # by how many percent all times of a device have to grow to be told of
 TIMES = ("ablation", "axes")  # the tables of time ratios
 SIZE = ("height", "width", "batch", "caption_tokens")
 KEYS = {
@@ -38,6 +44,9 @@ KEYS = {
     "memory": ("arm", "stage", "metric"),
     "quality": ("arm", "metric", "baseline"),
 }
+_WHOLE = (
+    r"step|trajectory|\d+ x \d+ px\b.*"  # the scopes of a step, of a trajectory, and of a step of one of several sizes
+)
 _ENDS = {
     **dict.fromkeys(TIMES, ("ratio", "ratio_low", "ratio_high")),
     "memory": ("bytes",),
@@ -63,6 +72,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Time:
+    """The seconds of an arm's step or trajectory on both sides, which ran on one device."""
+
+    arm: str
+    scope: str
+    a_s: float
+    b_s: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long it takes in B."""
+        return self.b_s / self.a_s
+
+    def longer(self, percent: float | None) -> bool:
+        """Whether it takes more than `percent` longer in B; never where that is None."""
+        return percent is not None and self.ratio > 1 + percent / 100
+
+
+@dataclass(frozen=True)
 class Alone:
     """What is not compared, and why; `worse` where that is a regression by itself.
 
@@ -80,7 +108,8 @@ class Alone:
 class Pair:
     """A run of each side with the same inputs: the rows of both, what only one has, and remarks.
 
-    steps_s: the median step of every baseline on both sides where their device is the same, as context.
+    times: the seconds of every arm that both have; steps_s: the step of every baseline, as context; neither of two
+    devices.
     """
 
     a: Recorded
@@ -89,6 +118,7 @@ class Pair:
     alone: list[Alone] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     steps_s: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    times: list[Time] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
@@ -105,6 +135,7 @@ class Compared:
     environments: list[tuple[str, str, str]]
     together: int  # intervals that hold at once
     timed: bool = False  # whether completed runs of A have time ratios
+    percent: float | None = None  # by how much the times of B may be longer; None where they are not judged
 
     @property
     def rows(self) -> list[Row]:
@@ -119,7 +150,26 @@ class Compared:
     @property
     def worse(self) -> int:
         """How many regressions there are."""
-        return sum(row.change.worse for row in self.rows) + sum(one.worse for one in self.left_out)
+        return sum(row.change.worse for row in self.rows) + sum(one.worse for one in self.left_out) + self.longer
+
+    @property
+    def times(self) -> list[Time]:
+        """The times of all pairs."""
+        return [time for pair in self.pairs for time in pair.times]
+
+    @property
+    def longer(self) -> int:
+        """How many times are longer than they may be."""
+        return sum(time.longer(self.percent) for time in self.times)
+
+    @property
+    def rose_together(self) -> dict[str, list[Time]]:
+        """The times of every device on which all of them rose by more than TOGETHER percent."""
+        found: dict[str, list[Time]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.a.device, []).extend(pair.times)
+        return {device: times for device, times in found.items()
+                if times and all(time.longer(TOGETHER) for time in times)}  # fmt: skip
 
     @property
     def missing_runs(self) -> int:
@@ -142,8 +192,8 @@ class Compared:
         return self.timed and not any(row.decided for row in self.rows if row.table in TIMES)
 
 
-def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
-    """Compare B with A, the reference."""
+def compare(a: Sequence[Recorded], b: Sequence[Recorded], percent: float | None = None) -> Compared:
+    """Compare B with A, the reference; if `percent` is given, a time that grew by more is a regression too."""
     matched = matching.match(a, b)
     alone = [Alone(f"A {run.name}", reason, missing_runs=int(not run.error)) for run, reason in matched.alone_a]
     alone += [Alone(f"B {run.name}", reason) for run, reason in matched.alone_b]
@@ -154,23 +204,34 @@ def compare(a: Sequence[Recorded], b: Sequence[Recorded]) -> Compared:
     pairs = []
     for (one, two), (common, missing) in zip(completed, found, strict=True):
         rows = [_judged(both, together) for both in common]
-        pairs.append(Pair(one, two, rows, missing, _notes(one, two), _steps(one, two)))
+        times = _times(one, two)
+        pairs.append(Pair(one, two, rows, missing, _notes(one, two), _steps(times, one, two), times))
     differing = matching.environments([p.a.facts for p in pairs], [p.b.facts for p in pairs])
     timed = any(_has(table, run) for table in TIMES for run in a if not run.error)
-    return Compared(pairs, alone, differing, together, timed)
+    return Compared(pairs, alone, differing, together, timed, percent)
 
 
 def steps_s(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
-    """Seconds of a whole step of every arm: as profiled, else the median of its samples in bursts, drops left out."""
-    found: dict[str, float] = {}
+    """Seconds of a whole step of every arm, as in `times_s`."""
+    return {arm: time_s for (arm, scope), time_s in times_s(tables).items() if scope == "step"}
+
+
+def times_s(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, str], float]:
+    """Seconds of steps and trajectories by arm and scope: as profiled, else the median of the samples in bursts.
+
+    Those of dropped quads are left out.
+    """
+    found: dict[tuple[str, str], float] = {}
     if (samples := tables.get("samples")) is not None:
         dropped = samples["dropped"].fillna(False).astype(bool)
-        kept = samples[(samples["kind"] == "sample") & (samples["scope"] == "step") & ~dropped]
+        whole = samples["scope"].str.fullmatch(_WHOLE).fillna(False).astype(bool)
+        kept = samples[(samples["kind"] == "sample") & whole & ~dropped]
         kept = kept[kept["regime"].fillna(BURST) == BURST]
-        found = {str(arm): float(time_s) for arm, time_s in kept.groupby("arm", sort=False)["time_s"].median().items()}
+        for (arm, scope), own in kept.groupby(["arm", "scope"], sort=False):
+            found[str(arm), str(scope)] = float(own["time_s"].median())
     if (stages := tables.get("stages")) is not None:
-        whole = stages[stages["view"] == "whole"].dropna(subset=["time_s"])
-        found |= {str(row["arm"]): float(row["time_s"]) for row in reading.records(whole)}
+        profiled = stages[stages["view"] == "whole"].dropna(subset=["time_s"])
+        found |= {(str(row["arm"]), "step"): float(row["time_s"]) for row in reading.records(profiled)}
     return found
 
 
@@ -345,10 +406,22 @@ def _notes(a: Recorded, b: Recorded) -> list[str]:
     return [*chosen, *(f"inputs known of one side only: {text}" for text in matching.only_one_has(a, b))]
 
 
-def _steps(a: Recorded, b: Recorded) -> dict[str, tuple[float, float]]:
-    """The step of every baseline on both sides, or of every arm where none was compared; nothing for two devices."""
+def _steps(times: Sequence[Time], a: Recorded, b: Recorded) -> dict[str, tuple[float, float]]:
+    """The step of every baseline on both sides, or of every arm where none was compared."""
+    named = {key[1] for run in (a, b) for key in _by_key("ablation", run.tables)}
+    return {
+        time.arm: (time.a_s, time.b_s) for time in times if time.scope == "step" and (not named or time.arm in named)
+    }
+
+
+def _times(a: Recorded, b: Recorded) -> list[Time]:
+    """What both took for the same arm and scope; copies of a baseline are no arms. Nothing for two devices."""
     if a.device != b.device:
-        return {}
-    left, right = steps_s(a.tables), steps_s(b.tables)
-    named = {key[1] for run in (a, b) for key in _by_key("ablation", run.tables)} or {*left}
-    return {arm: (left[arm], right[arm]) for arm in left if arm in right and arm in named}
+        return []
+    left, right = times_s(a.tables), times_s(b.tables)
+    named = {arm for run in (a, b) for key in _by_key("ablation", run.tables) for arm in key[:2]}
+    return [
+        Time(arm, scope, time_s, right[arm, scope])
+        for (arm, scope), time_s in left.items()
+        if (not named or arm in named) and all(0 < one < math.inf for one in (time_s, right.get((arm, scope), 0.0)))
+    ]

@@ -1,7 +1,7 @@
 """Runs, experiments and stores found by what a person calls them, compared, and told; nothing here needs MLX."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,14 @@ from typing import Any
 from zimage.analysis import comparing, matching, reading, units
 from zimage.analysis.claims import in_words
 from zimage.analysis.combining import WORSE, Change
-from zimage.analysis.comparing import Compared, Pair, Row
+from zimage.analysis.comparing import Compared, Pair, Row, Time
 from zimage.analysis.matching import Recorded
 from zimage.errors import StoreError
 from zimage.lab.store import Run, Store
 from zimage.machine import doubts
 
 _VERSIONS = ("python", "numpy")  # of all recorded versions, those that an environment lacks and that could matter
+NO_TIMES = "no step or trajectory of both has seconds of one device"
 _TABLES = ("ablation", "axes", "memory", "quality", "samples", "stages")
 
 
@@ -81,10 +82,13 @@ def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
     )  # fmt: skip
 
 
-def compare(a: Side, b: Side) -> Compared:
-    """Compare B with A. Raises StoreError, which says why, where there is nothing to compare."""
-    found = comparing.compare(a.runs, b.runs)
-    if found.rows or found.worse:
+def compare(a: Side, b: Side, percent: float | None = None) -> Compared:
+    """Compare B with A; if `percent` is given, a time that grew by more is a regression too.
+
+    Raises StoreError, which says why, where there is nothing to compare.
+    """
+    found = comparing.compare(a.runs, b.runs, percent)
+    if found.rows or found.worse or (percent is not None and found.times):
         return found
     left_out = sorted(found.left_out, key=lambda one: " against " not in one.reason)  # the nearest miss first
     reasons = list(dict.fromkeys(f"{one.what}: {one.reason}" for one in left_out))
@@ -101,12 +105,19 @@ def content(a: Side, b: Side, found: Compared) -> dict[str, Any]:
         "method": comparing.METHOD,
         "intervals_together": found.together,
         "environment": [{"fact": name, "a": one, "b": two} for name, one, two in found.environments],
-        "pairs": [_pair_content(pair) for pair in found.pairs],
+        "pairs": [_pair_content(pair, found.percent) for pair in found.pairs],
         "not_compared": [vars(one) for one in found.left_out],
         "missing_runs": found.missing_runs,
         "missing_rows": found.missing_rows,
         "undecided": found.undecided,
         "times_undecided": found.times_undecided,
+        "times": {
+            "percent": found.percent,
+            "method": comparing.SECONDS,
+            "compared": len(found.times),
+            "longer": None if found.percent is None else found.longer,
+            "rose_together": [_together_content(device, times) for device, times in found.rose_together.items()],
+        },
         "regressions": found.worse,
     }
 
@@ -117,14 +128,14 @@ def lines(a: Side, b: Side, found: Compared) -> list[str]:
     for letter, runs in (("A", [pair.a.facts for pair in found.pairs]), ("B", [pair.b.facts for pair in found.pairs])):
         said += [f"{letter}  {doubt}" for doubt in doubts(runs)]
     for pair in found.pairs:
-        said += ["", *_pair_lines(pair)]
+        said += ["", *_pair_lines(pair, found.percent)]
     if found.left_out:
         said += ["", f"not compared ({len(found.left_out)}):"]
         said += [f"  {one.what}: {one.reason}{' (a regression)' if one.worse else ''}" for one in found.left_out]
-    regressions = [f"  {pair.b.name}: {' '.join(' '.join(_cells(row)).split())}"
-                   for pair in found.pairs for row in pair.rows if row.change.worse]  # fmt: skip
-    said += ["", f"How: {comparing.METHOD}."]
-    return [*said, *(["regressions:", *regressions] if regressions else []), summary(found)]
+    regressions = [f"  {pair.b.name}: {' '.join(' '.join(cells).split())}"
+                   for pair in found.pairs for cells in _worse_cells(pair, found.percent)]  # fmt: skip
+    said += ["", f"How: {comparing.METHOD}.", *([] if found.percent is None else [f"Times: {comparing.SECONDS}."])]
+    return [*said, *(["regressions:", *regressions] if regressions else []), *_together(found), summary(found)]
 
 
 def inputs_line(run: Recorded) -> str:
@@ -143,12 +154,19 @@ def summary(found: Compared) -> str:
     lacking = ", ".join([*_missing(found), *_undecided(found)])
     if lacking:
         verdict += f"; {lacking}" if found.worse else f" in what could be judged: {lacking}"
-    return f"{len(found.rows)} compared ({told or 'none'}), {len(found.left_out)} not: {verdict}"
+    times = "" if found.percent is None else f", {len(found.times)} by their seconds ({found.longer} longer)"
+    return f"{len(found.rows)} compared ({told or 'none'}){times}, {len(found.left_out)} not: {verdict}"
 
 
 def incomplete(found: Compared) -> str:
-    """Why not all that A has was judged, "" where it was: what B lacks, or that no time ratio was decided."""
-    return " and ".join([*_missing(found), *(["no time ratio is decided"] if found.times_undecided else [])])
+    """Why not all that A has was judged, "" where it was: what B lacks, or that no time ratio or time was."""
+    undecided = ["no time ratio is decided"] if found.times_undecided else []
+    return " and ".join([*_missing(found), *undecided, *([NO_TIMES] if unjudged(found) else [])])
+
+
+def unjudged(found: Compared) -> bool:
+    """Whether times were to be judged and there are none."""
+    return found.percent is not None and not found.times
 
 
 def _missing(found: Compared) -> list[str]:
@@ -221,20 +239,61 @@ def _differing(found: Compared) -> list[str]:
     return ["they differ in:", *said, *([f"   and in {', '.join(rest)} (--json has the values)"] if rest else [])]
 
 
-def _pair_lines(pair: Pair) -> list[str]:
+def _together(found: Compared) -> list[str]:
+    """That all times of a device rose, where they are not judged, a line each."""
+    said = []
+    for device, times in found.rose_together.items() if found.percent is None else ():
+        low, high = (units.significant(end, 2) for end in _ends(times))
+        what = " and ".join(dict.fromkeys("trajectory" if time.scope == "trajectory" else "step" for time in times))
+        often = low if low == high else f"{low} to {high}"
+        percent = 25 if _ends(times)[1] > 1.25 else int(comparing.TOGETHER)
+        where = f"{device}: " if len({pair.a.device for pair in found.pairs}) > 1 else ""
+        said.append(f"{where}every {what} takes {often} times as long in B; no ratio can tell that: --times {percent} "
+                    "makes it a failure, --rerun measures both in turns")  # fmt: skip
+    return said
+
+
+def _ends(times: Sequence[Time]) -> tuple[float, float]:
+    """The least and the greatest ratio of these times."""
+    return min(time.ratio for time in times), max(time.ratio for time in times)
+
+
+def _together_content(device: str, times: Sequence[Time]) -> dict[str, Any]:
+    low, high = _ends(times)
+    return {"device": device, "times": len(times), "ratio_low": low, "ratio_high": high}
+
+
+def _pair_lines(pair: Pair, percent: float | None) -> list[str]:
     kind = f", {pair.a.kind} weights" if pair.a.kind else ""
     head = f"{pair.a.name} -> {pair.b.name}{kind}" + (": one and the same run" if pair.same else "")
     said = [head, f"  {Path(pair.a.notebook).stem} with {inputs_line(pair.a)}", *(f"  {note}" for note in pair.notes)]
     if not pair.rows:
         said.append("  its tables hold no time ratios, bytes or quality that both have")
     cells = [_cells(row) for row in pair.rows]
+    cells += [] if percent is None else [_time_cells(time, percent) for time in pair.times]
     widths = [max((len(line[place]) for line in cells), default=0) for place in range(3)]
     said += ["  " + "  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip()
              for line in cells]  # fmt: skip
     steps = [f"{arm} {units.seconds(one)} -> {units.seconds(two)}" for arm, (one, two) in pair.steps_s.items()]
-    if steps:
+    if percent is not None and pair.a.device != pair.b.device:
+        said.append(f"  no seconds are judged: {pair.a.device} against {pair.b.device}")
+    elif percent is None and steps:
         said.append(f"  for context, a step: {'; '.join(steps)} (not judged: no clock links the two runs)")
     return said
+
+
+def _worse_cells(pair: Pair, percent: float | None) -> list[tuple[str, str, str, str]]:
+    """The cells of a pair's regressions."""
+    rows = [_cells(row) for row in pair.rows if row.change.worse]
+    return rows + [_time_cells(time, percent) for time in pair.times if percent is not None and time.longer(percent)]
+
+
+def _time_cells(time: Time, percent: float) -> tuple[str, str, str, str]:
+    """The verdict on seconds, what they are of, both, and their ratio."""
+    word, than = ("longer", "more than") if time.longer(percent) else ("within", "at most")
+    values = f"{units.seconds(time.a_s)} -> {units.seconds(time.b_s)}"
+    told = f"{units.ratio(time.ratio)} times: {than} {percent:g} % longer"
+    return word, f"{time.arm}, {time.scope}", values, told
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:
@@ -274,7 +333,7 @@ def _change(change: Change, table: str) -> str:
     return ": ".join(filter(None, (told, reason)))
 
 
-def _pair_content(pair: Pair) -> dict[str, Any]:
+def _pair_content(pair: Pair, percent: float | None) -> dict[str, Any]:
     return {
         "a": pair.a.name,
         "b": pair.b.name,
@@ -285,6 +344,10 @@ def _pair_content(pair: Pair) -> dict[str, Any]:
         "notes": pair.notes,
         "rows": [_row_content(row) for row in pair.rows],
         "steps_s": {arm: list(times) for arm, times in pair.steps_s.items()},
+        "times": [
+            {**vars(time), "ratio": time.ratio, "regression": None if percent is None else time.longer(percent)}
+            for time in pair.times
+        ],
     }
 
 
