@@ -100,7 +100,7 @@ def token_lengths(
         raise InputError(f"this model has several patch sizes, {list(known)}: say patch_size=")
     patch = known[0] if patch_size is None else patch_size
     size = config.latent_size(height, width)
-    if any(count % patch for count in size):
+    if patch in known and any(count % patch for count in size):  # else `lengths` says what is wrong
         step = patch * config.pixels_per_latent
         raise InputError(f"height and width of this model's images are multiples of {step}, found {height} x {width}")
     return lengths(config, size, patch, token_counts(batch, caption_tokens)), patch
