@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweeping import LEAST, ROOT, Command, Sweep, quick
-from zimage import cli, inputs, levers, load_transformer, sources
+from zimage import cli, inputs, levers, load_transformer, recipes, sources
 from zimage.analysis import pareto
 from zimage.analysis.findings import findings
 from zimage.config import TransformerConfig
@@ -41,6 +41,7 @@ def test_a_name_says_what_the_arm_is(model: Transformer) -> None:
     assert "to_qkv" in made["4bit+fuse_qkv"].layers[0].attention and "to_qkv" not in model.layers[0].attention
     assert mx.array_equal(model(*example), wanted)
     assert str(Lever.parse("4bit+fuse_qkv")) == "4bit + fuse_qkv"
+    assert str(Lever.parse("recipes/mixed.yaml+fuse_qkv")) == "mixed + fuse_qkv"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ def test_a_name_says_what_the_arm_is(model: Transformer) -> None:
         (["8bit", "4bit", "8bit"], "arm '8bit' is there twice"),
         (["4bit", "float32"], "arm 'float32' is there twice; the baseline is 'float32'"),
         (["8bit+fast", "8bit + fast"], "there twice"),
+        (["a/mixed.yaml", "b/mixed.yaml"], "arm 'mixed' is there twice"),
+        (["lost.yaml + fast"], "lost.yaml: no such file"),
         (["4bit-g128"], "not divisible by the group size 128"),
     ],
 )
@@ -91,6 +94,36 @@ def test_the_notebook_takes_other_models(tmp_path: Path) -> None:
     assert table["error"]["float32"] == 0 < table["error"]["bfloat16"]
     (found, *_) = findings({"pareto": run.table("pareto")})
     assert "could not be decided" in found.text and "no arm surely dominates another" in found.text
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", ["pareto", "quantization", "memory"])
+def test_a_recipe_is_an_arm(name: str, tmp_path: Path) -> None:
+    """A recipe's file is an arm like a packing, alone and in a fast step, under its name without folder and ending."""
+    file, label = ROOT / "experiments" / "recipes" / "as_small_as_4bit.yaml", "as_small_as_4bit"
+    given: dict[str, Any] = {"modes": json.dumps([f"{file}"]), "draws": 6, "steps": 2, "quads": 1}
+    given |= {"arms": json.dumps(["4bit", f"{file}", f"{file} + fast"]), "streams": "[[0.0, 1]]"}
+    given |= {"unload": '["pack while loading, step"]', "sizes": "[[8, 8, 1, 1]]"}
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    known = notebooks.read(path, ROOT).parameters
+    line = [text for key, value in given.items() if key in known for text in ("-p", key, f"{value}")]
+    assert cli.main(["run", str(path), *line, "--results", str(tmp_path)]) == 0
+    (run,) = Store(tmp_path).runs(name)
+    assert run.meta["recipes"] == {label: recipes.read(file).content}
+    arms = {
+        "pareto": {"4bit", label, f"{label} + fast"},
+        "quantization": {label},
+        "memory": {"chunked", "submit_early", "streamed 0/1", label, f"{label} streamed 0/1"},
+    }[name]
+    assert set(run.table("ablation")["arm"]) == arms
+    errors = run.table("quality")
+    error = errors[errors["metric"].str.contains("relative_l2") & (errors["arm"] == label)]["value"]
+    assert error.between(0.001, 0.1).all() and len(error)
+    sizes = run.table("memory")
+    weights = sizes[(sizes["metric"] == "weight_bytes") & (sizes["stage"] == "weights")].set_index("arm")["bytes"]
+    assert weights[label] < 0.4 * weights.max()
+    if name == "pareto":
+        assert weights[label] <= weights["4bit"]
 
 
 @pytest.mark.usefixtures("in_process")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +373,31 @@ def test_a_run_is_known_by_the_content_of_its_recipe(tmp_path: Path) -> None:
     assert identity("a.yaml").key == other.key
     with pytest.raises(InputError, match=r"^d\.yaml: no such file"):
         identity("d.yaml")
+
+
+def test_arms_are_known_by_the_content_of_their_recipes(tmp_path: Path) -> None:
+    """Recipes that are arms count with names and content, not with folders; two that share a name are refused."""
+    path = write_notebook(tmp_path / "notebooks" / "a.ipynb", parameters="arms: list = []\nmodes: list = []")
+    found = notebook.read(path, tmp_path)
+
+    def identity(*arms: str, modes: Sequence[str] = ()) -> keys.Identity:
+        return keys.identify(found, found.resolve({"arms": list(arms), "modes": list(modes)}), tmp_path)
+
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "mixed.yaml", YAML)
+    write(tmp_path / "elsewhere" / "mixed.json", json.dumps(MIXED))
+    write(tmp_path / "other.yaml", YAML)
+    first, same = identity("mixed.yaml + fast", "4bit"), identity("elsewhere/mixed.json + fast", "4bit")
+    assert first.key == same.key and first.recipes == {"mixed": read(MIXED).content} and first.recipe is None
+    others = [identity("mixed.yaml", "4bit"), identity("other.yaml + fast", "4bit"), identity("4bit + fast", "4bit")]
+    others += [identity(modes=["mixed.yaml"]), identity(modes=["4bit"])]
+    assert len({one.key for one in [first, *others]}) == 6 and others[2].recipes == {}
+    write(tmp_path / "elsewhere" / "mixed.json", json.dumps({"default": "8bit"}))
+    assert identity("elsewhere/mixed.json + fast", "4bit").key not in {first.key, *(one.key for one in others)}
+    with pytest.raises(InputError, match=r"^elsewhere/mixed\.json: another recipe's file is called mixed too"):
+        identity("mixed.yaml", modes=["elsewhere/mixed.json"])
+    with pytest.raises(InputError, match=r"^lost\.yaml: no such file"):
+        identity("lost.yaml + fast")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,7 @@
 """Arms by their names alone: a precision and then transforms, joined by ` + `, such as `4bit-g32 + fast`.
 
-The precision is a dtype, "float32" or "bfloat16", or how the weights of a model that is there already are packed.
+The precision is a dtype, "float32" or "bfloat16", or how the weights of a model that is there already are packed: a
+packing's name or a recipe's file.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ JOINT = " + "
 
 @dataclass(frozen=True)
 class Lever:
-    """What an arm does: its precision, and the names of its transforms in order."""
+    """What an arm does: its precision, and the names of its transforms in order.
+
+    As text it is the arm's name, in which a recipe's file stands without its folder and ending.
+    """
 
     precision: str
     transforms: tuple[str, ...]
@@ -36,7 +40,7 @@ class Lever:
         return cls(parts[0], tuple(parts[1:]))
 
     def __str__(self) -> str:
-        return JOINT.join([self.precision, *self.transforms])
+        return JOINT.join([str(recipes.label(self.precision)), *self.transforms])
 
 
 def named(wanted: Sequence[str], config: TransformerConfig, baseline: str) -> list[Lever]:

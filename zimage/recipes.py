@@ -100,6 +100,12 @@ def is_file(asked: object) -> TypeGuard[str]:
     return isinstance(asked, str) and asked.endswith(SUFFIXES) and asked.isprintable()
 
 
+def file_of(arm: object) -> str | None:
+    """The recipe's file that is the precision of an arm such as `mixed.yaml + fast`; None where it is no file."""
+    precision = arm.split("+")[0].strip() if isinstance(arm, str) else None
+    return precision if is_file(precision) else None
+
+
 def label(asked: object) -> str | None:
     """A short name for tables and plots: a quantization's own, a recipe's file without its folder; None for None."""
     if isinstance(asked, (str, Path)):

@@ -113,6 +113,16 @@ def test_other_inputs_are_not_compared(change: dict[str, Any], reason: str, tmp_
     assert f"{a} and {b} have nothing to compare: A qkv/aa11: {reason}" in refusal(a, b)
 
 
+def test_recipes_that_arms_are_made_by_count(tmp_path: Path) -> None:
+    """Arms of one name whose recipes differ are not compared; an arm that only one side has does not matter."""
+    mixed, other = {"default": "4bit", "rules": []}, {"default": "8bit", "rules": []}
+    put(tmp_path / "none")
+    for name, content in (("a", mixed), ("same", mixed), ("b", other)):
+        put(tmp_path / name, recipes={"mixed": content})
+    assert "recipe mixed" in refusal(tmp_path / "a", tmp_path / "b")
+    assert compared(tmp_path / "a", tmp_path / "same").rows and compared(tmp_path / "a", tmp_path / "none").rows
+
+
 @pytest.mark.parametrize(
     "change",
     [

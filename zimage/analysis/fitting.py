@@ -133,7 +133,8 @@ def footprints(
 ) -> list[dict[str, Any]]:
     """Rows of a `footprint` table: what a step of `source` is predicted to need at each precision and size.
 
-    precisions: names of dtypes, or of quantizations, whose floating-point values are of `dtype`; each row's `arm`.
+    precisions: names of dtypes, or of quantizations or recipes' files, whose floating-point values are of `dtype`; each
+    row's `arm`, a recipe's without its folder.
     sizes: (height, width, batch, caption tokens). Raises as `fits`.
     """
     info = describe(source)
@@ -145,8 +146,8 @@ def footprints(
             step = fits(info, height, width, batch, caption_tokens, name, packing, device=on).step
             rows.append(
                 {
-                    "arm": precision, "model": info.source, "kind": on.kind, "height": height, "width": width,
-                    "batch": batch, "caption_tokens": caption_tokens, "weight_bytes": step.weight_bytes,
+                    "arm": recipes.label(precision), "model": info.source, "kind": on.kind, "height": height,
+                    "width": width, "batch": batch, "caption_tokens": caption_tokens, "weight_bytes": step.weight_bytes,
                     "predicted_bytes": step.peak_bytes,
                 }
             )  # fmt: skip

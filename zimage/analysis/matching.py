@@ -35,6 +35,7 @@ class Recorded:
 
     name: `experiment/key`. weights: source, kind and digest, where the run had any. facts: what it recorded of its
     machine and programs. error: why it failed, "" for a completed run. unreadable: why a table cannot be read, by name.
+    recipes: what the recipes say that its arms are made by, by their names in arms.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Recorded:
     tables: Mapping[str, pd.DataFrame]
     error: str = ""
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def experiment(self) -> str:
@@ -67,6 +69,7 @@ class Recorded:
             said["dtype"] = dtype_of(said, self.facts)
         if self.recipe is not None:  # what is in the recipe's file counts, wherever it lay
             said["quantization"] = self.recipe
+        said |= {f"recipe {name}": content for name, content in self.recipes.items()}  # a row's name says nothing of it
         if self.weights is not None and "source" in said:
             del said["source"]
             said["weights"] = self.weights.get("digest")

@@ -122,5 +122,6 @@ def _question(run: Run) -> str:
         name: value for name, value in facts.items() if name in (*NAMED_FACTS, "commit") or name.startswith("MLX_")
     }
     code = [versions.get("zimage"), digests.get("sources")]
-    parts = [run.notebook, run.parameters, run.device, weights, run.meta.get("recipe"), chosen, code]
+    contents = [run.meta.get(name) for name in ("recipe", "recipes")]
+    parts = [run.notebook, run.parameters, run.device, weights, *contents, chosen, code]
     return json.dumps(parts, sort_keys=True, default=str)

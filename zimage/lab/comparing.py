@@ -79,6 +79,7 @@ def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
     return Recorded(
         f"{run.experiment}/{run.key}", run.notebook, run.device, str(run.meta["started"]), run.parameters,
         run.mapping("weights") or None, run.meta.get("recipe"), facts, tables, failure, unreadable,
+        run.mapping("recipes"),
     )  # fmt: skip
 
 

@@ -8,11 +8,11 @@ import platform
 import subprocess
 import sys
 from contextlib import chdir
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage.errors import BackendError
+from zimage.errors import BackendError, InputError
 from zimage.lab.notebook import Notebook
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from zimage.sources import SourceInfo
 
 NAMED_FACTS = ("device", "mlx", "driver", "blas", "kernels", "tuning")  # of the machine, in a run's key
+_OF_ARMS = ("arms", "modes")  # parameters that list arms or packings, of which any may be a recipe's file
 KEY_LENGTH = 16  # hex digits: 64 bits
 _FACTS_TIMEOUT_S = 120.0
 
@@ -42,14 +43,15 @@ class Identity:
     weights: Weights | None
     facts: dict[str, str]  # about the device that the run is for
     recipe: dict[str, Any] | None = None  # what is in the file that the run's `quantization` parameter names, if one
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # and in those that its arms name, by their labels
 
 
 def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Identity:
     """The identity of the run of `notebook` with all its `parameters`, on the device that its `device` asks for.
 
     root: the folder that the run will work in, so that a relative `source` means the same here. A recipe counts with
-    its content, not by its path. Raises WeightsError for a source that cannot be had, InputError for a recipe, and
-    BackendError for a device.
+    its content, and where it is an arm with its name, not by its path. Raises WeightsError for a source that cannot be
+    had, InputError for a recipe, and BackendError for a device.
     """
     facts = device_facts(str(parameters.get("device", "auto")))
     source = parameters.get("source")
@@ -57,14 +59,18 @@ def identify(notebook: Notebook, parameters: dict[str, Any], root: Path) -> Iden
     digests = {"notebook": _digest(*notebook.code), "sources": sources_digest()}
     if weights is not None:
         digests["weights"] = weights.digest
-    recipe = recipe_in(parameters, root)
+    recipe, others = recipe_in(parameters, root), recipes_of_arms(parameters, root)
     if recipe is not None:
         digests["recipe"] = recipe.digest
         parameters = {**parameters, "quantization": None}
+    if others:
+        digests |= {f"recipe {name}": other.digest for name, other in others.items()}
+        parameters = {**parameters, **_without_folders(parameters)}
     chosen = {k: v for k, v in facts.items() if k in NAMED_FACTS or k.startswith("MLX_")}
     ingredients = {"parameters": parameters, "digests": digests, "facts": chosen}
     key = _digest(json.dumps(ingredients, sort_keys=True, allow_nan=False))[:KEY_LENGTH]
-    return Identity(key, digests, weights, facts, None if recipe is None else recipe.content)
+    contents = {name: other.content for name, other in others.items()}
+    return Identity(key, digests, weights, facts, None if recipe is None else recipe.content, contents)
 
 
 def recipe_in(parameters: dict[str, Any], root: Path) -> "Recipe | None":
@@ -79,6 +85,38 @@ def recipe_in(parameters: dict[str, Any], root: Path) -> "Recipe | None":
         return None
     with chdir(root):
         return recipes.read(asked)
+
+
+def recipes_of_arms(parameters: dict[str, Any], root: Path) -> "dict[str, Recipe]":
+    """The recipes in the files that `arms` and `modes` name for a run in the folder `root`, by their labels.
+
+    Raises InputError for a file that is no recipe, and for different recipes in files of one name.
+    """
+    from zimage import recipes
+
+    found: dict[str, Recipe] = {}
+    with chdir(root):
+        for file in filter(None, (recipes.file_of(arm) for arms in _arms(parameters).values() for arm in arms)):
+            recipe, name = recipes.read(file), str(recipes.label(file))
+            if found.setdefault(name, recipe).content != recipe.content:
+                raise InputError(f"{file}: another recipe's file is called {name} too, and so would its arm; rename it")
+    return found
+
+
+def _arms(parameters: dict[str, Any]) -> dict[str, list[Any]]:
+    named = {name: parameters.get(name) for name in _OF_ARMS}
+    return {name: value for name, value in named.items() if isinstance(value, list)}
+
+
+def _without_folders(parameters: dict[str, Any]) -> dict[str, list[Any]]:
+    """The parameters that name arms, with the labels of recipes in place of their files."""
+    from zimage import recipes
+
+    def named(arm: Any) -> Any:
+        file = recipes.file_of(arm)
+        return arm if file is None else arm.replace(file, str(recipes.label(file)), 1)
+
+    return {name: [named(arm) for arm in arms] for name, arms in _arms(parameters).items()}
 
 
 def weights_meta(weights: Weights | None) -> dict[str, str] | None:

@@ -68,6 +68,7 @@ def run_lines(run: Run) -> list[str]:
         f"  parameters  {', '.join(f'{k}={v}' for k, v in run.parameters.items()) or 'none'}",
         f"  weights     {weights['source']} ({weights['kind']}, {weights['digest'][:16]})" if weights else "",
         f"  recipe      {json.dumps(meta['recipe'])}" if "recipe" in meta else "",
+        *(f"  recipe      {name}: {json.dumps(content)}" for name, content in run.mapping("recipes").items()),
         f"  device      {run.device}, MLX {meta['environment'].get('mlx', 'unknown')}",
         f"  peaks       {'; '.join(f'{name} {rate}' for name, rate in measured)}" if measured else "",
         f"  started     {meta['started']}, took {span(meta['duration_s'])}",

@@ -85,6 +85,7 @@ def run(job: Job, store: Store, tick: Callable[[], None] = lambda: None) -> Run 
             "weights": keys.weights_meta(job.identity.weights),
             "digests": job.identity.digests,
             **({} if job.identity.recipe is None else {"recipe": job.identity.recipe}),
+            **({"recipes": job.identity.recipes} if job.identity.recipes else {}),
             "started": started.isoformat(timespec="seconds"),
             "duration_s": round(duration, 3),
             "versions": keys.versions(),
