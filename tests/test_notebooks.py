@@ -238,6 +238,11 @@ def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], R
         ("qkv_fusion", "relative_l2_error"),
         ("scaling", "predicted_s"),
         ("scaling", "predicted_ratio"),
+        ("memory", "predicted"),
+        ("memory", "<th>value</th>"),
+        ("sensitivity", "damage_per_byte"),
+        ("sensitivity", "50%"),
+        ("step_caching", "steps computed in full"),
     ],
 )
 def test_tables_on_the_way_name_their_weights(name: str, words: str, ran: Callable[[Path], Run]) -> None:
