@@ -13,7 +13,7 @@ from typing import Any
 import zimage
 from tests.sweeping import EXPERIMENTS, LEAST, ROOT, SUITES, Command, Sweep, environment, on_digits, quick
 from zimage import arms, backend, cli, ladder, measure, orders, practices, scheduler, sources
-from zimage.analysis import cost, crossover
+from zimage.analysis import cost, crossover, fitting
 from zimage.analysis.findings import KNOWN_VERDICTS, families
 from zimage.analysis.reading import best_scope
 from zimage.analysis.tables import conform
@@ -105,11 +105,12 @@ def test_a_notebook_opens_with_its_question(path: Path) -> None:
 
 @EACH
 def test_a_notebook_says_what_is_known_so_far(path: Path) -> None:
-    """Its first cell leads to the findings with a short answer, whose numbers are all there."""
+    """Its first cell leads to the findings with a short answer, of which weights, and whose numbers are all there."""
     said = [part for part in cells(path)[0]["source"].split("\n\n") if part.startswith("**So far:**")]
     assert len(said) == (path.stem not in UNANSWERED)
     for line in said:
-        assert line.startswith(SO_FAR) and 30 < len(line) - len(SO_FAR) < 240 and line.endswith(".")
+        assert line.startswith(SO_FAR) and 30 < len(line) - len(SO_FAR) < 260 and line.endswith(".")
+        assert "synthetic weights" in line or "trained digits" in line
         found = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
         numbers = re.findall(r"(?<![\w.,])\d[\d.,]*(?<![.,])", line.removeprefix(SO_FAR))
         assert [one for one in numbers if not re.search(rf"(?<![\d.,]){re.escape(one)}(?![\d]|[.,]\d)", found)] == []
@@ -234,6 +235,7 @@ def test_an_executed_notebook_is_not_crowded(path: Path, ran: Callable[[Path], R
     ("name", "words"),
     [
         ("details", "relative L2 error against fp32"),
+        ("details", "first call"),
         ("details", "recognised"),
         ("qkv_fusion", "relative_l2_error"),
         ("scaling", "predicted_s"),
@@ -302,7 +304,8 @@ def test_memory_predicts_measures_and_trades(ran: Callable[[Path], Run]) -> None
     run = ran(ROOT / "notebooks" / "memory.ipynb")
     footprint = run.table("footprint")
     published = footprint[footprint["model"] == "synthetic:turbo"]
-    assert set(published["arm"]) == set(run.parameters["published"]) and published["measured_bytes"].isna().all()
+    assert set(published["arm"]) == set(fitting.PRECISIONS) and run.parameters["published"] == ["all"]
+    assert published["measured_bytes"].isna().all()
     here = footprint[footprint["model"] == "digits"]
     assert list(here["arm"]) == [backend.default_dtype(), "4bit"] and here["error"].abs().max() < 0.5
     memory = run.table("memory")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.lab import fabricated
 from tests.lab.test_dashboard import HOSTILE, Page
-from zimage.analysis import pareto, pareto_plots
+from zimage.analysis import pareto, pareto_plots, units
 from zimage.analysis.findings import findings
 from zimage.lab import dashboard, pareto_sections
 from zimage.lab.store import Store
@@ -56,6 +56,19 @@ def test_a_category_has_a_colour_and_a_marker_of_its_own(table: pd.DataFrame) ->
         for arms in drawn.values():
             assert {arm: x for arm, (x, _) in arms.items()} == pytest.approx({a: rows[column][a] / scale for a in arms})
     assert drawn["on the front"]["8bit + fast"][1] == rows["error"]["8bit + fast"]
+
+
+def test_memory_has_an_interval(table: pd.DataFrame) -> None:
+    """Where runs of an arm did not hold the same, whiskers lead to the least of them, and the page tells both ends."""
+    wide = table.assign(bytes_low=table["bytes"] // 2, bytes_high=table["bytes"])
+    for trace in pareto_plots.by_bytes(wide).data:
+        assert tuple(trace.error_x.arrayminus) == pytest.approx([x / 2 for x in trace.x], rel=1e-6)
+        assert not any(trace.error_x.array)
+    row = next(iter(wide.to_dict("records")))
+    assert f"memory {units.size(row['bytes'])} ({units.size(row['bytes'] // 2)} to" in pareto_plots.facts(row)[1]
+    both, plain = pareto.pooled([wide]).set_index("arm"), pareto.pooled([table]).set_index("arm")
+    assert set(both.index) == set(plain.index) and list(both["bytes_low"]) == [b // 2 for b in both["bytes"]]
+    assert (plain["category"] == table.set_index("arm")["category"][plain.index]).all()
 
 
 def test_what_has_no_error_is_below_all_others(table: pd.DataFrame) -> None:

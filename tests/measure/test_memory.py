@@ -34,6 +34,9 @@ def test_an_arm_needs_its_weights_and_the_most_of_three_runs() -> None:
     copies = iter([1, 4, 2])
     found = memory.needed_bytes(weights.nbytes, lambda: [weights + i for i in range(next(copies))])
     assert found == pytest.approx((1 + 4) * MB, rel=0.05)
+    copies = iter([3, 4, 2])
+    least, most = memory.needed_range(weights.nbytes, lambda: [weights + i for i in range(next(copies))])
+    assert (least, most) == pytest.approx(((1 + 2) * MB, (1 + 4) * MB), rel=0.05)
 
 
 def test_memory_by_stage() -> None:

@@ -15,8 +15,12 @@ from zimage.analysis import cost, footprint
 from zimage.analysis.footprint import DeviceKind, Footprint, Verdict
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
+from zimage.quantization import AFFINE_BITS, MODES
 from zimage.recipes import Asked
 from zimage.sources import SourceInfo, describe
+
+# The dtypes and packings there are, each affine one in its own groups of 64, from many bits to few.
+PRECISIONS = ("float32", "bfloat16", *(f"{bits}bit" for bits in reversed(AFFINE_BITS)), *reversed(MODES))
 
 
 @dataclass(frozen=True)

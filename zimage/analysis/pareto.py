@@ -177,7 +177,9 @@ def rows(points: Sequence[Point], paired: Mapping[tuple[str, str], Ratio] | None
     ordered = sorted(points, key=lambda p: (CATEGORIES.index(places[p.name].category), p.time.value))
     found = []
     for point in ordered:
-        row: dict[str, Any] = {"arm": point.name, "bytes": int(point.bytes.value)}
+        held = point.bytes
+        row: dict[str, Any] = {"arm": point.name, "bytes": int(held.value)}
+        row |= {"bytes_low": int(held.low), "bytes_high": int(held.high)} if math.isfinite(held.high) else {}
         for name, quantity in (("time_ratio", point.time), ("error", point.error)):
             ends = (quantity.low, quantity.high) if math.isfinite(quantity.high) else (None, None)
             row |= {name: quantity.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
@@ -197,7 +199,7 @@ def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         Point(
             row["arm"],
             Quantity.of(row["time_ratio"], row["time_ratio_low"], row["time_ratio_high"]),
-            Quantity.exact(row["bytes"]),
+            _bytes(row),
             Quantity.of(row["error"], row["error_low"], row["error_high"]),
         )
         for row in records(table)
@@ -208,6 +210,12 @@ def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     table["category"] = table["category"].where(own, table["arm"].map(lambda arm: places[arm].category))
     order = table["category"].map(CATEGORIES.index)
     return table.assign(order=order).sort_values(["order", "time_ratio"]).drop(columns="order").reset_index(drop=True)
+
+
+def _bytes(row: Mapping[str, Any]) -> Quantity:
+    """Of a row of the table, exact where it is from a version that kept the most of several runs alone."""
+    found = Quantity.of(row["bytes"], row["bytes_low"], row["bytes_high"])
+    return Quantity.exact(row["bytes"]) if found.unbounded else found
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:

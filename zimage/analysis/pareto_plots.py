@@ -43,10 +43,14 @@ def by_time(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.F
 
 
 def by_bytes(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.Figure:
-    """Error over the bytes that every arm of a `pareto` table needs; `links` as in `by_time`."""
+    """Error over the bytes that every arm of a `pareto` table needs, down to the least of its runs.
+
+    `links` as in `by_time`.
+    """
     rows = usable(frame)
     scale, unit = units.size_unit(float(rows["bytes"].max()) if len(rows) else 1.0)
-    figure = _figure(rows.assign(x=rows["bytes"] / scale, below=0.0, above=0.0), links or {}, logarithmic=False)
+    below = (rows["bytes"] - rows["bytes_low"].fillna(rows["bytes"])) / scale
+    figure = _figure(rows.assign(x=rows["bytes"] / scale, below=below, above=0.0), links or {}, logarithmic=False)
     figure.update_xaxes(title_text=f"memory ({unit})")
     return figure
 
@@ -59,7 +63,7 @@ def facts(row: Mapping[str, Any]) -> list[str]:
         place += joint + row["dominated_by"]
     return [
         f"time {_interval(units.ratio, row, 'time_ratio')} of {row['baseline'] or 'the baseline'}'s",
-        f"memory {units.size(row['bytes'])}",
+        f"memory {_interval(units.size, row, 'bytes')}",
         f"error {_interval(units.significant, row, 'error')}",
         place,
     ]

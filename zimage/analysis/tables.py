@@ -83,8 +83,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         what=_TEXT, metric=_TEXT, changes=_INT, predicted=_FLOAT, measured=_FLOAT, ratio=_FLOAT,
     ),
     "pareto": _schema(
-        baseline=_TEXT, time_ratio=_FLOAT, time_ratio_low=_FLOAT, time_ratio_high=_FLOAT, bytes=_INT, error=_FLOAT,
-        error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT,
+        baseline=_TEXT, time_ratio=_FLOAT, time_ratio_low=_FLOAT, time_ratio_high=_FLOAT, bytes=_INT, bytes_low=_INT,
+        bytes_high=_INT, error=_FLOAT, error_low=_FLOAT, error_high=_FLOAT, category=_TEXT, dominated_by=_TEXT,
     ),
     "power": _schema(
         scope=_TEXT, regime=_TEXT, steps=_INT, time_s=_FLOAT, energy_j=_FLOAT, power_w=_FLOAT, clock_hz=_FLOAT,

@@ -16,7 +16,8 @@ _NOTE = (
     "Time, memory and error of an arm at the end of a denoising run: less of each is better. An arm is dominated where "
     "another is surely no worse in all three and surely better in one, by intervals that lie apart and with "
     f"{units.percent(_MARGINS.time, 0)} of time, {units.percent(_MARGINS.bytes, 0)} of memory and "
-    f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Indistinguishable "
+    f"{units.percent(_MARGINS.error, 0)} of error counting as no difference. Memory is the most of three runs, its "
+    "interval begins with the least. Indistinguishable "
     "from the front is what another beats by the estimates alone, unknown what nothing beats but whose time has no "
     "interval. A click on a point leads to the run that it is from."
 )
@@ -36,7 +37,9 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         chart(pareto_plots.by_bytes(points, links), f"{id}-by-bytes", "Error over memory, of the same arms"),
     ]
     heads = [Head("Arm"), Head("Place"), Head("Dominated by"), Head("By its estimate beaten by")]
-    heads += [Head(name, True) for name in ("Time", "Interval", "Memory", "Error", "Interval")] + [Head("Run")]
+    heads += [Head(name, True) for name in ("Time", "Interval", "Memory", "Interval", "Error", "Interval")] + [
+        Head("Run")
+    ]
     cells = [
         [
             Cell(str(row["arm"])),
@@ -45,6 +48,7 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
             Cell(units.ratio(row["time_ratio"]), "num"),
             Cell(_ends(row, "time_ratio", units.ratio), "num"),
             Cell(units.size(row["bytes"]), "num"),
+            Cell(_ends(row, "bytes", units.size), "num"),
             Cell(units.significant(row["error"]), "num"),
             Cell(_ends(row, "error", units.significant), "num"),
             Cell(

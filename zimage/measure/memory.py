@@ -37,8 +37,14 @@ def needed_bytes(own_bytes: int, work: Callable[[], Any], runs: int = 3) -> int:
     What others hold beside it is no part of that. The most of several runs: how far the host is ahead of the device
     changes what is alive at once, and the first run builds what is not built yet.
     """
+    return needed_range(own_bytes, work, runs)[1]
+
+
+def needed_range(own_bytes: int, work: Callable[[], Any], runs: int = 3) -> tuple[int, int]:
+    """The least and the most that an arm needs alone in several runs; see `needed_bytes`."""
     held = int(mx.get_active_memory())
-    return own_bytes + max(peak_bytes(work) for _ in range(runs)) - held
+    peaks = [peak_bytes(work) for _ in range(runs)]
+    return own_bytes + min(peaks) - held, own_bytes + max(peaks) - held
 
 
 def by_stage(names: Sequence[str], run: Callable[[int], Any]) -> list[dict[str, Any]]:
