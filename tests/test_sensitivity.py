@@ -243,6 +243,44 @@ PATHS = list(sensitivity.linears(Transformer(CONFIG)))
 
 
 @settings(max_examples=40, deadline=None)
+@given(st.lists(COSTS, min_size=len(PATHS), max_size=len(PATHS)), st.floats(0.05, 2.0))
+def test_fusable_recipes_pack_alike_what_fusing_joins(costs: list[list[float]], most_error: float) -> None:
+    """Layers of one product share a choice; bytes and errors are those of the layers, and fusing takes the packing."""
+    sizes = (16, 8, 4, 2)
+    available = {
+        path: [Choice(*one) for one in zip(LADDER, sizes, own, strict=True)]
+        for path, own in zip(PATHS, costs, strict=True)
+    }
+    offered = mixing.fusable(available)
+    assert len(offered) == len(PATHS) - 3 * len({path.rpartition(".")[0] for path in PATHS if path.endswith("to_q")})
+    least = mixing.finest(available)
+    assert math.isclose(mixing.finest(offered).error, least.error, abs_tol=1e-9)  # nothing packed is best for each
+    mix = fewest_bytes(offered, least.error + most_error)
+    packing = mix.packing
+    assert set(packing) == set(PATHS)
+    at = {path: next(c for c in available[path] if c.quantization == way) for path, way in packing.items()}
+    assert mix.bytes == sum(choice.bytes for choice in at.values())
+    assert math.isclose(mix.error, Mix(at).error, abs_tol=1e-9)
+    found = recipes.packing(CONFIG, mix.recipe)
+    for path in PATHS:
+        parent, _, name = path.rpartition(".")
+        if name in ("to_q", "w1"):
+            recipes.of_layer(found, f"{parent}.{'to_qkv' if name == 'to_q' else 'w13'}")  # or raises
+
+
+def test_what_fusing_cannot_join_stays_apart() -> None:
+    """A layer without its fellows keeps its choices, and fellows offer together what all of them have."""
+    one = [Choice(FOUR, 4, 0.2), Choice(EIGHT, 8, 0.1)]
+    alone = {"layers.0.feed_forward.w1": one, "layers.0.feed_forward.w2": one}
+    assert mixing.fusable(alone) == alone
+    both = {**alone, "layers.0.feed_forward.w3": one[:1]}
+    assert mixing.fusable(both) == {
+        "layers.0.feed_forward.w13": [Choice(FOUR, 8, 0.4)],
+        "layers.0.feed_forward.w2": one,
+    }
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.sampled_from([None, EIGHT, FOUR, Quantization.parse("mxfp4")]), min_size=len(PATHS), max_size=len(PATHS)
@@ -338,13 +376,16 @@ def test_a_run_says_whether_its_budget_is_kept(run: Run) -> None:
 
 
 def test_the_recipes_of_a_run_are_files_that_load(run: Run, tmp_path: Path) -> None:
-    """A run's recipe loads the digits in the size that was recorded, and `convert` saves the same bits."""
+    """A run's recipes load in the size that was recorded, `convert` saves the same bits, and fusing takes them."""
     path = run.path / "recipes" / "within_bytes.yaml"
     sizes = run.table("memory").set_index("arm")["bytes"]
     loaded = weights.load_transformer("digits", run_dtype(sizes), str(path))
     assert sum(array.nbytes for array in arrays(loaded).values()) == sizes["recipe as small as 4bit"]
     folder = weights.convert("digits", tmp_path / "mixed", dtype=run_dtype(sizes), quantization=path)
     assert same_bits(arrays(weights.load_transformer(folder, run_dtype(sizes))), arrays(loaded))
+    for name in ("within_bytes", "within_error"):
+        mixed = weights.load_transformer("digits", run_dtype(sizes), str(path.with_stem(name)))
+        assert "w13" in transforms.fuse_gate_up(transforms.fuse_qkv(mixed)).layers[0].feed_forward
     assert (run.path / "recipes" / "within_error.yaml").read_text().startswith("# recipe within 3.0 %: digits (trained")
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from zimage.errors import InputError
 from zimage.quantization import Quantization
-from zimage.recipes import Recipe, Rule
+from zimage.recipes import FUSED, Recipe, Rule, published_paths
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Mix:
-    """One choice for each layer, by its published path, and the factor that their squared errors add up to."""
+    """One choice for each layer, by its published path, and the factor that their squared errors add up to.
+
+    Layers that fusing joins may have one choice together, by the path of the product that it makes of them.
+    """
 
     choices: Mapping[str, Choice]
     factor: float = 1.0
@@ -48,10 +51,38 @@ class Mix:
     @property
     def recipe(self) -> Recipe:
         """The recipe that packs so; layers that are not among these stay unpacked only where the default is."""
-        return recipe({path: choice.quantization for path, choice in self.choices.items()})
+        return recipe(self.packing)
+
+    @property
+    def packing(self) -> dict[str, Quantization | None]:
+        """How each layer is packed, by its published path, those that have one choice together one by one."""
+        return {part: choice.quantization for path, choice in self.choices.items() for part in published_paths(path)}
 
 
 Choices = Mapping[str, Sequence[Choice]]
+
+
+def fusable(choices: Choices) -> Choices:
+    """The choices of layers that fusing joins (QKV, gate and up) as one, by the path of their product.
+
+    A mix of these packs such layers alike, as a product of them all needs it. A choice is one that all of them have,
+    with the sums of their bytes and squared errors.
+    """
+    found: dict[str, Sequence[Choice]] = {}
+    for path, some in choices.items():
+        parent, _, name = path.rpartition(".")
+        fused = next((f"{parent}.{product}" for product, parts in FUSED.items() if name in parts), path)
+        parts = [part for part in published_paths(fused) if part in choices]
+        if fused == path or len(parts) < len(published_paths(fused)):
+            found[path] = some
+        elif fused not in found:
+            each = [{choice.quantization: choice for choice in choices[part]} for part in parts]
+            common = [way for way in each[0] if all(way in one for one in each)]
+            found[fused] = [
+                Choice(way, sum(one[way].bytes for one in each), math.fsum(one[way].squared_error for one in each))
+                for way in common
+            ]
+    return found
 
 
 def finest(choices: Choices, factor: float = 1.0) -> Mix:

@@ -24,11 +24,14 @@ def tables() -> dict[str, pd.DataFrame]:
         ("MLX_MAX_OPS_PER_BUFFER=10", "plain process", "step", 1.02, 1.011, 1.03, "slower"),
     )
     ablation.loc[ablation["arm"] == "wired_limit", "reason"] = "left out: Metal alone has it"
-    errors = {"with_all_ones_mask": 0.0, "bf16_timestep": 0.004, "zero_pad_tokens": 0.45}
+    errors = {"with_all_ones_mask": 0.0, "bf16_timestep": 0.004, "zero_pad_tokens": 0.45, "compile_blocks": 0.0}
     rows = [{"arm": arm, "metric": "relative_l2_error", "baseline": "plain", "value": v} for arm, v in errors.items()]
     rows += [{**row, "baseline": "float32", "value": 0.9} for row in rows]
     rows.append({"arm": "plain", "metric": "relative_l2_error", "baseline": "float32", "value": 0.003})
     rows.append({"arm": "bf16_timestep", "metric": "drift_relative_l2", "baseline": "plain", "step": 2, "value": 0.01})
+    drift = {"metric": "drift_relative_l2", "baseline": "plain"}
+    rows += [{"arm": "compile_blocks", "step": i, "value": v, **drift} for i, v in ((1, 0.0), (2, 0.003))]
+    rows += [{"arm": "with_all_ones_mask", "step": i, "value": 0.0, **drift} for i in (1, 2)]
     rows.append({"arm": "bf16_timestep", "metric": "digit_accuracy", "value": 0.75})
     quality = pd.DataFrame(rows).assign(weights_kind="trained")
     named = {"ablation": ablation, "quality": quality}
@@ -51,6 +54,7 @@ def test_details_are_told_together() -> None:
     assert evidence[2] == (
         "zero_pad_tokens 0.450, bf16_timestep 0.00400",
         "the plain model is 0.00300 away from float32",
+        "only the end of a run changes: compile_blocks 0.00300",
         "no bit changes: with_all_ones_mask",
     )
     assert evidence[4] == ("wired_limit: Metal alone has it",)

@@ -101,7 +101,10 @@ def _changes(quality: pd.DataFrame | None, rows: Mapping[str, Any]) -> Text | No
     if not errors:
         return None
     kinds = "/".join(str(kind) for kind in beside["weights_kind"].dropna().unique())
-    none = [name for name, value in errors.items() if value == 0]
+    ends = final_step(quality[(quality["metric"] == DRIFT) & (quality["value"] > 0)])
+    moved = dict(zip(ends["arm"].astype(str), ends["value"].astype(float), strict=True))
+    none = [name for name, value in errors.items() if value == 0 and name not in moved]
+    late = [f"{name} {units.significant(moved[name])}" for name in errors if errors[name] == 0 and name in moved]
     most = max(errors, key=lambda name: errors[name])
     text = "no detail changes a bit of the velocity here"
     if errors[most] > 0:
@@ -110,7 +113,8 @@ def _changes(quality: pd.DataFrame | None, rows: Mapping[str, Any]) -> Text | No
     evidence = [f"{name} {units.significant(errors[name])}" for name in some]
     own = quality[(quality["metric"] == ERROR) & (quality["baseline"] == "float32") & (quality["arm"] == "plain")]
     yardstick = [f"the plain model is {units.significant(v)} away from float32" for v in own["value"].dropna() if v > 0]
-    unchanged = [f"no bit changes: {', '.join(none)}"] if none else []
+    unchanged = [f"only the end of a run changes: {', '.join(late)}"] if late else []
+    unchanged += [f"no bit changes: {', '.join(none)}"] if none else []
     return text, tuple(filter(None, [", ".join(evidence), *yardstick, *unchanged]))
 
 

@@ -88,7 +88,7 @@ def random_mixes(
     found = []
     for _ in range(count):
         mix = Mix({path: some[int(random.integers(len(some)))] for path, some in available.items()})
-        changes = sum(choice.quantization is not None for choice in mix.choices.values())
+        changes = sum(quantization is not None for quantization in mix.packing.values())
         measured = reference.velocity(packed(reference.model, mix.recipe)).error
         found.append(Sum(RANDOM, "velocity", changes, mix.error, measured))
         advance()

@@ -96,6 +96,4 @@ def block_bytes(reference: Reference, quantization: Quantization) -> int:
 
 def counted(mix: Mix) -> dict[str, int]:
     """How many layers are packed in which way, the most common first."""
-    return {
-        str(name or "not packed"): n for name, n in Counter(c.quantization for c in mix.choices.values()).most_common()
-    }
+    return {str(name or "not packed"): n for name, n in Counter(mix.packing.values()).most_common()}
