@@ -111,7 +111,7 @@ def test_a_notebook_says_what_is_known_so_far(path: Path) -> None:
     for line in said:
         assert line.startswith(SO_FAR) and 30 < len(line) - len(SO_FAR) < 260 and line.endswith(".")
         assert "synthetic weights" in line or "trained digits" in line
-        found = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+        found = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("findings", "evidence"))
         numbers = re.findall(r"(?<![\w.,])\d[\d.,]*(?<![.,])", line.removeprefix(SO_FAR))
         assert [one for one in numbers if not re.search(rf"(?<![\d.,]){re.escape(one)}(?![\d]|[.,]\d)", found)] == []
 
