@@ -111,6 +111,8 @@ def execute(
         content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for _, one, _ in told]}
         lines.append(f"{suite.name}: {_counts(whole, time.monotonic() - started)}")
     show(content, as_json, lambda: lines)
+    for doubt in machine.doubts([run.facts for run in (*whole.completed, *whole.found)]):
+        terminal.note(doubt)
     return 1 if whole.failed else 0
 
 
