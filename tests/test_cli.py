@@ -239,6 +239,29 @@ def test_unwritable_results(project: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "assets" in err and err.endswith("choose another folder with --results\n")
 
 
+def test_a_finished_sweep_in_results_to_read_only(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where all runs are there and nothing can be written it says what they found, exit 0, and changes nothing."""
+    ran = fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    page = project / "results" / "demo" / "index.html"
+    page.write_text("as it was")
+    files = {path: path.read_bytes() for path in (project / "results").rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    status, out, err = zimage(capsys, *SWEEP)
+    assert (status, err) == (0, "zimage: results: cannot be written; its pages stay as they are\n")
+    first, *found, last = out.splitlines()[1:]
+    assert first == "demo: 0 completed, 0 failed, 3 done before"
+    assert found == ["On cpu-test-2c:", *(f"- x: m 1.00 [batch={n}]" for n in (1, 2, 3))]
+    assert last == "page: results/demo/index.html"
+    assert {path: path.read_bytes() for path in (project / "results").rglob("*") if path.is_file()} == files
+    page.unlink()
+    status, out, _ = zimage(capsys, *SWEEP, "--json")
+    assert (status, json.loads(out)["page"], len(ran)) == (0, None, 3)
+    assert zimage(capsys, *SWEEP, "--fresh")[0] == 0 and len(ran) == 6
+
+
 def test_show_of_no_run_of_an_experiment(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
