@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.lab.making import FACTS, PARAMETERS, RECORDS, fake_kernels, write_experiment, write_notebook
-from zimage import __version__, cli
+from zimage import __version__, cli, machine
 from zimage.lab import dashboard, keys, terminal
 from zimage.lab.runner import Job
 from zimage.lab.store import Store
@@ -20,6 +20,7 @@ import pytest
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(keys, "device_facts", lambda _device="auto": FACTS)
+    monkeypatch.setattr(machine, "facts_now", dict)
     parameters = f"{PARAMETERS}seed: int = 0\ntransforms: list = []\n"
     write_notebook(tmp_path / "notebooks" / "a.ipynb", RECORDS, parameters=parameters)
     write_experiment(tmp_path, "grid: {batch: [1, 2, 3]}\nquick: {grid: {batch: [1]}}\n")
@@ -68,9 +69,27 @@ def test_doubtful_machines_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(terminal, "note", noted.append)
     _, out, _ = zimage(capsys, *SWEEP, "--fresh", "--json")
     assert json.loads(out)["experiment"] == "demo"
-    assert noted == ["timings may be off: on battery power; low-power mode is on (zimage doctor says more)"]
+    before = "timings may be off: on battery power; low-power mode is on (zimage doctor says more)"
+    after = "Times may be off: at the start of 3 of 3 runs on battery power."
+    assert noted == [before, after]
+    assert after in Path("results/demo/index.html").read_text()
     assert zimage(capsys, *SWEEP)[0] == 0
-    assert len(noted) == 1  # nothing was left to do
+    assert noted == [before, after, after]  # nothing was left to do
+
+
+@pytest.mark.usefixtures("project")
+def test_work_that_begins_later_is_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What kept the cores busy as a run started, after the sweep began, is one line at the end; else there is none."""
+    fake_kernels(monkeypatch)
+    noted: list[str] = []
+    monkeypatch.setattr(terminal, "note", noted.append)
+    zimage(capsys, *SWEEP)
+    assert noted == []
+    cores = {"device_type": "cpu", "cores": "2", "machine_cores": "2"}
+    busy = iter(["0.0", "2.0", "2.0"])
+    monkeypatch.setattr(machine, "facts_now", lambda facts: {**facts, **cores, "other_busy_cores": next(busy)})
+    zimage(capsys, *SWEEP, "--fresh")
+    assert noted == ["Times may be off: at the start of 2 of 3 runs other work keeps 2.0 of 2 CPU cores busy."]
 
 
 def test_a_quick_sweep_tells_what_leaves_the_page(
@@ -218,6 +237,29 @@ def test_unwritable_results(project: Path, monkeypatch: pytest.MonkeyPatch, caps
     status, out, err = zimage(capsys, *SWEEP)
     assert (status, ran, out.count("\n"), err.count("\n")) == (1, [1, 2, 3], 1, 1)
     assert "assets" in err and err.endswith("choose another folder with --results\n")
+
+
+def test_a_finished_sweep_in_results_to_read_only(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where all runs are there and nothing can be written it says what they found, exit 0, and changes nothing."""
+    ran = fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    page = project / "results" / "demo" / "index.html"
+    page.write_text("as it was")
+    files = {path: path.read_bytes() for path in (project / "results").rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    status, out, err = zimage(capsys, *SWEEP)
+    assert (status, err) == (0, "zimage: results: cannot be written; its pages stay as they are\n")
+    first, *found, last = out.splitlines()[1:]
+    assert first == "demo: 0 completed, 0 failed, 3 done before"
+    assert found == ["On cpu-test-2c:", *(f"- x: m 1.00 [batch={n}]" for n in (1, 2, 3))]
+    assert last == "page: results/demo/index.html"
+    assert {path: path.read_bytes() for path in (project / "results").rglob("*") if path.is_file()} == files
+    page.unlink()
+    status, out, _ = zimage(capsys, *SWEEP, "--json")
+    assert (status, json.loads(out)["page"], len(ran)) == (0, None, 3)
+    assert zimage(capsys, *SWEEP, "--fresh")[0] == 0 and len(ran) == 6
 
 
 def test_show_of_no_run_of_an_experiment(

@@ -81,6 +81,40 @@ def test_a_gate_that_requires_all(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(lacking) == [(0, 1), (1, 0)]
 
 
+def test_a_gate_whose_reference_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --require-all it is 1 where a table or a run of A cannot be read, even if nothing is left to compare."""
+    a, b = both(tmp_path)
+    for root in (a, b):
+        packed(root, "cc33", "8bit")
+    path = a / "qkv" / "aa11" / "tables" / "ablation.parquet"
+    path.write_bytes(b"garbage")
+    status, out, err = zimage(capsys, "compare", a, b)
+    assert status == 0 and "aa11" in err and err.count("\n") == 1
+    assert out.endswith("no regression in what could be judged: 1 table of A cannot be read\n")
+    told = "zimage: --require-all: 1 table of A cannot be read\n"
+    status, _, err = zimage(capsys, "compare", a, b, "--require-all")
+    assert status == 1 and err.endswith(told)
+    status, out, err = zimage(capsys, "compare", a / "qkv", b / "qkv", "--require-all", "--json")
+    assert (status, strict(out)["unreadable_tables"]) == (1, 1) and err.endswith(told)
+    assert zimage(capsys, "compare", a / "qkv", b / "qkv")[0] == 2
+    (a / "qkv" / "aa11" / "run.json").write_text("{")
+    status, _, err = zimage(capsys, "compare", a, b, "--require-all")
+    assert status == 1 and "--require-all: " in err.splitlines()[-1] and "aa11" in err.splitlines()[-1]
+
+
+def test_a_gate_after_a_typo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """B's failed run of other arms is no regression; with --require-all, A's run lacks its counterpart: exit 1."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    packed(a, "aa11", "8bit")
+    packed(b, "bb22", "-1", status="failed", error="ValueError: no")
+    status, out, err = zimage(capsys, "compare", a, b)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "modes ['8bit'] against ['-1']" in err
+    status, out, err = zimage(capsys, "compare", a, b, "--require-all")
+    lacking, undecided = "1 run of A has no counterpart in B", "no time ratio is decided"
+    assert (status, err) == (1, f"zimage: --require-all: {lacking} and {undecided}\n")
+    assert "(a regression)" not in out and out.endswith(f" in what could be judged: {lacking}, {undecided}\n")
+
+
 def clocked(root: Path, *arms: str, **meta: Any) -> Path:
     """A store with a run of qkv_fusion that keeps the samples of a step of these arms, or of both."""
     timed = fabricated.samples(*arms or PAIR[1::-1]).assign(scope="step", regime="burst")

@@ -21,7 +21,7 @@ def _positive(_context: click.Context, _option: click.Parameter, percent: float 
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--require-all", is_flag=True,
-              help="Exit 1 also where B lacks a run or row of A, or no time ratio is decided.")  # fmt: skip
+              help="Exit 1 also where B lacks any of A, A cannot be read, or no time ratio is decided.")  # fmt: skip
 @click.option("--times", type=float, callback=_positive, metavar="PERCENT",
               help="Exit 1 also where a step or trajectory takes over PERCENT longer in B, on one device.")  # fmt: skip
 @click.option("--rerun", is_flag=True, help="Time the step of both anew, in fresh processes in turns.")
@@ -41,8 +41,9 @@ def compare(
     and PATH/experiment/key too. What has the same notebook, weights, seed and other inputs on both sides is judged:
     time ratios to each side's own baseline, bytes and quality. The rest is listed with why it is not compared. Results
     of B that cannot be read count as a regression. With --require-all it exits 1 also where a run or row of A has no
-    counterpart in B, or A has time ratios and none is decided. With --times the seconds of both are judged too, which
-    no clock links: give more than what two sweeps of one version differ by. Needs no MLX but to rerun.
+    counterpart in B, results of A cannot be read, or A has time ratios and none is decided. With --times the seconds of
+    both are judged too, which no clock links: give more than what two sweeps of one version differ by. Needs no MLX but
+    to rerun.
     """
     from zimage.lab import comparing, rerunning
     from zimage.lab.store import Store
@@ -58,13 +59,13 @@ def compare(
     terminal.skipped(list(dict.fromkeys(problem for one in sides for problem in one.problems)))
     if rerun:
         return rerunning.rerun(*sides, pythons, pairs, samples, as_json)
-    found = comparing.compare(*sides, times)
+    found = comparing.compare(*sides, times, require_all)
     terminal.show(comparing.content(*sides, found), as_json, lambda: comparing.lines(*sides, found))
     if sides[1].problems and not found.worse:
         terminal.complain(f"not known to be free of regressions: {sides[1].problems[0]}")
     if comparing.unjudged(found) and not require_all:
         terminal.complain(f"--times judged nothing: {comparing.NO_TIMES}")
-    lacking = comparing.incomplete(found) if require_all else ""
+    lacking = comparing.incomplete(found) or next(iter(sides[0].problems), "") if require_all else ""
     if lacking:
         terminal.complain(f"--require-all: {lacking}")
     return 1 if found.worse or sides[1].problems or lacking else 0

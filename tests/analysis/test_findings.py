@@ -79,6 +79,16 @@ def test_an_undecided_verdict_is_no_claim(verdict: str | None) -> None:
     assert found.verdict == "inconclusive"
 
 
+def test_an_undecided_interval_without_one_says_why() -> None:
+    """Where the interval excludes 1 the short form, too, says why nothing is decided; where it holds 1 it need not."""
+    why = "the difference is within the noise floor of 4.6 %"
+    for high, told in ((0.98, f": {why}"), (1.02, "")):
+        (found,) = findings(one("a", "b", "step", 0.96, 0.933, high, "inconclusive", reason=why))
+        numbers = f"ratio 0.960, 95 % interval 0.933 to {high:.3f}"
+        assert found.evidence == (numbers, why)
+        assert found.short == f"whether a is faster than b per step is undecided ({numbers}{told})"
+
+
 def test_a_missing_ratio_is_not_measured() -> None:
     """A verdict without a ratio behind it claims nothing."""
     (found,) = findings(one("a", "b", "step", None, None, None, "faster"))

@@ -384,6 +384,26 @@ def test_a_run_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     assert compared(b, a).worse == 0 and "the run of A failed: ValueError: no" in said(b, a)
 
 
+def test_a_run_that_fails_on_other_arms_is_no_regression(tmp_path: Path) -> None:
+    """Where B's failed run asked for other arms than A's, nobody asked A for these: A's run has no counterpart."""
+    a, b = both(tmp_path)
+    packed(a, "aa11", "8bit", "4bit")
+    packed(b, "bb22", "8bit", "4bti", status="failed", error="ValueError: no")
+    found = compared(a, b)
+    (one,) = found.left_out
+    others = "modes ['8bit', '4bit'] against ['8bit', '4bti']"
+    assert one.what == "B quantization/bb22" and one.reason == (
+        f"it failed, and asked for other rows than A's quantization/aa11 ({others}): ValueError: no"
+    )
+    assert (found.worse, found.missing_runs) == (0, 1)
+    assert comparing.incomplete(found) == "1 run of A has no counterpart in B"
+    packed(b, "cc33", "8bit", device="cpu-other")  # a run that completed is compared, if on another device
+    again = compared(a, b)
+    assert (again.worse, again.missing_runs, [pair.b.name for pair in again.pairs][-1]) == (0, 0, "quantization/cc33")
+    packed(b, "dd44", "8bit", "4bit", status="failed", error="ValueError: no")  # and one that asked for the same counts
+    assert compared(a, b).worse == 1
+
+
 def test_if_all_fails_now_that_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where every run of B failed it is status 1, not one that was asked wrongly; A needs a completed run."""
     a, b = both(tmp_path, status="failed", error="ValueError: no")
@@ -511,6 +531,20 @@ def test_damage_is_told_and_costs_only_itself(tmp_path: Path) -> None:
     one = comparing.side(str(b), Store(a))
     assert len(one.problems) == 2 and [run.name for run in one.runs] == ["qkv/aa11"]
     assert len(compared(a, b).rows) == 3
+
+
+@pytest.mark.parametrize("table", ["ablation", "samples"])
+def test_tables_of_a_that_cannot_be_read_are_counted(table: str, tmp_path: Path) -> None:
+    """Those of A's completed runs stand in the last line, judged or not; of B's they do not."""
+    tables = {"ablation": qkv(), "samples": fabricated.samples(*PAIR[:2]), "memory": quantization()["memory"]}
+    for name in "ab":
+        put(tmp_path / name, tables=tables)
+    (tmp_path / "a" / "qkv" / "aa11" / "tables" / f"{table}.parquet").write_bytes(b"garbage")
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert found.rows and (found.unreadable, found.worse) == (1, 0)
+    assert comparing.incomplete(found) == "1 table of A cannot be read"
+    assert "no regression in what could be judged: 1 table of A cannot be read" in comparing.summary(found)
+    assert compared(tmp_path / "b", tmp_path / "a").unreadable == 0
 
 
 def test_what_could_not_be_judged_is_counted(tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ def test_nothing_changed(tmp_path: Path) -> None:
     assert finding.verdict == "inconclusive"
 
 
+def test_a_change_within_the_noise_floor_says_so(tmp_path: Path) -> None:
+    """A change whose interval excludes 1 and that is inconclusive all the same has the reason in its line."""
+    for place, ratio in enumerate((1.0, 0.9)):
+        row = ("fused_qkv", "separate_qkv", "step", ratio, ratio - 0.01, ratio + 0.01, "faster")
+        add(tmp_path, f"a{place}", f"0.3{place}.0", tables={"ablation": ablation(row).assign(noise_floor=0.1)})
+    (line,) = [line for line in trends.lines("e", [only(tmp_path)]) if "inconclusive" in line]
+    assert line.endswith("(0.887 to 0.914): the difference is within the noise floor of 14.1 %")
+
+
 def test_an_arm_that_is_not_always_there(tmp_path: Path) -> None:
     """An arm is judged since the last version that measured it, and one without an earlier one has no change."""
     step = ("separate_qkv", "step", 0.95, 0.949, 0.951, "faster")

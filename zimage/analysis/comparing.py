@@ -7,7 +7,7 @@ arm, stage and metric for bytes; arm, metric and baseline for quality at the las
     a time ratio    slower: the interval of B / A excludes 1, beyond both recorded noise floors, added in squares
     bytes           weights, and on one device the peak of a step, more than 1 % larger
     quality         the interval of B - A excludes 0 for the worse; without intervals, worse by more than 10 %
-    a run           that completed in A and failed in B
+    a run           that completed in A and failed in B, where it asked for what that of A asked for
 
 The intervals of all times and qualities of one comparison hold together with 95 %, and noise floors are widened with
 them, so that a gate over many of them rarely closes by chance. Absolute times are context: no clock links two runs, so
@@ -136,6 +136,7 @@ class Compared:
     together: int  # intervals that hold at once
     timed: bool = False  # whether completed runs of A have time ratios
     percent: float | None = None  # by how much the times of B may be longer; None where they are not judged
+    unreadable: int = 0  # tables of completed runs of A that cannot be read
 
     @property
     def rows(self) -> list[Row]:
@@ -208,7 +209,8 @@ def compare(a: Sequence[Recorded], b: Sequence[Recorded], percent: float | None 
         pairs.append(Pair(one, two, rows, missing, _notes(one, two), _steps(times, one, two), times))
     differing = matching.environments([p.a.facts for p in pairs], [p.b.facts for p in pairs])
     timed = any(_has(table, run) for table in TIMES for run in a if not run.error)
-    return Compared(pairs, alone, differing, together, timed, percent)
+    unreadable = sum(len(run.unreadable) for run in a if not run.error)
+    return Compared(pairs, alone, differing, together, timed, percent, unreadable)
 
 
 def steps_s(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
@@ -397,8 +399,12 @@ def _told(table: str, about: tuple[str, ...]) -> str:
 def _failed(a: Recorded, b: Recorded) -> Alone:
     if not b.error:
         return Alone(f"B {b.name}", f"the run of A failed: {a.error}")
-    also = ", as it did in A" if a.error else ", and completed in A"
-    return Alone(f"B {b.name}", f"it failed{also}: {b.error}", worse=not a.error)
+    if a.error:
+        return Alone(f"B {b.name}", f"it failed, as it did in A: {b.error}")
+    if others := matching.differences(a, b):  # nobody asked A for these
+        reason = f"it failed, and asked for other rows than A's {a.name} ({', '.join(others)}): {b.error}"
+        return Alone(f"B {b.name}", reason, missing_runs=1)
+    return Alone(f"B {b.name}", f"it failed, and completed in A: {b.error}", worse=True)
 
 
 def _notes(a: Recorded, b: Recorded) -> list[str]:

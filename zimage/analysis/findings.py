@@ -197,7 +197,9 @@ def time_finding(row: Mapping[str, object]) -> Finding:
         text = f"whether {arm} is faster than {baseline}{where} is undecided"
     reason = _text(row.get("reason")) if verdict == "inconclusive" else ""
     evidence = (_numbers(row), *([reason] if reason else []))
-    return Finding(text, verdict, evidence, f"{text} ({_range(row)})")
+    # An interval that holds 1 says by itself why there is no answer.
+    why = f": {reason}" if reason and units.excludes_one(row.get("ratio_low"), row.get("ratio_high")) else ""
+    return Finding(text, verdict, evidence, f"{text} ({_range(row)}{why})")
 
 
 def families(frame: pd.DataFrame | None) -> list[Finding]:

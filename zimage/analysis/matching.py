@@ -137,10 +137,10 @@ def match(a: Sequence[Recorded], b: Sequence[Recorded], allowed: Sequence[str] =
     """Runs of A and B with the same notebook and inputs, but for OF_THE_ROWS and the `allowed` ones, in pairs; and what
     is left over.
 
-    Of several that fit, those that differ in nothing count first, then those with the same parameters, then those of
-    the same device; of others then such as share more rows; then those of the same effort, then of the same experiment,
-    then such as completed, then the newest. A run that does not tell which of several it is like, see `untold`, is in
-    no pair, unless they differ in OF_THE_ROWS alone.
+    Of several that fit, those that differ in nothing count first, and of others such as completed; then those with the
+    same parameters, then those of the same device; of others then such as share more rows; then those of the same
+    effort, then of the same experiment, then such as completed, then the newest. A run that does not tell which of
+    several it is like, see `untold`, is in no pair, unless they differ in OF_THE_ROWS alone.
     """
     allowed = (*allowed, *OF_THE_ROWS)
     sides = {"A": a, "B": b}
@@ -176,7 +176,8 @@ def _nearness(pair: tuple[Recorded, Recorded]) -> tuple[bool | int | str, ...]:
     agree, same = not differences(a, b), a.inputs.keys() == b.inputs.keys()
     efforts = [{name: run.parameters.get(name) for name in OF_THE_EFFORT} for run in pair]
     return (
-        agree, same, a.device == b.device, 0 if agree and same else len(a.rows & b.rows),
+        agree, agree or not (a.error or b.error), same, a.device == b.device,
+        0 if agree and same else len(a.rows & b.rows),
         efforts[0] == efforts[1], a.experiment == b.experiment, not a.error, a.started, not b.error, b.started,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ Every function takes a plain number and returns text; a missing value (None or N
 
 import math
 from datetime import UTC, datetime
+from typing import Any
 
 MISSING = "\u2013"  # an en dash
 
@@ -19,6 +20,11 @@ def missing(value: object) -> bool:
         return not math.isfinite(float(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return True
+
+
+def excludes_one(low: Any, high: Any) -> bool:
+    """Whether an interval of ratios has two ends, and 1 does not lie between them."""
+    return not (missing(low) or missing(high)) and bool(low > 1 or high < 1)
 
 
 def time_unit(value_s: float) -> tuple[float, str]:

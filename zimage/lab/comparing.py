@@ -83,13 +83,13 @@ def recorded(run: Run, names: Collection[str] = _TABLES) -> Recorded:
     )  # fmt: skip
 
 
-def compare(a: Side, b: Side, percent: float | None = None) -> Compared:
+def compare(a: Side, b: Side, percent: float | None = None, require_all: bool = False) -> Compared:
     """Compare B with A; if `percent` is given, a time that grew by more is a regression too.
 
-    Raises StoreError, which says why, where there is nothing to compare.
+    Raises StoreError, which says why, where there is nothing to compare; with `require_all` that is a finding too.
     """
     found = comparing.compare(a.runs, b.runs, percent)
-    if found.rows or found.worse or (percent is not None and found.times):
+    if found.rows or found.worse or (percent is not None and found.times) or (require_all and incomplete(found)):
         return found
     left_out = sorted(found.left_out, key=lambda one: " against " not in one.reason)  # the nearest miss first
     reasons = list(dict.fromkeys(f"{one.what}: {one.reason}" for one in left_out))
@@ -110,6 +110,7 @@ def content(a: Side, b: Side, found: Compared) -> dict[str, Any]:
         "not_compared": [vars(one) for one in found.left_out],
         "missing_runs": found.missing_runs,
         "missing_rows": found.missing_rows,
+        "unreadable_tables": found.unreadable,
         "undecided": found.undecided,
         "times_undecided": found.times_undecided,
         "times": {
@@ -160,7 +161,7 @@ def summary(found: Compared) -> str:
 
 
 def incomplete(found: Compared) -> str:
-    """Why not all that A has was judged, "" where it was: what B lacks, or that no time ratio or time was."""
+    """Why not all that A has was judged, "" where it was: what B lacks or cannot be read, or that no time was."""
     undecided = ["no time ratio is decided"] if found.times_undecided else []
     return " and ".join([*_missing(found), *undecided, *([NO_TIMES] if unjudged(found) else [])])
 
@@ -171,13 +172,14 @@ def unjudged(found: Compared) -> bool:
 
 
 def _missing(found: Compared) -> list[str]:
-    """How many runs and rows of A have no counterpart in B."""
+    """How many runs and rows of A have no counterpart in B, and how many of its tables cannot be read."""
     counts = {"run": found.missing_runs, "row": found.missing_rows}
-    return [
+    told = [
         f"{_several(count, what)} of A {'have' if count > 1 else 'has'} no counterpart in B"
         for what, count in counts.items()
         if count
     ]
+    return told + [f"{_several(found.unreadable, 'table')} of A cannot be read"] * bool(found.unreadable)
 
 
 def _undecided(found: Compared) -> list[str]:

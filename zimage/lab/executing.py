@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from zimage import machine, trust
@@ -73,8 +74,8 @@ def execute(
 ) -> int:
     """Do the runs of each part, build its page, say what came out. With a suite as long as they fit its time.
 
-    Unless a run was started, an unwritable store is status 2. Raises InputError for a run that does not fit the device,
-    before anything is done, unless `force`.
+    Unless a run was started, an unwritable store is status 2, or 0 where all is there and on record. Raises InputError
+    for a run that does not fit the device, before anything is done, unless `force`.
     """
     jobs = [job for part in parts for job in part.jobs]
     to_do = sweep.missing(jobs, store, fresh)
@@ -89,13 +90,16 @@ def execute(
     for part in parts:
         if hides := part.hides():
             terminal.note(hides)
+    closed = not to_do and all(_is_closed(part, store) for part in parts)
+    if closed:
+        complain(f"{store.root}: cannot be written; its pages stay as they are")
     started = time.monotonic()
     limit = sweep.NO_LIMIT if suite is None else Budget(suite.budget_s, estimates)
     teller, told = Teller(jobs, estimates), []
     try:
         with _farewells(), machine.awake(), teller:
             for part in parts:
-                told.append(_do(part, store, teller, fresh, limit))
+                told.append(_found(part, store) if closed else _do(part, store, teller, fresh, limit))
     except KeyboardInterrupt:
         done = len(jobs) - len(sweep.missing(jobs, store))
         complain(
@@ -111,6 +115,8 @@ def execute(
         content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for _, one, _ in told]}
         lines.append(f"{suite.name}: {_counts(whole, time.monotonic() - started)}")
     show(content, as_json, lambda: lines)
+    for doubt in machine.doubts([run.facts for run in (*whole.completed, *whole.found)]):
+        terminal.note(doubt)
     return 1 if whole.failed else 0
 
 
@@ -121,17 +127,44 @@ def _do(
 
     What the time did not reach keeps its record and page as they were.
     """
-    jobs, name, started = part.jobs, part.jobs[0].experiment, time.monotonic()
-    outcome = sweep.sweep(jobs, store, teller, fresh, limit, part.note)
-    said = f"{name}: {_counts(outcome, time.monotonic() - started)}"
+    name, started = part.jobs[0].experiment, time.monotonic()
+    outcome = sweep.sweep(part.jobs, store, teller, fresh, limit, part.note)
+    took_s = time.monotonic() - started
+    page = None
+    if outcome.completed or outcome.failed or outcome.found:
+        page = dashboard.build(store, [name])[0]  # before anything is printed: whoever reads may have closed the pipe
+    return outcome, *_told(part, store, outcome, took_s, page)
+
+
+def _is_closed(part: Part, store: Store) -> bool:
+    """Whether an experiment cannot be written, and need not be: its record asks for all of these jobs already."""
+    name = part.jobs[0].experiment
+    return not store.writable(name) and {job.key for job in part.jobs} <= {run.key for run in store.current(name)}
+
+
+def _found(part: Part, store: Store) -> tuple[Outcome, dict[str, Any], list[str]]:
+    """The same as `_do` of jobs that are all done, in a store that cannot be written."""
+    name = part.jobs[0].experiment
+    there = [store.done(name, job.key) for job in part.jobs]
+    outcome = Outcome(found=[run for run in there if run is not None])
+    page = store.root / name / "index.html"
+    return outcome, *_told(part, store, outcome, 0.0, page if page.is_file() else None)
+
+
+def _told(
+    part: Part, store: Store, outcome: Outcome, took_s: float, page: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What came of the jobs of one experiment, for programs and in lines."""
+    jobs, name = part.jobs, part.jobs[0].experiment
+    said = f"{name}: {_counts(outcome, took_s)}"
     ended = {run.key: run.status for run in (*outcome.completed, *outcome.failed, *outcome.found)}
     runs = [{"key": j.key, "status": ended.get(j.key, "left out"), "notebook": j.notebook.name} for j in jobs]
+    content = {"experiment": name, "runs": runs, "finding": None, "page": None if page is None else str(page)}
     if not ended:
-        return outcome, {"experiment": name, "runs": runs, "finding": None, "page": None}, [said]
-    pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
+        return content, [said]
     finding = dashboard.findings(store, name, {job.key for job in jobs})
-    content = {"experiment": name, "runs": runs, "finding": finding.sentence, "page": str(pages[0])}
-    return outcome, content, [said, *finding.lines(columns()), f"page: {link(pages[0])}"]
+    where = [] if page is None else [f"page: {link(page)}"]
+    return content | {"finding": finding.sentence}, [said, *finding.lines(columns()), *where]
 
 
 def _counts(outcome: Outcome, took_s: float) -> str:

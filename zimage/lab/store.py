@@ -300,6 +300,10 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    def writable(self, experiment: str) -> bool:
+        """Whether the folders of the store and of the experiment, which are there, can be written to."""
+        return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self.root, self.root / check_name(experiment)))
+
     def write_experiment(self, name: str, content: dict[str, Any]) -> None:
         """Put experiment.json in place: what a sweep asked for."""
         write_json(self.root / check_name(name) / "experiment.json", content)

@@ -80,7 +80,7 @@ def transfer(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def note(line: str) -> None:
-    """One line on standard error before long work, for who watches: nothing in a pipe."""
+    """One line on standard error before or after long work, for who watches: nothing in a pipe."""
     if sys.stderr.isatty():
         click.echo(line, err=True)
 

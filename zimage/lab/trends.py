@@ -111,7 +111,9 @@ def _ratio(point: Point) -> str:
         return text
     change = point.change.interval
     ends = f" ({units.ratio(change.low)} to {units.ratio(change.high)})" if change.high < math.inf else ""
-    return f"{text}  {point.change.verdict}, {units.ratio(change.value)} times the ratio before{ends}"
+    open_still = point.change.verdict == "inconclusive" and units.excludes_one(change.low, change.high)
+    why = f": {point.change.reason}" if open_still else ""
+    return f"{text}  {point.change.verdict}, {units.ratio(change.value)} times the ratio before{ends}{why}"
 
 
 def _point_content(point: Point) -> dict[str, Any]:
