@@ -17,7 +17,10 @@ PACKAGE = ROOT / "zimage"
 # Lowest first. A module imports from its own row and from those below it, never from above.
 ROWS = (
     {"config", "errors", "lengths", "quantization", "strict", "yaml_lines"},
-    {"measure", "backend", "blas", "choices", "doctor", "machine", "practices", "sensors", "transform_names", "trust"},
+    {
+        *("measure", "backend", "blas", "choices", "doctor", "machine", "names", "practices", "reusing", "sensors"),
+        *("streams", "transform_names", "trust"),
+    },
     {"sources", "hub"},
     {"adapters", "recipes", "recipe_files", "mixing"},
     {"kernels", "rope", "patchify", "rounding", "launching", "caching", "contents"},
@@ -41,7 +44,7 @@ WITHOUT_MLX = (
     *("measure.arguments", "measure.quads", "measure.floor", "measure.blocks", "measure.power"),
     *("lab.comparing", "lab.rerunning", "lab.trends", "compare_commands", "options"),
     *("lab.claims", "lab.fitting", "quantization", "recipes", "recipe_files", "mixing", "lengths", "sources", "hub"),
-    *("practices", "transform_names", "lab.values", "lab.notebook"),
+    *("names", "practices", "reusing", "streams", "transform_names", "ladder", "levers", "lab.values", "lab.notebook"),
     "adapters",
 )
 HEAVY = ("mlx.core", "jupyterlab", "jupyter_client", "papermill", "plotly", "pandas", "pyarrow", "torch", "sklearn")

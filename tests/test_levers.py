@@ -127,15 +127,6 @@ def test_a_recipe_is_an_arm(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_notebook_refuses_before_it_loads(tmp_path: Path) -> None:
-    """An arm that is not known ends the run with one line, before anything is measured."""
-    path = ROOT / "notebooks" / "pareto.ipynb"
-    assert cli.main(["run", str(path), "-p", "arms", '["8bit + fat"]', "--results", str(tmp_path)]) == 1
-    (run,) = Store(tmp_path).runs("pareto")
-    assert "transform 'fat' is not known" in run.meta["error"] and set(run.tables()) <= {"environment"}
-
-
-@pytest.mark.usefixtures("in_process")
 def test_the_notebook_refuses_packed_weights(tmp_path: Path) -> None:
     """Weights that are packed already have no float32 to be measured against: one line, before they are loaded."""
     stored = convert("digits", tmp_path / "packed", "float32", "8bit")

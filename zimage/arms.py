@@ -16,7 +16,7 @@ from zimage.low_memory import chunk_feed_forward
 from zimage.recipes import Asked
 from zimage.rounding import INPUT_MODES
 from zimage.scopes import SCOPES, Work
-from zimage.transform_names import require_known
+from zimage.transform_names import FAST, require_known
 from zimage.transformer import Transformer
 from zimage.transforms import (
     blocks,
@@ -32,10 +32,6 @@ from zimage.weights import load_transformer
 
 import mlx.core as mx
 
-FAST = (  # what makes the fast step, in this order
-    *("fuse_qkv", "fuse_gate_up", "fuse_modulation", "fuse_norm_rope", "flash_attention", "fuse_residual_norm"),
-    *("fuse_swiglu", "join_blocks", "compile_blocks", "submit_early", "keep_captions"),
-)
 _STACKED = {  # transforms that make new weights, in which part of a block
     "fuse_qkv": "attention",
     "fuse_gate_up": "feed_forward",

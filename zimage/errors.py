@@ -1,6 +1,7 @@
 """Errors a user can meet. Each is one line: what went wrong, where, and what to do."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -58,6 +59,13 @@ def require_integer(name: str, value: object, least: int, most: int | None = Non
     if not fits or (most is not None and value > most):  # type: ignore[operator]
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} must be an integer {span}, found {value!r:.60}")
+
+
+def require_number(name: str, value: object, least: float) -> None:
+    """Raise InputError unless the argument called `name` is a finite number from `least` on."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not least <= value < math.inf:  # type: ignore[operator]
+        raise InputError(f"{name} must be a number of at least {least:g}, found {value!r:.60}")
 
 
 def require_seed(seed: object) -> None:

@@ -2,16 +2,18 @@
 
 A fused product may be faster alone and the step no faster: what comes after reads its parts with strides, or copies
 them first. Every arm is compared in one scope after the other, each of which holds the one before, with a baseline that
-differs from it in nothing but the fusion.
+differs from it in nothing but the fusion. What may be asked for is known without MLX.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from zimage import arms
 from zimage.errors import InputError
-from zimage.scopes import SCOPES
-from zimage.transformer import Transformer
+from zimage.names import SCOPES, require_each_once
+
+if TYPE_CHECKING:
+    from zimage.transformer import Transformer
 
 _QKV = ("qkv", "qkv_norm", "qkv_norm_rope", "attention", "block", "step")
 _GATE_UP = ("gate_up", "gate_up_swiglu", "feed_forward", "block", "step")
@@ -58,17 +60,28 @@ class Family:
         return self.scope, BASELINES[self.baseline]
 
 
+def require_arms(names: Sequence[str]) -> None:
+    """Raise InputError unless these are names of ARMS, each once, one at least."""
+    require_each_once("arms", names, ARMS)
+
+
+def require_scopes(scopes: Sequence[str]) -> list[str]:
+    """The scopes that these names stand for. Raises InputError for what `families` refuses."""
+    scopes = list(SCOPES) if scopes == ["all"] else scopes
+    require_each_once("scopes", scopes, SCOPES)
+    if "step" not in scopes:
+        raise InputError(f"scopes must hold 'step', which the verdict is about, found {list(scopes)}")
+    return list(scopes)
+
+
 def families(names: Sequence[str], scopes: Sequence[str]) -> list[Family]:
     """The comparisons of these arms in these scopes, from the narrowest scope to the step; ["all"] is every scope.
 
     Raises InputError for what is no list of known names, each once, for scopes without `step`, which the verdict is
     about, and for no arms.
     """
-    _require("arms", names, ARMS)
-    scopes = list(SCOPES) if scopes == ["all"] else scopes
-    _require("scopes", scopes, SCOPES)
-    if "step" not in scopes:
-        raise InputError(f"scopes must hold 'step', which the verdict is about, found {list(scopes)}")
+    require_arms(names)
+    scopes = require_scopes(scopes)
     found = []
     for scope in [scope for scope in SCOPES if scope in scopes]:
         for baseline in BASELINES:
@@ -78,27 +91,21 @@ def families(names: Sequence[str], scopes: Sequence[str]) -> list[Family]:
     return found
 
 
-def baselines(model: Transformer, names: Sequence[str]) -> dict[str, Transformer]:
+def baselines(model: "Transformer", names: Sequence[str]) -> "dict[str, Transformer]":
     """The baselines of these arms by name; they share all arrays with the model."""
+    from zimage import arms  # brings MLX, which names do not need
+
     wanted = dict.fromkeys(ARMS[name].baseline for name in names)
     return {name: arms.transformed(model, BASELINES[name]) for name in wanted}
 
 
-def fused(model: Transformer, names: Sequence[str]) -> dict[str, Transformer]:
+def fused(model: "Transformer", names: Sequence[str]) -> "dict[str, Transformer]":
     """These arms by name; they share the model's arrays and one copy of the stacked weights."""
+    from zimage import arms
+
     return arms.variants(model, {name: ARMS[name].transforms for name in names})
 
 
-def sharing(model: Transformer) -> int:
+def sharing(model: "Transformer") -> int:
     """How many blocks a step's time is shared out among: those that the image goes through."""
     return len(model.layers) + len(model.noise_refiner)
-
-
-def _require(what: str, names: Sequence[str], known: Collection[str]) -> None:
-    if not isinstance(names, (list, tuple)) or not names:
-        raise InputError(f"{what} must be a list of names, at least one, found {names!r}")
-    for place, name in enumerate(names):
-        if not isinstance(name, str) or name not in known:
-            raise InputError(f"{what}: {name!r} is not known; known are {', '.join(known)}")
-        if name in names[:place]:
-            raise InputError(f"{what}: {name!r} is there twice; name each once")

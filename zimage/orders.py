@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 from zimage import arms, backend, inputs, low_memory, transforms
-from zimage.errors import InputError, ZImageError
+from zimage.errors import ZImageError
 from zimage.measure import memory
 from zimage.measure.processes import run_to_end
+from zimage.names import require_orders
 from zimage.sources import plain
 from zimage.transformer import Transformer
 from zimage.weights import load_transformer
@@ -153,9 +154,9 @@ def peaks(
     peak_bytes: of arrays; allocated_bytes: with the buffers that MLX keeps for reuse, seen between loading, changing
     and stepping; process_bytes: how far the process's own memory rose, which a GPU's is no part of; weight_bytes: of
     the models that are there at the end, what several share counted once and streamed ones whole. Raises InputError as
-    `require_known`, and MeasurementError where an order fails.
+    `require_orders`, and MeasurementError where an order fails.
     """
-    known = require_known(names, bool(case.packed))
+    known = require_orders(names, bool(case.packed))
     rows: list[dict[str, Any]] = []
     for name in names or known:
         command = [sys.executable, "-m", "zimage.orders", name, json.dumps(asdict(case))]
@@ -163,15 +164,6 @@ def peaks(
         rows += [{"arm": name, "stage": "process", "metric": metric, "bytes": value} for metric, value in found.items()]
         advance()
     return rows
-
-
-def require_known(names: Sequence[str], packed: bool) -> list[str]:
-    """All orders that there are, with packed models or without. Raises InputError unless `names` are among them."""
-    known = [*ORDERS, *(OF_PACKED if packed else ())]
-    for name in names:
-        if name not in known:
-            raise InputError(f"order {name!r} is not known; known are {', '.join(map(repr, known))}")
-    return known
 
 
 def _report(run: _Run, before: int | None) -> str:

@@ -3,9 +3,11 @@
 `details` and `execution` have a transform of each name, and `measure.settings` what is set for a whole process.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from zimage.errors import InputError
+from zimage.names import require_each_once
 
 
 class Practice(NamedTuple):
@@ -50,6 +52,20 @@ SETTINGS: dict[str, Practice] = {  # of a process; they leave the output as it i
     "wired_limit": Practice("the recommended working set kept wired, on Metal", "mlx-lm"),
 }
 ALL = OUTPUT | EXECUTION | SETTINGS
+
+
+def chosen(details: Sequence[str]) -> list[str]:
+    """The names of decisions that these stand for, "all" for ALL. Raises InputError unless each is known, and once."""
+    listed = details if isinstance(details, (list, tuple)) else []
+    names = [name for asked in listed for name in (ALL if asked == "all" else [asked])]
+    require_each_once("details", names, ["all", *ALL])
+    return names
+
+
+def require_variables(texts: Sequence[str]) -> None:
+    """Raise InputError unless all of these are environment variables of MLX."""
+    for text in texts:
+        variable(text)
 
 
 def variable(text: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from zimage.errors import InputError
 from zimage.quantization import AFFINE_GROUPS, Quantization
-from zimage.recipes import SUFFIXES, Recipe, Rule
+from zimage.recipes import Recipe, Rule, require_file
 from zimage.strict import Strict, validate
 from zimage.yaml_lines import Document, Place, load
 
@@ -33,7 +33,7 @@ class _File(Strict):
 
 def read(path: Path) -> Recipe:
     """The recipe in a YAML or JSON file. Raises InputError with file and line."""
-    _require_name(path)
+    require_file(path)
     return _recipe(load(path, "a recipe", InputError))
 
 
@@ -44,7 +44,7 @@ def write(path: str | Path, recipe: Recipe, comments: Sequence[str] = ()) -> Pat
     not at all. Raises InputError for a name that is no recipe's and where it cannot be written.
     """
     target = Path(path)
-    _require_name(target)
+    require_file(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         draft.write_text(text(recipe, comments, target.suffix), encoding="utf-8")
@@ -64,11 +64,6 @@ def text(recipe: Recipe, comments: Sequence[str] = (), suffix: str = ".yaml") ->
     content = {key: value for key, value in recipe.content.items() if value or key == "default"}
     flow = None if "rules" in content else False  # None: a rule a line
     return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=flow, width=1000)
-
-
-def _require_name(path: Path) -> None:
-    if path.suffix not in SUFFIXES or not str(path).isprintable():
-        raise InputError(f"{str(path)!r:.200} is no recipe's file; its name ends in {', '.join(SUFFIXES)}")
 
 
 def of_mapping(values: Mapping[str, Any]) -> Recipe:

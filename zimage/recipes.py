@@ -100,6 +100,26 @@ def is_file(asked: object) -> TypeGuard[str]:
     return isinstance(asked, str) and asked.endswith(SUFFIXES) and asked.isprintable()
 
 
+def require_known(modes: object, different: bool = False) -> None:
+    """Raise InputError unless it is a list of packings; with `different` one at least, and none of them twice.
+
+    A recipe's file is not looked at.
+    """
+    if not isinstance(modes, list):
+        raise InputError(f"modes must be a list of packings, found {modes!r:.60}")
+    for mode in modes:
+        if not is_file(mode):
+            read(mode)
+    if different and (not modes or len({label(mode) for mode in modes}) < len(modes)):
+        raise InputError(f"modes must be different ones, one at least, found {modes}")
+
+
+def require_file(path: str | Path) -> None:
+    """Raise InputError unless a recipe's file can have this name."""
+    if Path(path).suffix not in SUFFIXES or not str(path).isprintable():
+        raise InputError(f"{str(path)!r:.200} is no recipe's file; its name ends in {', '.join(SUFFIXES)}")
+
+
 def file_of(arm: object) -> str | None:
     """The recipe's file that is the precision of an arm such as `mixed.yaml + fast`; None where it is no file."""
     precision = arm.split("+")[0].strip() if isinstance(arm, str) else None

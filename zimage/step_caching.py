@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from zimage.caching import OfOneModel, Report, as_tuple
 from zimage.errors import InputError, require_integer
 from zimage.layers import as_class
+from zimage.reusing import FITTED, coefficients, require_every, require_tea, require_threshold, require_thresholds
 from zimage.transformer import Captions, Stage, State, Transformer, TransformerBlock
 
 import mlx.core as mx
@@ -22,14 +23,6 @@ import numpy as np
 
 _M = TypeVar("_M", bound=Transformer)
 GO_THRESHOLD = 0.15  # of Ollama's Z-Image, x/imagegen/models/zimage/zimage.go, where it cannot be switched off
-# Published polynomials of TeaCache, highest power first: TeaCache4FLUX and TeaCache4Lumina2 (its first version) of
-# https://github.com/ali-vilab/TeaCache. Lumina2 has the architecture that Z-Image's is nearest to; none was published
-# for Z-Image. "none" leaves distances as they are.
-POLYNOMIALS = {
-    "none": (1.0, 0.0),
-    "flux": (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401, 2.64230861e-01),
-    "lumina2": (393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344),
-}
 FLUX_THRESHOLD, LUMINA2_THRESHOLD = 0.25, 0.3  # the lowest that is published with each as about 1.5 times as fast
 
 
@@ -278,11 +271,11 @@ def tea_cache(
     computed. After F. Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, CVPR 2025,
     https://arxiv.org/abs/2411.19108, and its ports to FLUX and Lumina2; here a polynomial's value below 0 counts as 0.
 
-    polynomial: one of POLYNOMIALS, coefficients from the highest power down, or those that `fitted` gives. Raises
-    InputError for bad numbers.
+    polynomial: one of `reusing.POLYNOMIALS`, coefficients from the highest power down, or those that `fitted` gives.
+    Raises InputError for bad numbers.
     """
-    _require_threshold(threshold)
-    return _cached(model, InputDistance(threshold, _coefficients(polynomial)), (0, len(model.layers)))
+    require_threshold(threshold)
+    return _cached(model, InputDistance(threshold, coefficients(polynomial)), (0, len(model.layers)))
 
 
 def reuse_by_timestep(model: Transformer, threshold: float = GO_THRESHOLD) -> Transformer:
@@ -293,7 +286,7 @@ def reuse_by_timestep(model: Transformer, threshold: float = GO_THRESHOLD) -> Tr
     until that exceeds the threshold. Euler steps with one velocity are one step over all their noise levels, so that
     this is a plain run which leaves the reused levels out. Raises InputError for bad numbers.
     """
-    _require_threshold(threshold)
+    require_threshold(threshold)
     return _cached(model, TimestepDistance(threshold), None)
 
 
@@ -327,27 +320,17 @@ def variants(
     (interval, start, stop), start and stop as shares of the main blocks, 0.5 their middle. Raises InputError for what
     is none of these.
     """
-    for name, given, form in (
-        ("thresholds", thresholds, "numbers"),
-        ("tea", tea, "[polynomial, threshold] pairs"),
-        ("every", every, "[interval, start, stop] lists, start and stop from 0 to 1"),
-    ):
-        width = {"tea": 2, "every": 3}.get(name)
-        listed = isinstance(given, (list, tuple))
-        if not listed or not all(width is None or (isinstance(x, (list, tuple)) and len(x) == width) for x in given):
-            raise InputError(f"{name} must be a list of {form}, found {given!r:.80}")
+    require_thresholds(thresholds)
+    require_tea(tea)
+    require_every(every)
     found: dict[str, Transformer] = {}
     for threshold in thresholds:
         found[f"timestep_{threshold}"] = reuse_by_timestep(model, threshold)
     for polynomial, threshold in tea:
-        own = line if polynomial == "fitted" else polynomial
+        own = line if polynomial == FITTED else polynomial
         found[f"tea_{polynomial}_{threshold}"] = tea_cache(model, threshold, own)
     blocks = len(model.layers)
     for interval, start, stop in every:
-        if not (_is_number(start) and _is_number(stop) and 0 <= start < stop <= 1):
-            raise InputError(
-                f"every takes from which to which share of the main blocks, found {start!r:.40}, {stop!r:.40}"
-            )
         first, end = math.floor(start * blocks), math.ceil(stop * blocks)
         part = "" if end - first == blocks else f"_blocks_{first}-{end - 1}"
         found[f"every_{interval}{part}"] = reuse_change(model, interval, first, end - first)
@@ -408,25 +391,3 @@ def _cached(model: Transformer, rule: Rule, blocks: tuple[int, int] | None) -> T
     new.rule, new.report = rule, Report()
     object.__setattr__(new, "blocks", blocks)  # MLX would take a tuple for parameters
     return new
-
-
-def _coefficients(polynomial: str | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(polynomial, str):
-        if polynomial not in POLYNOMIALS:
-            raise InputError(f"polynomial {polynomial!r:.60} is not known; known are {', '.join(POLYNOMIALS)}")
-        return POLYNOMIALS[polynomial]
-    if not isinstance(polynomial, (list, tuple)) or not polynomial or not all(map(_is_number, polynomial)):
-        raise InputError(
-            "polynomial must be a name or a list of finite coefficients from the highest power down, found "
-            f"{polynomial!r:.60}"
-        )
-    return tuple(float(c) for c in polynomial)
-
-
-def _require_threshold(value: object) -> None:
-    if not _is_number(value) or value < 0:  # type: ignore[operator]
-        raise InputError(f"threshold must be a finite number of at least 0, found {value!r:.60}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -221,7 +221,7 @@ def test_several_errors(project: Path) -> None:
 
 def test_explosion_is_refused(project: Path) -> None:
     """A grid of too many combinations is refused before it is expanded."""
-    many = list(range(1000))
+    many = list(range(1, 1001))
     found = read(project, f"grid: {{batch: {many}, scale: {many}, heavy: [true, false]}}\n")
     with pytest.raises(ExperimentError, match="2000000 combinations are more than"):
         found.plan()

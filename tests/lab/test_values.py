@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.making import write_notebook
-from zimage import arms, transform_names
+from tests.sweeping import EXPERIMENTS
+from zimage import arms, names, orders, scopes, transform_names
 from zimage.errors import ExperimentError, MeasurementError
-from zimage.lab import notebook, values
+from zimage.lab import experiment, notebook, values
 from zimage.measure import compare
 
 import pytest
@@ -23,6 +24,8 @@ ROOT = Path(__file__).parents[2]
         ("draws", [0, 500], [-1], "draws must be an integer of at least 0, found "),
         ("steps", [1, 50_000], [0, -8], "steps must be an integer of at least 1, found "),
         ("rows", [1, 4096], [0], "rows must be an integer of at least 1, found "),
+        ("batch", [1, 64], [0, -1], "batch must be an integer of at least 1, found "),
+        ("sustained_s", [0.0, 10], [-0.1], "sustained_s must be a number of at least 0, found "),
         ("shift", [0.5, 3], [0.0, -1.0], "shift must be positive and finite, found "),
         ("modes", [[], ["8bit", "mine.yaml"]], [["8bits"], [None], ["x" * 9]], "unknown quantization "),
         ("transforms", [[], ["fast", "fuse_qkv"]], [["fuse_qvk"], ["fast", 1]], "transform .* is not known; "),
@@ -51,14 +54,46 @@ def test_a_default_tells_what_else_a_name_means(tmp_path: Path, line: str) -> No
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_projects_notebooks_are_judged(path: Path) -> None:
-    """None of them means something else by one of these names."""
-    for name, parameter in notebook.read(path).parameters.items():
-        assert parameter.check is values.CHECKS.get(name, values.anything)
+    """None of them means something else by one of these names, and a notebook has what it says to take less of."""
+    parameters, own = notebook.read(path).parameters, values.OWN.get(path.stem, {})
+    for name, parameter in parameters.items():
+        assert parameter.check is own.get(name, values.COMMON.get(name, values.anything))
+    assert own.keys() <= parameters.keys()
+    assert f'require_values("{path.stem}"' in " ".join("".join(notebook.read(path).code).split()).replace("( ", "(")
 
 
-def test_names_of_transforms() -> None:
-    """Those that are known without MLX are those that there are."""
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_ask_for_nothing_that_is_refused(path: Path, quick: bool) -> None:
+    """Every value of an experiment's file passes, quick or not."""
+    assert experiment.read(path).plan(quick=quick)
+
+
+@pytest.mark.parametrize(
+    ("default", "good", "bad"),
+    [
+        (["8bit + fast"], ["4bit"], ["fused_qkv"]),
+        (["fused_qkv", "fused_both"], ["fused_qkv"], ["4bit"]),
+        (["mine"], ["fused_qkv"], None),
+    ],
+)
+def test_a_copy_under_another_name_is_judged_by_its_default(tmp_path: Path, default: Any, good: Any, bad: Any) -> None:
+    """Where notebooks mean different things by a name, a copy of one of them means what its default does."""
+    path = write_notebook(tmp_path / "mine.ipynb", parameters=f"arms: list = {default!r}")
+    parameter = notebook.read(path).parameters["arms"]
+    assert parameter.accept(good) == good
+    if bad is None:
+        assert parameter.check is values.anything
+    else:
+        with pytest.raises(ExperimentError):
+            parameter.accept(bad)
+
+
+def test_names_that_are_known_without_mlx() -> None:
+    """Those of transforms, scopes and orders are those that there are."""
     assert transform_names.KNOWN == tuple(arms.TRANSFORMS)
+    assert names.SCOPES == tuple(scopes.SCOPES)
+    assert (names.ORDERS, names.ORDERS_OF_PACKED) == (tuple(orders.ORDERS), tuple(orders.OF_PACKED))
 
 
 @pytest.mark.parametrize("quads", [0, 41])

@@ -15,7 +15,7 @@ from zimage.analysis import cost, footprint
 from zimage.analysis.footprint import DeviceKind, Footprint, Verdict
 from zimage.config import TransformerConfig
 from zimage.errors import InputError
-from zimage.quantization import AFFINE_BITS, MODES
+from zimage.quantization import AFFINE_BITS, MODES, NAMES, Quantization
 from zimage.recipes import Asked
 from zimage.sources import SourceInfo, describe
 
@@ -126,6 +126,33 @@ def fits(
     step = Footprint(info.loaded_bytes(item, packing), alive)
     verdict, reason = footprint.verdict(needed(step, models), on.recommended_bytes, on.total_bytes, models)
     return Fit(verdict, reason, step, models, shown, on)
+
+
+def precisions(asked: Sequence[str]) -> list[str]:
+    """The dtypes and packings that these names stand for, "all" for PRECISIONS.
+
+    Raises InputError for others; a recipe's file is not looked at.
+    """
+    found = [name for one in asked for name in (PRECISIONS if one == "all" else [one])]
+    for name in found:
+        try:
+            if name not in cost.BYTES and not recipes.is_file(name):
+                Quantization.parse(name)
+        except InputError:
+            known = f"all, {', '.join(cost.BYTES)}, {NAMES}, and recipes' files"
+            raise InputError(f"precision {name!r:.80} is not known; known are {known}") from None
+    return found
+
+
+def squares(pixels: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Sizes of steps of the published model, for one square image each and captions of 32 tokens, by their pixels.
+
+    Raises InputError or ConfigError for what it does not take.
+    """
+    found = [(px, px, 1, 32) for px in pixels]
+    for size in found:
+        cost.token_lengths(TransformerConfig.turbo(), *size, None)
+    return found
 
 
 def footprints(

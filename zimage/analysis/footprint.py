@@ -17,7 +17,7 @@ when the batch of operations they belong to has run, and the host is several bat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from zimage import recipes
 from zimage.analysis import cost, units
@@ -54,6 +54,12 @@ class Footprint:
         return self.weight_bytes + self.activation_bytes
 
 
+def require_kind(device: object) -> None:
+    """Raise InputError unless it is a kind of device."""
+    if device not in get_args(DeviceKind):
+        raise InputError(f"device must be cpu, cuda or metal, found {device!r:.60}")
+
+
 def step_bytes(
     config: TransformerConfig,
     height: int,
@@ -69,6 +75,7 @@ def step_bytes(
 
     Raises InputError or ConfigError for what the model does not take and for an unknown kind of device.
     """
+    require_kind(device)
     packing = recipes.packing(config, quantization)
     operations = cost.step(config, height, width, batch, caption_tokens, dtype, packing or None, patch_size)
     found, _ = cost.token_lengths(config, height, width, batch, caption_tokens, patch_size)
@@ -81,10 +88,8 @@ def step_bytes(
         alive = _alive_on_cpu(config, found, item, unpacked, operations)
         if packing and _some_block_is_plain(operations, packing):
             alive = max(alive, _alive_on_cpu(config, found, item, 0, operations))
-    elif device in _BATCH:
-        alive = _alive_on_gpu(config, found, item, unpacked, operations, device)
     else:
-        raise InputError(f"device must be cpu, cuda or metal, found {device!r}")
+        alive = _alive_on_gpu(config, found, item, unpacked, operations, device)
     return Footprint(cost.whole(operations).weight_bytes, _held(config, found, item, (height, width)) + alive)
 
 

@@ -296,6 +296,12 @@ def telling_sizes(sizes: Sequence[Size], config: TransformerConfig, patch_size: 
     return tuple(different[i] for i in best)
 
 
+def require_calibrating(sizes: Sequence[Size]) -> None:
+    """Raise MeasurementError for fewer than three different sizes."""
+    if len(set(sizes)) < 3:
+        raise MeasurementError(f"a calibration needs three different sizes, found {len(set(sizes))}")
+
+
 def _checked(points: Sequence[tuple[Size, float]]) -> Sequence[tuple[Size, float]]:
     for size, time_s in points:
         if units.missing(time_s) or time_s <= 0:
@@ -305,8 +311,7 @@ def _checked(points: Sequence[tuple[Size, float]]) -> Sequence[tuple[Size, float
 
 def _columns(sizes: Sequence[Size], config: TransformerConfig, patch_size: int | None) -> NDArray[np.float64]:
     """What a step's time is made of, a row a size: one, FLOPs of matmuls, FLOPs of attention."""
-    if len(set(sizes)) < 3:
-        raise MeasurementError(f"a calibration needs three different sizes, found {len(set(sizes))}")
+    require_calibrating(sizes)
     return np.array([(1.0, *_work(size, config, patch_size)) for size in sizes])
 
 

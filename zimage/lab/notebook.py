@@ -100,7 +100,7 @@ def read(path: Path, root: Path | None = None) -> Notebook:
         found = "no cell is" if not tagged else f"cells {', '.join(str(number) for number, _ in tagged)} are"
         raise ExperimentError(f"{path}: {found} tagged 'parameters'; tag the one code cell that holds the defaults")
     number, cell = tagged[0]
-    parameters = _parameters(_source(cell), f"{path}, cell {number}")
+    parameters = _parameters(_source(cell), f"{path}, cell {number}", path.stem)
     sources = tuple(_source(cell) for cell in code)
     return Notebook(path, name.as_posix(), sources, parameters, _title(cells), _models(content, path))
 
@@ -155,7 +155,7 @@ def _source(cell: dict[str, Any]) -> str:
     return "".join(map(str, source)) if isinstance(source, list) else str(source)
 
 
-def _parameters(source: str, where: str) -> dict[str, Parameter]:
+def _parameters(source: str, where: str, notebook: str) -> dict[str, Parameter]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about literals in the user's code
@@ -177,7 +177,8 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
             default = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise ExperimentError(f"{place}: the default of {target!r} is not a plain value") from None
-        parameters[target] = _parameter(target, default, _annotation(statement, place), place)
+        check = check_of(notebook, target, default)
+        parameters[target] = _parameter(target, default, _annotation(statement, place), place, check)
     return parameters
 
 
@@ -203,7 +204,7 @@ def _annotation(statement: ast.stmt, place: str) -> ast.expr | None:
     raise ExperimentError(f"{place}: type comment {comment!r} is not a type")
 
 
-def _parameter(name: str, default: Any, annotation: ast.expr | None, place: str) -> Parameter:
+def _parameter(name: str, default: Any, annotation: ast.expr | None, place: str, check: Check) -> Parameter:
     if annotation is not None:
         fits, text = _test(annotation, place), ast.unparse(annotation)
     elif default is None:
@@ -214,7 +215,7 @@ def _parameter(name: str, default: Any, annotation: ast.expr | None, place: str)
         raise ExperimentError(
             f"{place}: the default of {name!r} is a {type(default).__name__}; use int, float, str, ..."
         )
-    parameter = Parameter(name, default, text, fits, check_of(name, default))
+    parameter = Parameter(name, default, text, fits, check)
     try:
         parameter.accept(default)
     except ExperimentError as error:

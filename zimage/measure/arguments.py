@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from zimage.errors import MeasurementError
@@ -51,6 +52,18 @@ def require_positive(**values: Any) -> None:
     for name, value in values.items():
         if not is_number(value) or not 0 < value < math.inf:
             raise MeasurementError(f"{name} must be positive and finite, found {value!r}")
+
+
+def require_gputrace(path: str | Path) -> None:
+    """What a Metal capture may be called."""
+    if Path(path).suffix != ".gputrace":
+        raise MeasurementError(f"{path}: a Metal capture is a .gputrace; name it {Path(path).with_suffix('.gputrace')}")
+
+
+def require_capture(kind: str | None) -> None:
+    """A native capture: "nvtx", the path of a Metal capture, or None for none."""
+    if kind and kind != "nvtx":
+        require_gputrace(kind)
 
 
 def require_integer(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import MeasurementError
+from zimage.measure.arguments import require_gputrace
 from zimage.measure.timing import untimed
 
 import mlx.core as mx
@@ -65,8 +66,7 @@ def nvtx(names: Sequence[str], step: Callable[[int], Any]) -> None:
 
 
 def _require_metal(target: Path) -> None:
-    if target.suffix != ".gputrace":
-        raise MeasurementError(f"{target}: a Metal capture is a .gputrace; name it {target.with_suffix('.gputrace')}")
+    require_gputrace(target)
     if not mx.metal.is_available():
         raise MeasurementError("no Metal device here: a .gputrace is captured on a Mac with Apple silicon")
     if os.environ.get("MTL_CAPTURE_ENABLED") != "1":

@@ -22,6 +22,12 @@ FEWEST_PAIRS = 8
 REGIME = "fresh processes"
 
 
+def require_processes(count: int) -> None:
+    """How many processes a side are to be compared, 0 for none. Raises MeasurementError for too few."""
+    if 0 < count < FEWEST_PAIRS or count < 0:
+        raise MeasurementError(f"processes must be 0 or at least {FEWEST_PAIRS}, found {count}")
+
+
 def fewest_pairs(alpha: float) -> int:
     """How many pairs it takes to show anything at `alpha`; never fewer than are worth it."""
     return max(FEWEST_PAIRS, math.ceil(math.log2(2 / alpha)))

@@ -14,8 +14,18 @@ from zimage.config import TransformerConfig
 from zimage.errors import InputError
 
 PEERS = ("diffusers", "mflux")
+# What `step.py` knows, for those who ask where no peer is; an option that ends in = takes a value.
+OPTIONS = {"diffusers": ("compile", "attention="), "mflux": ("compile", "4bit", "8bit")}
 _PROGRAM = Path(__file__).with_name("step.py")
 _TIMEOUT_S = 300.0
+
+
+def require_options(peer: str, options: Sequence[str]) -> None:
+    """Raise InputError unless a peer knows all of these options."""
+    for option in options:
+        own = option.partition("=") if isinstance(option, str) else ("", "", "")
+        if own[0] + own[1] not in OPTIONS[peer] or bool(own[1]) != bool(own[2]):
+            raise InputError(f"{peer} knows no option {option!r:.80}; it knows {', '.join(OPTIONS[peer])}")
 
 
 def command(

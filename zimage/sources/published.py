@@ -1,12 +1,12 @@
 """The published checkpoint: its tensor names and shapes for any config, and the config that tensors imply."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from zimage.config import TIMESTEP_HIDDEN, TIMESTEP_WIDTH, TransformerConfig
-from zimage.errors import ConfigError
+from zimage.errors import ConfigError, InputError
 from zimage.sources.files import TensorInfo
 
 Shape = tuple[int, ...]
@@ -32,6 +32,17 @@ def shapes(config: TransformerConfig) -> Iterator[tuple[str, Shape]]:
     for patch in config.all_patch_size:
         yield from _linear(f"all_final_layer.{patch}-1.linear", patch * patch * config.in_channels, D)
         yield from _linear(f"all_final_layer.{patch}-1.adaLN_modulation.1", D, config.temb_dim)
+
+
+def require_block_names(names: Sequence[str]) -> None:
+    """Raise InputError unless these are names that blocks have, in whatever model, one at least."""
+    known = f"blocks are {', '.join(f'{part}.N' for part in BLOCKS)} with N from 0, one at least"
+    if not names:
+        raise InputError(f"blocks must not be empty; {known}")
+    for name in names:
+        part, _, number = name.partition(".") if isinstance(name, str) else ("", "", "")
+        if part not in BLOCKS or not re.fullmatch("0|[1-9][0-9]*", number):
+            raise InputError(f"{name!r:.80} is no block; {known}")
 
 
 def linears(config: TransformerConfig) -> dict[str, Shape]:
