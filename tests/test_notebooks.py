@@ -505,6 +505,7 @@ NOTHING_TO_DO_WITH = [
     ("memory", "streams", "[[0.5, -1]]", "blocks read ahead must be an integer of at least 0, found -1"),
     ("memory", "unload", "['load, stop']", "order 'load, stop' is not known; known are 'load, step', "),
     ("memory", "published", "[9bit]", "precision '9bit' is not known; known are all, bfloat16, float32, 2bit, "),
+    ("memory", "published", "[[8bit]]", "precision ['8bit'] is not known; known are all, "),
     ("memory", "published_px", "[512, 24]", "height and width of this model's images are multiples of 16, found 24"),
     ("memory", "published_on", "rocm", "device must be cpu, cuda or metal, found 'rocm'"),
     ("pareto", "arms", "[]", "arms must be a list of names, one at least, found []"),

@@ -136,7 +136,7 @@ def precisions(asked: Sequence[str]) -> list[str]:
     found = [name for one in asked for name in (PRECISIONS if one == "all" else [one])]
     for name in found:
         try:
-            if name not in cost.BYTES and not recipes.is_file(name):
+            if name not in list(cost.BYTES) and not recipes.is_file(name):
                 Quantization.parse(name)
         except InputError:
             known = f"all, {', '.join(cost.BYTES)}, {NAMES}, and recipes' files"
