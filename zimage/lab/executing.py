@@ -111,6 +111,7 @@ def execute(
         content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for _, one, _ in told]}
         lines.append(f"{suite.name}: {_counts(whole, time.monotonic() - started)}")
     show(content, as_json, lambda: lines)
+    _tell_unusable(parts, store)
     return 1 if whole.failed else 0
 
 
@@ -131,7 +132,8 @@ def _do(
     pages = dashboard.build(store, [name])  # before anything is printed: whoever reads may have closed the pipe
     finding = dashboard.findings(store, name, {job.key for job in jobs})
     content = {"experiment": name, "runs": runs, "finding": finding.sentence, "page": str(pages[0])}
-    return outcome, content, [said, *finding.lines(columns()), f"page: {link(pages[0])}"]
+    kept = filter(None, [dashboard.earlier(store, name)])
+    return outcome, content, [said, *finding.lines(columns()), *kept, f"page: {link(pages[0])}"]
 
 
 def _counts(outcome: Outcome, took_s: float) -> str:
@@ -186,6 +188,13 @@ def plan(parts: Sequence[Part], store: Store, fresh: bool, as_json: bool, suite:
         content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for one, _ in planned]}
         lines = [line for one, some in planned for line in (f"{one['experiment']}:", *some)]
     terminal.show(content, as_json, lambda: [_beforehand(jobs, to_do, estimates, suite), *lines])
+    _tell_unusable(parts, store)
+
+
+def _tell_unusable(parts: Sequence[Part], store: Store) -> None:
+    """Say what of the parts' experiments cannot be read or used, a line each."""
+    names = dict.fromkeys(part.jobs[0].experiment for part in parts)
+    terminal.skipped([problem for name in names for problem in store.scan(name)[1]])
 
 
 def _planned(jobs: Sequence[Job], states: Mapping[int, str]) -> tuple[dict[str, Any], list[str]]:
