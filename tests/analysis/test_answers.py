@@ -194,6 +194,8 @@ def test_names_at_the_right_edge_have_room() -> None:
 def test_the_page_has_the_verdicts() -> None:
     """A run of step_caching has a section with the figure and a row for each way; other runs have none."""
     (section,) = reuse_sections.sections(stored(quality=REUSE, ablation=TIMES), "c0")
+    assert "plain run that computes no more blocks, rounded down to whole steps" in section.note
+    assert equivalent_steps(2, 0.3) == 1  # which the note gives as its example
     assert section.table is not None and len(section.charts) == 1
     rows = [[cell.text for cell in row] for row in section.table.rows]
     assert rows[0] == ["timestep", "6.7 %", "4 steps", "11.7 %", "errs less"]
