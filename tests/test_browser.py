@@ -171,6 +171,22 @@ def test_a_point_leads_to_its_run(tmp_path: Path, show: Callable[..., View]) -> 
     assert view.complaints == []
 
 
+def test_wide_tables_fit_a_page(tmp_path: Path, show: Callable[..., View]) -> None:
+    """On a wide screen no table of verdicts or of a front is cut: names and reasons wrap."""
+    reason = "the interval is too wide: it holds 1 and reaches beyond the band of equivalence"
+    names = ("bfloat16_positions_and_timestep", "with_an_all_ones_mask_in_float32")
+    pairs = [(f"{name} · submit_early", "separate_qkv") for name in names]
+    rows = [(*pair, scope, 1.02, 0.9, 1.1, "inconclusive") for pair in pairs for scope in ("step", "trajectory")]
+    times = fabricated.ablation(*rows).assign(reason=reason)
+    front = fabricated.pareto()
+    front = front.assign(bytes_low=front["bytes"] // 2, bytes_high=front["bytes"])
+    fabricated.add_run(tmp_path, "e", "a1", {"ablation": times, "pareto": front})
+    dashboard.build(Store(tmp_path))
+    page = show(tmp_path / "e" / "index.html", width=1400).page
+    cut = "() => [...document.querySelectorAll('.section .scroll')].map(s => s.scrollWidth - s.clientWidth)"
+    assert page.evaluate(cut) == [0, 0]
+
+
 def test_folded_charts_are_drawn_when_unfolded(results: Path, show: Callable[..., View]) -> None:
     """The samples' chart appears, in full width, when its section is opened."""
     page = show(results / "quickstart/index.html").page

@@ -315,6 +315,51 @@ def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     assert [(one["name"], one["runs"][0]["parameters"]["label"]) for one in found] == [("a", "7")]
 
 
+def test_a_sweep_tells_of_results_that_left_the_page(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a sweep of other parameters, failed or not, a line says how many runs left the page and what lists them."""
+
+    def act(job: Job) -> None:
+        if job.parameters["scale"] == 9.0:
+            raise ValueError("no such scale")
+
+    fake_kernels(monkeypatch, act)
+    assert "earlier" not in zimage(capsys, *SWEEP)[1]
+    status, out, _ = zimage(capsys, *SWEEP, "--set", "scale=9.0")
+    line = "The newest sweep has no completed run. 3 earlier completed runs are no longer on its page, as the newest "
+    line += "sweep asks for others; their files are kept, and `zimage show demo` lists them."
+    assert status == 1 and line in out.splitlines()
+    assert line.replace("its page", "this page") in (project / "results/demo/index.html").read_text().replace(
+        "&#39;", "'"
+    )
+    assert len(zimage(capsys, "show", "demo")[1].splitlines()) == 2 + 6
+    _, out, _ = zimage(capsys, *SWEEP, "--quick", "--results", str(project / "results"))
+    assert (
+        "\n2 earlier completed runs are no longer" in out and f"`zimage show demo --results {project}/results`" in out
+    )
+    assert "earlier" not in zimage(capsys, *SWEEP)[1]
+
+
+def test_tables_that_cannot_be_used_are_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`report`, `list`, `show` and a dry run name a table that cannot be used; a sweep does its run again."""
+    ran = fake_kernels(monkeypatch)
+    zimage(capsys, *SWEEP)
+    run = Store(project / "results").runs("demo")[0]
+    run.table("quality").drop(columns="metric").to_parquet(run.path / "tables" / "quality.parquet")
+    line = (
+        f"zimage: skipped: table quality of run demo/{run.key} cannot be used: column metric is missing; run it again\n"
+    )
+    for command in (["report"], ["list"], ["show", "demo"], [*SWEEP, "--dry-run"]):
+        assert zimage(capsys, *command)[2] == line, command
+    assert (zimage(capsys, *SWEEP)[2], len(ran)) == ("", 4)
+    run = Store(project / "results").runs("demo")[0]
+    run.table("quality").drop(columns="metric").to_parquet(run.path / "tables" / "quality.parquet")
+    assert zimage(capsys, *SWEEP, "--set", "scale=2.0")[2] == line
+
+
 def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`list` and `show` tell what is stored, for people and as JSON, and skip with a line what is unreadable."""
     fake_kernels(monkeypatch)
@@ -330,7 +375,12 @@ def test_list_and_show(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         status, out, _ = zimage(capsys, "show", what)
         assert status == 0
         assert out.startswith(f"demo/{key}: completed\n")
+    recipe = project / "results" / "demo" / key / "recipes" / "within_error.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("default: null\n")
+    assert f"  recipes written  {recipe.relative_to(project)}\n" in zimage(capsys, "show", key)[1]
     shown = json.loads(zimage(capsys, "show", key, "--json")[1])
+    assert shown["recipes_written"] == [str(recipe.relative_to(project))]
     assert (shown["run_key"], shown["tables"]) == (key, {"quality": 1, "environment": len(shown["environment"])})
     assert shown["environment"].items() >= FACTS.items()
     (project / "results" / "demo" / key / "run.json").write_text("{")

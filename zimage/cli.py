@@ -105,6 +105,7 @@ def show(what: str, as_json: bool, results: Path) -> None:
     if what in store.experiments():
         content = listing.store_content(store, [what])
         terminal.show(content, as_json, lambda: listing.store_lines(store, content))
+        terminal.skipped(content["problems"])
         return
     try:
         found = store.find(what)

@@ -56,7 +56,7 @@ def test_what_reusing_steps_answers() -> None:
     """The sentence names the fastest of the ways that err less, and the exact way stands beside it with its time."""
     ((text, evidence),) = texts(stored(quality=REUSE, ablation=TIMES))
     assert text == (
-        "of 3 ways to reuse earlier steps 1 errs less than a plain run of as few blocks; timestep: 51.3 % less time, "
+        "of 3 ways to reuse earlier steps 1 errs less than a plain run of no more blocks; timestep: 51.3 % less time, "
         "error at the end 6.7 %, that of 4 steps 11.7 %"
     )
     assert evidence == (
@@ -70,7 +70,7 @@ def test_without_intervals_nothing_is_known(ends: float | None) -> None:
     """Of one seed there are no intervals, also in a notebook's own frame, and no way is said to err less."""
     frame = REUSE.assign(low=ends, high=ends)
     ((text, evidence),) = texts({"quality": frame})
-    assert text.endswith("none is known to err less than a plain run of as few blocks")
+    assert text.endswith("none is known to err less than a plain run of no more blocks")
     assert evidence == ("undecided: timestep, tea, every_2",)
 
 
@@ -194,6 +194,8 @@ def test_names_at_the_right_edge_have_room() -> None:
 def test_the_page_has_the_verdicts() -> None:
     """A run of step_caching has a section with the figure and a row for each way; other runs have none."""
     (section,) = reuse_sections.sections(stored(quality=REUSE, ablation=TIMES), "c0")
+    assert "plain run that computes no more blocks, rounded down to whole steps" in section.note
+    assert equivalent_steps(2, 0.3) == 1  # which the note gives as its example
     assert section.table is not None and len(section.charts) == 1
     rows = [[cell.text for cell in row] for row in section.table.rows]
     assert rows[0] == ["timestep", "6.7 %", "4 steps", "11.7 %", "errs less"]

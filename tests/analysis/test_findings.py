@@ -1,6 +1,7 @@
 """Findings say what the tables say and no more."""
 
 from tests.lab import fabricated
+from zimage.analysis import cost_texts
 from zimage.analysis.findings import Brief, baseline_arm, families, findings, time_phrase
 
 import pandas as pd
@@ -268,6 +269,38 @@ def test_a_block_by_depth_stands_beside_the_stages() -> None:
     (found,) = findings(stored(stages=table))
     assert found.text == "the 3 main layers take 71 % of a step and layers.1 alone takes 32 %"
     assert found.evidence[1] == "one main block takes 2.50 ms by the depth view (2.40 ms to 2.60 ms)"
+
+
+def test_a_profile_of_few_rounds_is_an_estimate() -> None:
+    """Without an interval of any stage or operation the sentence says so."""
+    words, ends = "an estimate without an interval", ["time_low_s", "time_high_s"]
+    for name, frame in (("stages", fabricated.stages()), ("operations", fabricated.operations())):
+        (found,) = findings(stored(**{name: frame}))
+        assert words not in found.text
+        (found,) = findings(stored(**{name: frame.assign(**dict.fromkeys(ends))}))
+        assert found.text.endswith(words)
+
+
+def test_a_block_alone_that_noise_hid() -> None:
+    """A block whose slope came out at 0 or below has no time to tell."""
+    assert cost_texts.block_alone("layers.0", 2.5e-3, -1e-4) == "layers.0: 2.500 ms alone, -0.100 unattributed"
+    for time_s in (-9.16e-3, 0.0, float("nan")):
+        told = cost_texts.block_alone("layers.0", time_s, 1e-3)
+        assert told.startswith("layers.0: the noise hid its time") and "9.16" not in told
+
+
+def test_what_is_undecided_has_its_badge() -> None:
+    """A sentence that decides nothing has the verdict of what is undecided; one that names what is open has none."""
+    whole = {"quality": "w", "metric": "error_ratio", "baseline": "4bit", "value": 0.9, "low": 0.5, "high": 1.2}
+    rows = pd.DataFrame([whole | {"arm": "mixed"}]).drop(columns="quality")
+    (found, *_) = findings(stored(quality=rows))
+    assert (found.text.partition(":")[0], found.verdict) == (
+        "whether mixed errs less than 4bit everywhere is undecided", "inconclusive"
+    )  # fmt: skip
+    (found, *_) = findings(stored(quality=rows.assign(high=0.95)))
+    assert found.verdict == ""
+    (found, *_) = findings(stored(pareto=fabricated.pareto().assign(time_ratio_high=None, category="unknown")))
+    assert "could not be decided" in found.text and found.verdict == "inconclusive"
 
 
 def test_operations_without_peaks_are_not_placed() -> None:

@@ -249,7 +249,7 @@ def test_tables_of_other_versions(tmp_path: Path) -> None:
     assert len(compared(a, b).rows) == 3
     path = b / "qkv" / "aa11" / "tables" / "ablation.parquet"
     pd.DataFrame({"arm": ["x"], "ratio": ["fast"]}).to_parquet(path)
-    assert "not readable as a 'ablation' table" in refusal(a, b)
+    assert "table ablation of run qkv/aa11 cannot be used: column scope is missing" in refusal(a, b)
     path.write_bytes(b"PAR1 no more")
     assert "not readable as a 'ablation' table" in refusal(a, b)
     path.unlink()

@@ -439,6 +439,66 @@ def test_odd_tables_cost_a_line(results: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "4bit takes 12.1 % more time" in text
 
 
+def test_tables_that_cannot_be_used_are_told(results: Path) -> None:
+    """A table without a column that it needs, or with text for numbers, is a line on the page; the rest is shown."""
+    path = results / "quickstart/bb22bb22bb22/tables/ablation.parquet"
+    frame = pd.read_parquet(path)
+    frame.assign(ratio=frame["ratio"].map("about {}".format)).to_parquet(path)
+    fabricated.add_run(results, "front", "a1", {"pareto": fabricated.pareto(), "stages": fabricated.stages()})
+    path = results / "front/a1/tables/pareto.parquet"
+    pd.read_parquet(path).drop(columns="category").to_parquet(path)
+    text = page_of(results).text
+    assert text.count("table ablation of run quickstart/bb22bb22bb22 cannot be used: column ratio holds text") == 1
+    assert "4bit takes 12.1 % more time" in text
+    text = page_of(results, "front").text
+    assert "table pareto of run front/a1 cannot be used: column category is missing; run it again" in text
+    assert "a step takes 10.8 ms" in text
+
+
+def test_earlier_runs_are_not_lost_without_a_word(tmp_path: Path) -> None:
+    """A page says how many completed runs its newest sweep took off it, and what lists them; not what was done anew."""
+    for key, given in (("a1", {"batch": 1}), ("b2", {"batch": 2}), ("c3", {"batch": 3})):
+        fabricated.add_run(tmp_path, "e", key, {"stages": fabricated.stages()}, parameters=given)
+    fabricated.add_run(tmp_path, "e", "d4", {"stages": fabricated.stages()}, parameters={"batch": 1})
+    fabricated.add_run(tmp_path, "e", "f5", parameters={"batch": "typo"}, status="failed", error="E: no")
+    told = "{} earlier completed {} no longer on this page, as the newest sweep asks for others; {} files are kept"
+    for asked, count, words in (
+        (["a1", "b2", "c3"], 0, ()),  # d4 has the parameters of a1
+        (["d4", "c3"], 1, ("1", "run is", "its")),
+        (["f5"], 4, ("The newest sweep has no completed run. 4", "runs are", "their")),
+    ):
+        fabricated.add_experiment(tmp_path, "e", "q?", asked)
+        text = page_of(tmp_path, "e").text
+        assert ("no longer on this page" in text) == bool(count) == bool(dashboard.earlier(Store(tmp_path), "e"))
+        if count:
+            assert told.format(*words) in text and "`zimage show e` lists" in text
+            assert ("has no completed run" in text) == (asked == ["f5"])
+
+
+def test_recipes_are_linked(tmp_path: Path) -> None:
+    """The recipes that a run wrote are linked beside it, whatever they are called."""
+    run = fabricated.add_run(tmp_path, "e", "a1", {"stages": fabricated.stages()})
+    assert "Recipes" not in page_of(tmp_path, "e").text
+    (run / "recipes").mkdir()
+    for name in ("within_error", "<b>&'a b"):
+        (run / "recipes" / f"{name}.yaml").write_text("default: null\n")
+    page = page_of(tmp_path, "e")
+    assert {"a1/recipes/within_error.yaml", "a1/recipes/%3Cb%3E%26%27a%20b.yaml"} <= set(page.links())
+    assert all((tmp_path / "e" / unquote(link)).is_file() for link in page.links() if "recipes" in link)
+    assert "<b>&'a b.yaml, within_error.yaml." in page.text
+
+
+def test_a_block_that_noise_hid_is_no_number(tmp_path: Path) -> None:
+    """Where the depth view's block came out negative, page and finding say that the noise hid it."""
+    deep = {"arm": "baseline", "view": "depth", "time_s": -9.16e-3, "time_low_s": -0.02, "time_high_s": 0.01}
+    rows = [{**deep, "stage": "one block"}, {**deep, "stage": "the rest", "time_s": 0.02}]
+    stages = pd.concat([fabricated.stages(), pd.DataFrame(rows)], ignore_index=True)
+    fabricated.add_run(tmp_path, "e", "a1", {"stages": stages})
+    text = page_of(tmp_path, "e").text
+    assert "the noise hid what one main block takes by the depth view" in text
+    assert "9.16 ms" not in text and "hidden by noise" in text and "20.0 ms" in text
+
+
 def test_only_failures(tmp_path: Path) -> None:
     """An experiment whose every run failed says so instead of showing nothing."""
     fabricated.add_run(tmp_path, "e", "a1", status="failed", error="ZeroDivisionError: division by zero")

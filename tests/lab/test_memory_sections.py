@@ -102,6 +102,14 @@ def test_where_no_arm_holds_less_that_is_said(tables: dict[str, pd.DataFrame]) -
     assert not [text for text in texts if "holds the least" in text]
 
 
+def test_less_for_a_larger_image_is_explained(tables: dict[str, pd.DataFrame]) -> None:
+    """On CUDA, where packed weights may need less at a larger size, the note says why; elsewhere they do not."""
+    told = "the fewer unpacked weights wait at once"
+    assert told in case(tables, [], "x")[0][0].note
+    elsewhere = tables | {"footprint": tables["footprint"].assign(kind="metal")}
+    assert told not in case(elsewhere, [], "x")[0][0].note
+
+
 def test_predictions_are_of_no_run_s_weights(tables: dict[str, pd.DataFrame]) -> None:
     """What is predicted for the published shape takes on no kind of weights, what was measured has the run's."""
     needs, *measured = of_weights(case(tables, [], "x")[0], "trained")

@@ -1,6 +1,7 @@
 """The front of time, memory and error on a page: what charts, table and finding say, and where they lead."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,56 @@ def column(table: pd.DataFrame, head: str) -> dict[str, str]:
 
 
 def test_only_what_is_dominated_is_said_to_be(table: pd.DataFrame) -> None:
-    """What is indistinguishable from the front is beaten by its estimate, in a column of its own."""
-    for category, head in (("dominated", "Dominated by"), ("indistinguishable", "By its estimate beaten by")):
+    """One column says what beats an arm; of what is indistinguishable from the front, that the estimates alone do."""
+    expected = {}
+    for category, end in (("dominated", ""), ("indistinguishable", ", by its estimate")):
         own = table[table["category"] == category]
-        assert len(own) and column(table, head) == dict(zip(own["arm"], own["dominated_by"], strict=True))
+        assert len(own)
+        expected |= dict(zip(own["arm"], own["dominated_by"] + end, strict=True))
+    assert column(table, "Beaten by") == expected
     beaten = table[table["dominated_by"].notna()].to_dict("records")
     told = {row["category"]: pareto_plots.facts(row)[-1].removesuffix(row["dominated_by"]) for row in beaten}
     assert told["dominated"] == "dominated by "
     assert told["indistinguishable"] == "indistinguishable from it; by its estimate beaten by "
+
+
+def test_a_column_that_nothing_is_in_is_left_out(table: pd.DataFrame) -> None:
+    """Where all arms are on the front, and memory has no interval, the page has no empty columns for them."""
+    front = table[table["category"] == "front"]
+    section = pareto_sections.front(front, "x")
+    assert section is not None and section.table is not None
+    heads = [one.text for one in section.table.heads]
+    assert heads == ["Arm", "Place", "Time", "Interval", "Memory", "Error", "Interval", "Run"]
+    assert {len(row) for row in section.table.rows} == {len(heads)}
+
+
+def test_axes_hold_every_whisker(table: pd.DataFrame) -> None:
+    """However wide an interval is, its ends lie within the axes; above the topmost point is room for a name."""
+    wide = table.assign(
+        time_ratio_low=table["time_ratio"] / 3, time_ratio_high=table["time_ratio"] * 3,
+        error_low=table["error"] / 3, error_high=table["error"] * 3, bytes_low=table["bytes"] // 3,
+    )  # fmt: skip
+    for draw, logarithmic in ((pareto_plots.by_time, True), (pareto_plots.by_bytes, False)):
+        figure = draw(wide)
+        for axis, value, error, log in (("xaxis", "x", "error_x", logarithmic), ("yaxis", "y", "error_y", True)):
+            low, high = (10**end if log else end for end in figure.layout[axis].range)
+            for trace in figure.data:
+                ends = zip(trace[value], trace[error].arrayminus, trace[error].array, strict=True)
+                assert all(low < v - below and v + above < high for v, below, above in ends)
+    top, bottom = figure.layout.yaxis.range[1], figure.layout.yaxis.range[0]
+    points_up = [math.log10(y) for trace in figure.data for y in trace.y]
+    assert top - max(points_up) > 0.07 * (top - bottom)
+
+
+def test_names_end_within_the_chart() -> None:
+    """A long name of the rightmost point stands at its left, where there is room for it."""
+    crowd = {"left": (1.0, 1e6, 0.1), "a rather long name of an arm + fast + more": (2.0, 9e6, 0.2)}
+    many = pareto.rows([pareto.Point(name, *map(pareto.Quantity.exact, given)) for name, given in crowd.items()])
+    sides = {t: s for trace in pareto_plots.by_bytes(pd.DataFrame(many)).data
+             for t, s in zip(trace.text, trace.textposition, strict=True)}  # fmt: skip
+    assert {text: side.split()[1] for text, side in sides.items()} == {
+        "left": "right", "a rather long name of an arm + fast + more": "left"
+    }  # fmt: skip
 
 
 def test_a_time_without_an_interval_is_on_no_front(table: pd.DataFrame) -> None:

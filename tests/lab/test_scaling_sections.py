@@ -93,7 +93,8 @@ def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.
         "of 2 shapes beside a squarer one of as many tokens 1 takes the same time to 1 %, 1 does not",
         "an image in a batch of 8 takes 14.0 % less time than in one of 1",
         "a step with 512 caption tokens takes 14.0 % more time than one with 32",
-        "4,800 images an hour of 1024 x 1024 px, batch 1, 8 steps each, in bursts, 3,214 sustained",
+        "4,800 images an hour (4,692 to 4,875) of 1024 x 1024 px, batch 1, 8 steps each, in bursts, "
+        "3,214 (3,169 to 3,237) sustained",
     ]
     assert found[1].evidence == (
         "a square of 2147 px",
@@ -106,7 +107,11 @@ def test_sentences_claim_what_the_tables_say(alone: pd.DataFrame, crossings: pd.
 def test_sentences_say_what_is_undecided(alone: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Without verdicts, without a crossing and with one that never comes nothing is claimed; old tables say nothing."""
     texts = [text for text, _ in scaling_words.axes(alone.assign(verdict="inconclusive"))]
-    assert texts[0].endswith("0 take the same time to 1 %, 0 do not, 2 are undecided")
+    assert texts[0] == "whether 2 other shapes take as long as a squarer one of as many tokens is undecided"
+    some = alone.assign(verdict=alone["verdict"].mask(alone["verdict"] == "equivalent", "inconclusive"))
+    assert scaling_words.axes(some)[0][0].endswith("0 take the same time to 1 %, 1 does not, 1 undecided")
+    assert findings({"axes": some})[0].verdict == ""
+    assert {one.verdict for one in findings({"axes": alone.assign(verdict="inconclusive")})} == {"inconclusive"}
     assert texts[1] == "whether an image in a batch of 8 takes as long as in one of 1 is undecided"
     ((same, _), *_) = scaling_words.axes(alone[alone["axis"] == "batch"].assign(verdict="equivalent"))
     assert same == "an image in a batch of 8 takes the same time to 1 % as in one of 1"
@@ -119,6 +124,25 @@ def test_sentences_say_what_is_undecided(alone: pd.DataFrame, crossings: pd.Data
     assert "from 31,000 tokens" in rates and numbers[-1] == "by FLOPs alone from 23,040 tokens on"
     assert scaling_words.said({"scaling": stored("scaling", fabricated.scaling())}) == []
     assert scaling_words.crossing(answers[answers["method"] == "FLOPs alone"]) == []
+
+
+def test_few_rounds_give_estimates(crossings: pd.DataFrame, held: pd.DataFrame) -> None:
+    """Where rounds were too few for an interval, each sentence and each section says so, and of how many they are."""
+    ends = ["tokens_low", "tokens_high"], ["time_low_s", "time_high_s"]
+    few = {"crossover": crossings.assign(**dict.fromkeys(ends[0])), "scaling": held.assign(**dict.fromkeys(ends[1]))}
+    row = {"arm": "float32", "scope": "a", "kind": "sample", "regime": "burst", "time_s": 1.0}
+    hot = [row | {"regime": "sustained"}] * 9
+    found = findings({**few, "samples": stored("samples", pd.DataFrame([row, row, *hot]))})
+    assert len(found) == 3 and all("an estimate without an interval (2 rounds)" in one.text for one in found)
+    assert found[1].text.startswith("attention takes more time than the linear layers of a block from 18,000 tokens on")
+    assert found[1].evidence[2].endswith("by the calibrated rates, an estimate without an interval (2 rounds)")
+    assert "3,214 (3,169 to 3,237) sustained; that of bursts is an estimate without" in found[2].text
+    assert all(one.text.count("an estimate without") == 1 for one in findings(few))
+    sections = [cost_sections.scaling(few["scaling"], "x"), cost_sections.crossover(few["crossover"], "x")]
+    assert all("an estimate without an interval" in one.note for one in sections)
+    whole = {"crossover": crossings, "scaling": held}
+    assert not any("an estimate" in one.text for one in findings(whole))
+    assert not any("an estimate" in one.note for one in case(whole, [], "x")[0])
 
 
 def test_sections_stand_below_the_predictions(alone: pd.DataFrame, crossings: pd.DataFrame, held: pd.DataFrame) -> None:

@@ -151,15 +151,31 @@ def test_unreadable_table(store: Store, content: bytes) -> None:
 
 
 def test_table_of_other_types(store: Store) -> None:
-    """A parquet file whose columns cannot be what the schema says is refused; columns it lacks are null."""
+    """A table whose columns are of another kind is refused and its run is done again; columns it lacks are null."""
     run = put(store)
-    path = run.path / "tables" / "quality.parquet"
-    pd.DataFrame({"value": ["text"]}).to_parquet(path)
-    with pytest.raises(StoreError, match="not readable as a 'quality' table"):
+    path, about = run.path / "tables" / "quality.parquet", {"arm": ["a"], "metric": ["m"]}
+    pd.DataFrame({**about, "value": ["text"]}).to_parquet(path)
+    line = "table quality of run demo/aa11 cannot be used: column value holds text in place of numbers; run it again"
+    with pytest.raises(StoreError) as refused:
         run.table("quality")
-    pd.DataFrame({"value": [1]}).to_parquet(path)
+    assert str(refused.value) == line and store.scan("demo")[1] == [line]
+    assert store.done("demo", "aa11") is None
+    pd.DataFrame({**about, "value": [1], "count": [None]}).to_parquet(path)
     assert run.table("quality")["value"].tolist() == [1.0]
-    assert run.table("quality")["arm"].isna().all()
+    assert run.table("quality")["baseline"].isna().all() and store.scan("demo")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"), [(["metric"], "column metric is"), (["arm", "metric"], "columns arm, metric are")]
+)
+def test_table_that_does_not_say_what_it_is_about(store: Store, lacking: list[str], told: str) -> None:
+    """A table without a column that says what its rows are about is refused and its run is done again."""
+    run = put(store)
+    run.table("quality").drop(columns=lacking).to_parquet(run.path / "tables" / "quality.parquet")
+    line = f"table quality of run demo/aa11 cannot be used: {told} missing; run it again"
+    with pytest.raises(StoreError, match=line):
+        run.table("quality")
+    assert store.scan("demo")[1] == [line] and store.done("demo", "aa11") is None
 
 
 def test_unreadable_experiment_file(store: Store) -> None:

@@ -1,7 +1,7 @@
 """What two experiments answer as a whole, where a finding for each arm would leave the answer to the reader.
 
 `sensitivity`: which layers packing harms most, and whether a recipe made of that errs less than packing all alike.
-`step_caching`: which ways to reuse earlier steps err less than a plain run of as few blocks.
+`step_caching`: which ways to reuse earlier steps err less than a plain run of no more blocks.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def texts(tables: Tables) -> list[Answer]:
 
 
 def beside_fewer_steps(quality: pd.DataFrame) -> dict[str, Beside]:
-    """Arms of step_caching's `quality` table that skip blocks, each beside the plain run that computes as many.
+    """Arms of step_caching's `quality` table that skip blocks, each beside the plain run that computes no more.
 
     Where the two 95 % intervals overlap, or there are none, it is undecided. Arms that change nothing are left out.
     """
@@ -58,7 +58,7 @@ def beside_fewer_steps(quality: pd.DataFrame) -> dict[str, Beside]:
 
 
 def equivalent_steps(steps: int, skipped: float) -> int:
-    """How many steps of a plain run compute as many blocks, at most, as `steps` that skip this share of them."""
+    """How many steps of a plain run compute no more blocks than `steps` that skip this share of them."""
     return max(1, int(steps * (1 - skipped) + 1e-9))
 
 
@@ -81,7 +81,7 @@ def _reuse(tables: Tables) -> list[Answer]:
         return []
     named = {word: [arm for arm, one in judged.items() if one.word == word] for word in ("less", "more", "undecided")}
     faster = _less_time(tables.get("ablation"))
-    ways, than = f"{len(judged)} ways to reuse earlier steps", "than a plain run of as few blocks"
+    ways, than = f"{len(judged)} ways to reuse earlier steps", "than a plain run of no more blocks"
     if good := named["less"]:
         best = min(good, key=lambda arm: faster.get(arm, 1.0))
         time = f"{units.percent(1 - faster[best])} less time, " if best in faster else ""

@@ -2,7 +2,7 @@
 
 from zimage.analysis import units
 from zimage.analysis.cost import UNATTRIBUTED
-from zimage.analysis.reading import loads, part_of, profile, records
+from zimage.analysis.reading import loads, part_of, profile, records, without_interval
 from zimage.measure.loading import PLAIN_READ
 
 import pandas as pd
@@ -35,6 +35,8 @@ def stages(frame: pd.DataFrame | None) -> list[Text]:
         texts.append("no single stage stands out beyond its interval")
     text = " and ".join(texts)
     step = f"a step takes {units.seconds(whole)}"
+    if rows["time_low_s"].isna().all():
+        text += f", {without_interval()}"
     return [(text, (step, *_by_depth(frame)), f"{text} ({step})")]
 
 
@@ -43,6 +45,9 @@ def _by_depth(frame: pd.DataFrame) -> list[str]:
     rows = records(frame[(frame["view"] == "depth") & (frame["stage"] == "one block")].dropna(subset=["time_s"]))
     texts = []
     for row in rows[:1]:
+        if not row["time_s"] > 0:
+            texts.append("the noise hid what one main block takes by the depth view")
+            continue
         text = f"one main block takes {units.seconds(row['time_s'])} by the depth view"
         if not (units.missing(row["time_low_s"]) or units.missing(row["time_high_s"])):
             text += f" ({units.seconds(row['time_low_s'])} to {units.seconds(row['time_high_s'])})"
@@ -54,6 +59,16 @@ def _stands_out(ranked: pd.DataFrame) -> bool:
     """Whether the largest stage's interval lies above all others. Without intervals nobody can tell."""
     low, others = ranked["time_low_s"].iloc[0], ranked["time_high_s"].iloc[1:]
     return bool(not units.missing(low) and others.notna().all() and low > others.max())
+
+
+def block_alone(stage: str, time_s: float, unattributed_s: float) -> str:
+    """What a block that was taken apart takes alone, and how much of that its operations do not explain.
+
+    A slope that came out at 0 or below is no time: then it says that the noise hid it.
+    """
+    if not time_s > 0:
+        return f"{stage}: the noise hid its time alone; take more rounds or a larger size"
+    return f"{stage}: {time_s * 1e3:.3f} ms alone, {unattributed_s * 1e3:.3f} unattributed"
 
 
 def operations(frame: pd.DataFrame | None) -> list[Text]:
@@ -80,11 +95,13 @@ def operations(frame: pd.DataFrame | None) -> list[Text]:
     memory = units.percent(float(kinds.get("memory", 0.0)) / whole, 0)
     numbers = [f"{memory} in operations bound by memory"] if len(kinds) > 1 else []
     numbers += [f"{units.percent(float(t) / whole, 0)} unattributed" for t in rest[:1]]
+    if "time_low_s" in rows and rows["time_low_s"].isna().all():
+        text += f", {without_interval()}"
     return [(text, tuple(numbers), "")]
 
 
-def scaling(frame: pd.DataFrame | None) -> list[Text]:
-    """How far the calibrated cost model is off where it was not calibrated."""
+def scaling(frame: pd.DataFrame | None, rounds: int | None = None) -> list[Text]:
+    """How far the calibrated cost model is off where it was not calibrated; rounds: in which all sizes were timed."""
     if frame is None or frame.empty:
         return []
     held = frame[frame["use"] == "held out"]["error"].abs().dropna()
@@ -93,6 +110,8 @@ def scaling(frame: pd.DataFrame | None) -> list[Text]:
     sizes = int((frame["use"] == "calibration").sum())
     off = units.percent(float(held.median()))
     text = f"calibrated at {sizes} sizes, the cost model is {off} off in the median of others"
+    if frame["time_low_s"].isna().all():
+        text += f", {without_interval(rounds)}"
     numbers = (
         f"{len(held)} size{'' if len(held) == 1 else 's'} held out, at most {units.percent(float(held.max()))} off"
     )

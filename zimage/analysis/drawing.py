@@ -40,6 +40,8 @@ ARM_COLORS = ("#3f7fc1", "#cf8a14", "#1c9a78", "#a45fa0", "#d4622a", "#5aa9d6", 
 
 _SIDES = ("top right", "bottom right", "middle right", "top left", "bottom left")  # of a point, for its name
 _CHARACTER, _LINE, _MARK = 0.0095, 0.055, 0.012  # a name's size and half a marker's, in shares of a chart's
+_ROOM = 0.09  # beyond the outermost values of an axis, in shares of what they span
+_BEYOND = 0.12  # the margin right of a chart into which names reach, in shares of it
 _Box = tuple[float, float, float, float]  # left, bottom, right, top
 Panel = tuple[str, Sequence[str], Sequence[float], Sequence[float], Sequence[float], Sequence[str]]
 
@@ -154,10 +156,31 @@ def _below(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
     return [math.nan if units.missing(a) or units.missing(b) else float(a) - float(b) for a, b in pairs]
 
 
-def along(values: "pd.Series[float]", logarithmic: bool = False) -> "pd.Series[float]":
-    """Where values stand on an axis from the least, 0, to the largest, 1."""
+def along(
+    values: "pd.Series[float]", logarithmic: bool = False, ends: tuple[float, float] | None = None
+) -> "pd.Series[float]":
+    """Where values stand on an axis from its first end, 0, to the other, 1; ends: the least and largest if left out."""
+    low, high = (values.min(), values.max()) if ends is None else ends
     places = values.map(math.log) if logarithmic else values
-    return (places - places.min()) / ((places.max() - places.min()) or 1.0)
+    if logarithmic and len(values):
+        low, high = math.log(low), math.log(high)
+    return (places - low) / ((high - low) or 1.0)
+
+
+def spread(values: Iterable[float], logarithmic: bool = False) -> tuple[float, float]:
+    """The ends of an axis that shows all of these values: beyond the outermost ones lies some room for a name.
+
+    What is missing counts for nothing, on a logarithmic axis what is not above 0 either; (0, 1) or (0.1, 1) for none.
+    """
+    shown = [float(v) for v in values if not units.missing(v) and math.isfinite(v) and (v > 0 or not logarithmic)]
+    if not shown:
+        return (0.1, 1.0) if logarithmic else (0.0, 1.0)
+    if logarithmic:
+        low, high = math.log(min(shown)), math.log(max(shown))
+        return math.exp(low - max(_ROOM * (high - low), 0.1)), math.exp(high + max(_ROOM * (high - low), 0.1))
+    low, high = min(shown), max(shown)
+    room = _ROOM * (high - low or abs(high) or 1.0)
+    return low - room, high + room
 
 
 def sides_of_names(names: Iterable[object], x: Iterable[float], y: Iterable[float]) -> dict[str, str]:
@@ -174,7 +197,7 @@ def sides_of_names(names: Iterable[object], x: Iterable[float], y: Iterable[floa
             bottom = up + {"top": 0.5, "middle": -0.5, "bottom": -1.5}[side.split()[0]] * _LINE
             left = at + _MARK if side.endswith("right") else at - _MARK - width
             box = (left, bottom, left + width, bottom + _LINE)
-            if left > -_MARK and not any(_overlap(box, other) for other in taken):
+            if left > -_MARK and left + width < 1 + _BEYOND and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 found[name] = side
                 break

@@ -5,11 +5,12 @@ only called so when its interval lies above every other, and a missing table is 
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zimage.analysis import answers, cost_texts, detail_texts, memory_reading, pareto, scaling_words, units
+from zimage.analysis import answers, cost_texts, detail_texts, memory_reading, pareto, reading, scaling_words, units
 from zimage.analysis.gains import clause, has_ladder
 from zimage.analysis.reading import (
     arms,
@@ -31,6 +32,7 @@ KNOWN_VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
 _MANY_ARMS = 9
 _SCOPES = {"step": " per step", "block": " per block", "qkv": " in the QKV projections"}
 _REGIMES = {"sustained": ", sustained", "fresh processes": ", in fresh processes"}
+_UNDECIDED = re.compile(r"\b(?:is|are) undecided\b|\bcould (?:not )?be decided\b")  # in a sentence: it decides nothing
 _REFERENCES = ("baseline", "float32", "bfloat16", "float16")
 
 
@@ -102,7 +104,7 @@ def findings(tables: Tables) -> list[Finding]:
     front = _said([said] if (said := pareto.summary(tables.get("pareto"))) else [])
     if by_family or front:  # which say in short what else each of many arms would
         by_arm = [replace(one, short="") for one in by_arm]
-    if of_memory := [Finding(text, "", numbers, text) for text, numbers in memory_reading.statements(tables)]:
+    if of_memory := _said(memory_reading.statements(tables)):
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += ways(tables.get("ablation"))
     answered = _said(answers.texts(tables))
@@ -111,7 +113,7 @@ def findings(tables: Tables) -> list[Finding]:
     if absent := _without_peers(tables.get("ablation")):
         by_arm = [replace(one, short="") for one in by_arm]
         answered += absent
-    grouped = [Finding(text, "", evidence, text) for text, evidence in detail_texts.texts(tables)]
+    grouped = _said(detail_texts.texts(tables))
     if grouped:
         by_arm = [replace(one, short="") for one in by_arm]
     by_family += grouped
@@ -123,7 +125,7 @@ def findings(tables: Tables) -> list[Finding]:
         *of_memory,
         *by_family,
         *by_arm,
-        *_briefly(cost_texts.scaling(tables.get("scaling"))),
+        *_briefly(cost_texts.scaling(tables.get("scaling"), reading.rounds(tables.get("samples")))),
         *_said(scaling_words.said(tables)),
         *_briefly(cost_texts.power(tables.get("power"))),
         *_briefly(cost_texts.loading(tables.get("loading"))),
@@ -131,8 +133,10 @@ def findings(tables: Tables) -> list[Finding]:
 
 
 def _said(found: Sequence[tuple[str, tuple[str, ...]]]) -> list[Finding]:
-    """Observations whose text is all that there is to say of them in short."""
-    return [Finding(text, "", evidence, text) for text, evidence in found]
+    """Observations whose text is all that there is to say of them in short; undecided where it says so."""
+    return [
+        Finding(text, "inconclusive" if _UNDECIDED.search(text) else "", evidence, text) for text, evidence in found
+    ]
 
 
 def _briefly(found: Sequence[cost_texts.Text]) -> list[Finding]:
@@ -233,9 +237,9 @@ def families(frame: pd.DataFrame | None) -> list[Finding]:
         more, first = time_phrase(float(without[best]["ratio"])), _or_those_near(best, worths, without)
         beside = f"beside the others {first} is worth the most: without {best} a step takes {more}"
     return [
-        Finding(text, "", tuple(_by_verdict(alone)), text),
+        *_said([(text, tuple(_by_verdict(alone)))]),
         replace(whole, evidence=(*whole.evidence, f"their ratios alone multiply to {units.ratio(product)}")),
-        Finding(beside, "", tuple(_by_verdict(without, "without ")), beside),
+        *_said([(beside, tuple(_by_verdict(without, "without ")))]),
     ]
 
 

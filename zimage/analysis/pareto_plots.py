@@ -1,11 +1,10 @@
 """Figures of arms by time, memory and error, their place beside the front told by colour and by marker."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from zimage.analysis import units
-from zimage.analysis.drawing import INK, along, finish, log_ticks, plain, sides_of_names, whiskers
+from zimage.analysis.drawing import INK, along, finish, log_ticks, plain, sides_of_names, spread, whiskers
 from zimage.analysis.pareto import CATEGORIES, usable
 from zimage.analysis.reading import records
 
@@ -33,11 +32,9 @@ def by_time(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.F
     links: where a click on an arm leads, by its name.
     """
     rows = usable(frame)
-    below, above = rows["time_ratio"] - rows["time_ratio_low"], rows["time_ratio_high"] - rows["time_ratio"]
-    figure = _figure(rows.assign(x=rows["time_ratio"], below=below, above=above), links or {}, logarithmic=True)
+    ends = {"x_low": rows["time_ratio_low"], "x_high": rows["time_ratio_high"]}
+    figure = _figure(rows.assign(x=rows["time_ratio"], **ends), links or {}, logarithmic=True)
     figure.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
-    if len(rows):
-        figure.update_xaxes(**log_ticks(rows["time_ratio"].min() / 1.15, rows["time_ratio"].max() * 1.25))
     figure.update_xaxes(title_text="time by the baseline's")
     return figure
 
@@ -49,8 +46,10 @@ def by_bytes(frame: pd.DataFrame, links: Mapping[str, str] | None = None) -> go.
     """
     rows = usable(frame)
     scale, unit = units.size_unit(float(rows["bytes"].max()) if len(rows) else 1.0)
-    below = (rows["bytes"] - rows["bytes_low"].fillna(rows["bytes"])) / scale
-    figure = _figure(rows.assign(x=rows["bytes"] / scale, below=below, above=0.0), links or {}, logarithmic=False)
+    x = rows["bytes"] / scale
+    figure = _figure(
+        rows.assign(x=x, x_low=(rows["bytes_low"] / scale).fillna(x), x_high=x), links or {}, logarithmic=False
+    )
     figure.update_xaxes(title_text=f"memory ({unit})")
     return figure
 
@@ -75,13 +74,16 @@ def _interval(text: Callable[[Any], str], row: Mapping[str, Any], name: str) -> 
 
 
 def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> go.Figure:
-    """Points at x with the whiskers `below` and `above`, their error upwards, a trace a category."""
+    """Points at x with whiskers to `x_low` and `x_high`, their error upwards, a trace a category.
+
+    The axes hold every whisker to its end.
+    """
     positive = rows.loc[rows["error"] > 0, "error"]
     ground = float(positive.min()) / _NO_ERROR if len(positive) else 1.0  # where what has no error is drawn
-    rows = rows.assign(
-        y=rows["error"].clip(lower=ground), low=rows["error_low"].clip(lower=ground),
-        along=along(rows["x"], logarithmic), up=along(rows["error"].clip(lower=ground), logarithmic=True),
-    )  # fmt: skip
+    rows = rows.assign(y=rows["error"].clip(lower=ground), low=rows["error_low"].clip(lower=ground))
+    across = spread([*rows["x"], *rows["x_low"], *rows["x_high"]], logarithmic)
+    upwards = spread([*rows["y"], *rows["low"], *rows["error_high"]], logarithmic=True)
+    rows = rows.assign(along=along(rows["x"], logarithmic, across), up=along(rows["y"], True, upwards))
     ranked = rows.sort_values(["category", "along", "up"], ascending=[True, True, False], key=_rank)
     sides = sides_of_names(ranked["arm"], ranked["along"], ranked["up"])
     figure = go.Figure()
@@ -96,17 +98,17 @@ def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> 
             text=[plain([arm])[0] if arm in sides else "" for arm in own["arm"]],
             textposition=[sides.get(arm, "top right") for arm in own["arm"]], textfont={"size": 11},
             marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2, "color": color}},
-            error_x=whiskers(own["below"], own["above"], color), cliponaxis=False,
+            error_x=whiskers(own["x"] - own["x_low"], own["x_high"] - own["x"], color), cliponaxis=False,
             error_y=whiskers(own["y"] - own["low"], own["error_high"] - own["y"], color),
             customdata=[[text, links.get(str(arm), "")] for text, arm in zip(told, own["arm"], strict=True)],
             hovertemplate="%{customdata[0]}<extra></extra>",
         )  # fmt: skip
     finish(figure, height=400)
     figure.update_layout(margin={"r": 90}, hovermode="closest", meta={"link": 1} if links else None)
-    figure.update_xaxes(zeroline=False)
+    figure.update_xaxes(zeroline=False, **(log_ticks(*across) if logarithmic else {"range": across}))
     figure.update_yaxes(title_text="error at the end of a run", title_font={"size": 12}, title_standoff=10)
     if len(positive):
-        figure.update_yaxes(**_error_axis(rows, ground), showgrid=True)
+        figure.update_yaxes(**_error_axis(rows, ground, upwards), showgrid=True)
     else:
         figure.update_yaxes(type="linear", showgrid=True)
     return figure
@@ -117,13 +119,10 @@ def _rank(values: "pd.Series[Any]") -> "pd.Series[Any]":
     return values.map(CATEGORIES.index) if values.name == "category" else values
 
 
-def _error_axis(rows: pd.DataFrame, ground: float) -> dict[str, Any]:
-    """A logarithmic axis of the errors above 0, and a place for 0 at `ground` where an arm has none."""
-    positive = rows.loc[rows["error"] > 0, "error"]
-    axis: dict[str, Any] = log_ticks(
-        float(positive.min()) / 1.5, 1.3 * float(pd.concat([positive, rows["error_high"].dropna()]).max())
-    )
-    if len(positive) < len(rows):
-        axis["tickvals"], axis["ticktext"] = [ground, *axis["tickvals"]], ["0", *axis["ticktext"]]
-        axis["range"] = [math.log10(ground / 1.5), axis["range"][1]]
+def _error_axis(rows: pd.DataFrame, ground: float, ends: tuple[float, float]) -> dict[str, Any]:
+    """A logarithmic axis of the errors above 0 with these ends, and a tick for 0 at `ground` where an arm has none."""
+    axis: dict[str, Any] = log_ticks(*ends)
+    if (rows["error"] == 0).any():
+        kept = [(v, t) for v, t in zip(axis["tickvals"], axis["ticktext"], strict=True) if v > 2.5 * ground]
+        axis["tickvals"], axis["ticktext"] = [ground, *(v for v, _ in kept)], ["0", *(t for _, t in kept)]
     return axis

@@ -119,6 +119,20 @@ def pictures_by_arm(quality: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def rounds(samples: pd.DataFrame | None) -> int | None:
+    """In how many rounds everything was timed, as a `samples` table has it; None where it does not tell."""
+    if samples is None:
+        return None
+    rows = tables.complete("samples", samples)
+    counts = rows[(rows["kind"] == "sample") & (rows["regime"] == "burst")].groupby(["arm", "scope"]).size()
+    return int(counts.min()) if len(counts) else None
+
+
+def without_interval(rounds: int | None = None) -> str:
+    """What is said beside a number that has no interval, and of how many rounds it is where that is known."""
+    return "an estimate without an interval" + (f" ({rounds} round{'s' * (rounds > 1)})" if rounds else "")
+
+
 def part_of(stage: object) -> str:
     """The part of the forward pass that a stage belongs to, one of PARTS; `other` where the stage has no name."""
     head = stage.split(".", maxsplit=1)[0] if isinstance(stage, str) else ""

@@ -5,7 +5,7 @@ from typing import Any
 
 from zimage.analysis import tables, units
 from zimage.analysis.crossover import FLOPS, OPERATIONS, RATES
-from zimage.analysis.reading import records
+from zimage.analysis.reading import records, rounds, without_interval
 
 import pandas as pd
 
@@ -14,11 +14,19 @@ Said = tuple[str, tuple[str, ...]]
 
 def said(found: Mapping[str, pd.DataFrame]) -> list[Said]:
     """All sentences that the tables of a run give, in the order in which they are told."""
-    return [*crossing(found.get("crossover")), *axes(found.get("axes")), *throughput(found.get("scaling"))]
+    times = rounds(found.get("samples"))
+    return [
+        *crossing(found.get("crossover"), times),
+        *axes(found.get("axes")),
+        *throughput(found.get("scaling"), times),
+    ]
 
 
-def crossing(frame: pd.DataFrame | None) -> list[Said]:
-    """From how many tokens on attention takes more time than the linear layers, by each method."""
+def crossing(frame: pd.DataFrame | None, times: int | None = None) -> list[Said]:
+    """From how many tokens on attention takes more time than the linear layers, by each method.
+
+    times: rounds in which all was timed, said where there is no interval.
+    """
     if frame is None or frame.empty:
         return []
     frame = tables.complete("crossover", frame)
@@ -34,12 +42,15 @@ def crossing(frame: pd.DataFrame | None) -> list[Said]:
         text = "from how many tokens on attention takes more time than the linear layers is undecided"
     else:
         text = f"attention takes more time than the linear layers of a block from {_tokens(by_times)} on"
+    if "undecided" not in text and units.missing(by_times["tokens_low"]):
+        text += f", {without_interval(times)}"
     evidence = [] if units.missing(by_times["side_px"]) else [f"a square of {by_times['side_px']:.0f} px"]
     if by_times["note"] == "extrapolated":
         evidence.append("extrapolated beyond the sizes that were measured")
     other, flops = (rows.get(method, {"tokens": None}) for method in (RATES, FLOPS))
     if by_times is not other and not units.missing(other["tokens"]):
-        evidence.append(f"from {_tokens(other)} on beside all else of a step, by the calibrated rates")
+        told = f"from {_tokens(other)} on beside all else of a step, by the calibrated rates"
+        evidence.append(told + (f", {without_interval(times)}" if units.missing(other["tokens_low"]) else ""))
     if not units.missing(flops["tokens"]):
         evidence.append(f"by FLOPs alone from {_tokens(flops)} on")
     return [(text, tuple(evidence))]
@@ -72,7 +83,9 @@ def axes(frame: pd.DataFrame | None) -> list[Said]:
         alike, others, unknown = told.values()
         text = f"of {len(shapes)} shapes {beside} {alike} take{'s' * (alike == 1)} the same time to 1 %, "
         text += f"{others} {'does' if others == 1 else 'do'} not"
-        text += f", {unknown} {'is' if unknown == 1 else 'are'} undecided" * bool(unknown)
+        text += f", {unknown} undecided" * bool(unknown)
+        if unknown == len(shapes):
+            text = f"whether {unknown} other shapes take as long as a squarer one of as many tokens is undecided"
         if len(shapes) == 1:
             text = {
                 alike: f"another shape {beside} takes the same time to 1 %",
@@ -116,8 +129,11 @@ def _change(row: Mapping[str, Any]) -> str:
     return f"{sides} px: ratio {units.ratio(row['ratio'])}{between}"
 
 
-def throughput(frame: pd.DataFrame | None) -> list[Said]:
-    """Images an hour at the size with a sustained time and the most pixels, else the size with the most of all."""
+def throughput(frame: pd.DataFrame | None, times: int | None = None) -> list[Said]:
+    """Images an hour at the size with a sustained time and the most pixels, else the size with the most of all.
+
+    Each with the interval that the step's time gives it; times: rounds, said where it has none.
+    """
     if frame is None or frame.empty:
         return []
     rows = tables.complete("scaling", frame).dropna(subset=["images_per_hour", "height", "width", "steps"])
@@ -126,9 +142,24 @@ def throughput(frame: pd.DataFrame | None) -> list[Said]:
     for row in records(held if len(held) else rows.nlargest(1, "images_per_hour"))[:3]:
         size = f"{int(row['height'])} x {int(row['width'])} px"
         size += "" if units.missing(row["batch"]) else f", batch {int(row['batch'])}"
-        text = f"{_many(row['images_per_hour'])} images an hour of {size}, {int(row['steps'])} steps each, "
-        text += "in bursts"
+        text = f"{_many(row['images_per_hour'])} images an hour{_hourly(row, '')} of {size}, {int(row['steps'])} steps "
+        text += "each, in bursts"
         if not units.missing(row["sustained_images_per_hour"]):
-            text += f", {_many(row['sustained_images_per_hour'])} sustained"
+            text += f", {_many(row['sustained_images_per_hour'])}{_hourly(row, 'sustained_')} sustained"
+        if units.missing(row["time_low_s"]):
+            text += f"; that of bursts is {without_interval(times)}"
         found.append((text, ("denoising alone, without text encoder and image decoder",)))
     return found
+
+
+def _hourly(row: Mapping[str, Any], kind: str) -> str:
+    """The interval of images an hour that follows from that of the step's time, in brackets; "" where it has none.
+
+    kind: "sustained_", or "" for bursts.
+    """
+    prefix = kind or "time_"
+    time, low, high = row[f"{kind}s" if kind else "time_s"], row[f"{prefix}low_s"], row[f"{prefix}high_s"]
+    if any(units.missing(value) for value in (time, low, high)) or not low > 0:
+        return ""
+    fewest, most = (row[f"{kind}images_per_hour"] * time / end for end in (high, low))
+    return f" ({_many(fewest)} to {_many(most)})"

@@ -113,6 +113,32 @@ _KEYS = {  # what a row is about, so it cannot be missing
 }
 
 
+def unusable(name: str, found: pa.Schema) -> str | None:
+    """Why a stored table with the columns `found` cannot be used as `name`, or None; what it lacks otherwise is null.
+
+    It needs the columns that say what its rows are about, and text or numbers in those where the schema has such.
+    """
+    missing = [column for column in ("arm", *_KEYS.get(name, ())) if column not in found.names]
+    if missing:
+        return f"column{'s' * (len(missing) > 1)} {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+    for field in SCHEMAS[name]:
+        if field.name not in found.names or pa.types.is_null(found.field(field.name).type):
+            continue
+        holds, wanted = _kind(found.field(field.name).type), _kind(field.type)
+        if holds != wanted:
+            return f"column {field.name} holds {holds} in place of {wanted}"
+    return None
+
+
+def _kind(of: pa.DataType) -> str:
+    """What a column of that type holds, in words."""
+    if pa.types.is_dictionary(of):
+        return _kind(of.value_type)
+    if pa.types.is_string(of) or pa.types.is_large_string(of):
+        return "text"
+    return "numbers" if pa.types.is_integer(of) or pa.types.is_floating(of) else str(of)
+
+
 def complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with the columns of the table called `name` that it lacks, as missing values."""
     return frame.reindex(columns=[*frame.columns, *(c for c in SCHEMAS[name].names if c not in frame.columns)])

@@ -1,6 +1,7 @@
 """The parts of a page about what operations cost: profile by operation, module tree, prediction, power."""
 
 from collections.abc import Callable
+from typing import Any
 
 from zimage.analysis import cost_plots, plots, reading, scaling_plots, units
 from zimage.analysis.cost import UNATTRIBUTED
@@ -120,13 +121,22 @@ def overhead(frame: pd.DataFrame) -> Section | None:
     cells = [
         [
             Cell(str(row["stage"]) + (", by depth" if row["view"] == "depth" else "")),
-            Cell(units.seconds(row["time_s"]), "num"),
-            Cell(times(row), "num"),
+            *((Cell("hidden by noise"), Cell("")) if _hidden(row) else _timed(row)),
         ]
         for row in reading.records(rows)
     ]
     note = "Measured apart and in no stage's time. The depth view regresses the time of a step on its number of blocks."
     return Section("Beside the stages", note, table=Table("Beside the stages", heads, cells))
+
+
+def _timed(row: dict[str, Any]) -> tuple[Cell, Cell]:
+    """A time and its interval."""
+    return Cell(units.seconds(row["time_s"]), "num"), Cell(times(row), "num")
+
+
+def _hidden(row: dict[str, Any]) -> bool:
+    """Whether a row is a block by the depth view that came out at 0 or below, which is no time."""
+    return bool(row["view"] == "depth" and row["stage"] == "one block" and row["time_s"] <= 0)
 
 
 def scaling(frame: pd.DataFrame, id: str) -> Section:
@@ -153,6 +163,8 @@ def scaling(frame: pd.DataFrame, id: str) -> Section:
             f"median absolute error {units.percent(float(held.median()))} at {len(held)} sizes held out, "
             f"{units.percent(float(held.max()))} at most."
         )
+    if len(frame) and frame["time_low_s"].isna().all():
+        note = f"{note} Each time is {reading.without_interval()}: there were too few rounds for one.".lstrip()
     charts = []
     if frame["predicted_s"].notna().any():
         charts.append(chart(cost_plots.scaling(frame), f"{id}-scaling", f"Measured over predicted time. {note}"))
@@ -193,8 +205,8 @@ def axes(frame: pd.DataFrame, id: str) -> Section:
     cells = [
         [
             Cell(_text(row["axis"])),
-            Cell(cost_plots.size_name(row)),
-            Cell(scaling_plots.beside_name(row)),
+            Cell(cost_plots.size_name(row), "free"),
+            Cell(scaling_plots.beside_name(row), "free"),
             Cell(_text(row["verdict"]), "verdict"),
             Cell(units.MISSING if units.missing(row["tokens"]) else f"{int(row['tokens'])}", "num"),
             Cell(units.ratio(row["ratio"]), "num"),
@@ -233,6 +245,8 @@ def crossover(frame: pd.DataFrame, id: str) -> Section:
         "whole step: beside attention stands all else that grows with the tokens. The operations are of one block, "
         "each timed alone: beside attention stand its linear layers."
     )
+    if len(rows) and frame["tokens_low"].isna().all():
+        note += f" Each number of tokens that was measured is {reading.without_interval()}: there were too few rounds."
     alt = "Crossings: " + "; ".join(f"{line[0].text} {line[1].text} tokens" for line in cells)
     charts = [chart(scaling_plots.crossing(frame), f"{id}-crossover", alt)] if len(frame) else []
     return Section(title, note, charts, Table(title, heads, cells))

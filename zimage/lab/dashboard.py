@@ -6,6 +6,7 @@ Everything that a run supplied reaches the page escaped: text through the templa
 """
 
 import base64
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ class Experiment:
     groups: dict[str, list[Case]]  # by notebook
     joint: list[tuple[Case, Finding]]  # what several cases say together, with one of them
     problems: list[str]
+    earlier: str = ""  # what `earlier` says
 
     @property
     def cases(self) -> list[Case]:
@@ -136,6 +138,18 @@ def findings(store: Store, experiment: str, keys: Collection[str] | None = None)
     return Brief(devices or "no device yet", kinds, texts[:IN_BRIEF], max(len(texts) - IN_BRIEF, 0), failed)
 
 
+def earlier(store: Store, experiment: str) -> str:
+    """How many completed runs the page of an experiment no longer shows and what lists them; "" where there are none.
+
+    For a terminal: the command names the store, unless it is the one that commands take by themselves.
+    """
+    runs = store.runs(experiment)
+    command = f"zimage show {experiment}"
+    if store.root != Path("results"):
+        command += f" --results {shlex.quote(str(store.root))}"
+    return _earlier(runs, store.current_or(experiment, runs), "its page", command)
+
+
 def weights_kind(run: Run) -> str:
     """`trained`, `synthetic`, or "" where the run did not say."""
     kind = run.mapping("weights").get("kind")
@@ -155,6 +169,7 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         runs, swept = store.current(name), store.swept(name)
     except StoreError:  # scan has reported it already
         asked, swept = {}, []
+    unseen = _earlier(every, runs, "this page", f"zimage show {name}")
     runs = [run for run in runs if keys is None or run.key in keys]
     for parameter in OF_THE_MODEL:
         if parameter not in swept and len({of_parameters(run, [parameter]) for run in runs if run.completed}) > 1:
@@ -202,7 +217,31 @@ def _read(store: Store, name: str, keys: Collection[str] | None = None) -> Exper
         ]
     question = asked.get("question")
     failed = [run for run in runs if not run.completed]
-    return Experiment(name, question if isinstance(question, str) else "", runs, failed, groups, joint, problems)
+    asks = question if isinstance(question, str) else ""
+    return Experiment(name, asks, runs, failed, groups, joint, problems, unseen)
+
+
+def _earlier(every: Sequence[Run], current: Sequence[Run], page: str, command: str) -> str:
+    """What `earlier` says, of all runs and of those that the newest sweep asks for; command: what lists the runs.
+
+    It counts no run with whose parameters a newer one has completed on its device: nothing is lost from sight there.
+    """
+    done = [run for run in current if run.completed]
+    asked, shown = {run.key for run in current}, {_measured(run) for run in done}
+    kept = sum(run.completed and run.key not in asked and _measured(run) not in shown for run in every)
+    if not kept:
+        return ""
+    start = "" if done else "The newest sweep has no completed run. "
+    are, their, them = ("run is", "its files", "it") if kept == 1 else ("runs are", "their files", "them")
+    return (
+        f"{start}{kept} earlier completed {are} no longer on {page}, as the newest sweep asks for others; "
+        f"{their} are kept, and `{command}` lists {them}."
+    )
+
+
+def _measured(run: Run) -> tuple[str, str, str]:
+    """What a run measured: notebook, device and all parameters."""
+    return run.notebook, run.device, of_parameters(run, sorted(run.parameters))
 
 
 @contextmanager
@@ -211,7 +250,7 @@ def _reported(run: Run, problems: list[str]) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        problems.append(str(error))
+        problems += [str(error)] if str(error) not in problems else []
     except Exception as error:  # whatever pandas or plotly make of odd values
         problems.append(f"{run.path}: its tables cannot be shown: {type(error).__name__}: {_one_line(error)[:200]}")
 
@@ -262,6 +301,7 @@ def _experiment_page(
         "name": page.name,
         "title": page.question or page.name,
         "facts": facts,
+        "earlier": page.earlier,
         "caveats": [*([_SYNTHETIC] if "synthetic" in kinds else []), *doubts([one.run.facts for one in page.cases])],
         "findings": lines,
         "most": ON_A_PAGE,
@@ -312,6 +352,7 @@ def _group(
                 "folds": of_weights(folds, weights_kind(one.run)),
                 "run": one.run.key[:12],
                 "links": _links(one.run),
+                "recipes": [Link(path.name, _href(path, one.run)) for path in one.run.recipes()],
                 "trend": one.trend is not None,
             }
         )

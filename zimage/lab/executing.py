@@ -117,6 +117,7 @@ def execute(
     show(content, as_json, lambda: lines)
     for doubt in machine.doubts([run.facts for run in (*whole.completed, *whole.found)]):
         terminal.note(doubt)
+    _tell_unusable(parts, store)
     return 1 if whole.failed else 0
 
 
@@ -163,8 +164,9 @@ def _told(
     if not ended:
         return content, [said]
     finding = dashboard.findings(store, name, {job.key for job in jobs})
+    kept = filter(None, [dashboard.earlier(store, name)])
     where = [] if page is None else [f"page: {link(page)}"]
-    return content | {"finding": finding.sentence}, [said, *finding.lines(columns()), *where]
+    return content | {"finding": finding.sentence}, [said, *finding.lines(columns()), *kept, *where]
 
 
 def _counts(outcome: Outcome, took_s: float) -> str:
@@ -219,6 +221,13 @@ def plan(parts: Sequence[Part], store: Store, fresh: bool, as_json: bool, suite:
         content = {"suite": suite.name, "budget_s": suite.budget_s, "experiments": [one for one, _ in planned]}
         lines = [line for one, some in planned for line in (f"{one['experiment']}:", *some)]
     terminal.show(content, as_json, lambda: [_beforehand(jobs, to_do, estimates, suite), *lines])
+    _tell_unusable(parts, store)
+
+
+def _tell_unusable(parts: Sequence[Part], store: Store) -> None:
+    """Say what of the parts' experiments cannot be read or used, a line each."""
+    names = dict.fromkeys(part.jobs[0].experiment for part in parts)
+    terminal.skipped([problem for name in names for problem in store.scan(name)[1]])
 
 
 def _planned(jobs: Sequence[Job], states: Mapping[int, str]) -> tuple[dict[str, Any], list[str]]:

@@ -55,7 +55,8 @@ def run_content(run: Run) -> dict[str, Any]:
     """One run: its run.json, and what it kept."""
     tables = {name: len(run.table(name)) for name in run.tables()}
     pictures = [{"name": p.name, "path": str(p.path), "caption": p.caption} for p in run.pictures()]
-    return {**run.meta, "experiment": run.experiment, "path": str(run.path), "tables": tables, "pictures": pictures}
+    kept = {"tables": tables, "pictures": pictures, "recipes_written": [str(path) for path in run.recipes()]}
+    return {**run.meta, "experiment": run.experiment, "path": str(run.path), **kept}
 
 
 def run_lines(run: Run) -> list[str]:
@@ -74,6 +75,7 @@ def run_lines(run: Run) -> list[str]:
         f"  started     {meta['started']}, took {span(meta['duration_s'])}",
         f"  tables      {', '.join(f'{name} ({rows} rows)' for name, rows in content['tables'].items()) or 'none'}",
         f"  pictures    {', '.join(picture['path'] for picture in content['pictures'])}" if content["pictures"] else "",
+        *(f"  recipes written  {path}" for path in content["recipes_written"]),
         f"  error       {describe_failure(run)}" if not run.completed else "",
     ]
     return [line for line in lines if line]

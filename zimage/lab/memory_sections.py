@@ -6,6 +6,11 @@ from zimage.lab.sections import Cell, Head, Section, Table, chart, some
 
 import pandas as pd
 
+_UNPACKED = (
+    "On CUDA packed weights are unpacked where they are used, and MLX closes a batch of work by the elements it reads: "
+    "the larger the image, the fewer unpacked weights wait at once, so that a larger one may need less."
+)
+
 
 def sections(tables: Tables, id: str) -> list[Section]:
     """What a `footprint` table, and `memory` and `ablation` tables beside it, say; none without the first."""
@@ -31,6 +36,8 @@ def needs(footprint: pd.DataFrame, id: str) -> Section:
         "before anything is allocated: nothing of this run's weights. It hands over all its work at once, of which "
         "much is alive then; submit_early holds less."
     )
+    if "cuda" in set(rows["kind"]):
+        note += f" {_UNPACKED}"
     alt = "Predicted peak memory: " + "; ".join(
         f"{row['arm']}, {memory_reading.size_name(row)} {units.size(row['predicted_bytes'])}"
         for row in reading.records(rows)

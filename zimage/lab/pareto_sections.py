@@ -36,7 +36,7 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         chart(pareto_plots.by_time(points, links), f"{id}-by-time", f"Error over time: {told}"),
         chart(pareto_plots.by_bytes(points, links), f"{id}-by-bytes", "Error over memory, of the same arms"),
     ]
-    heads = [Head("Arm"), Head("Place"), Head("Dominated by"), Head("By its estimate beaten by")]
+    heads = [Head("Arm"), Head("Place"), Head("Beaten by")]
     heads += [Head(name, True) for name in ("Time", "Interval", "Memory", "Interval", "Error", "Interval")] + [
         Head("Run")
     ]
@@ -44,7 +44,7 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         [
             Cell(str(row["arm"])),
             Cell(str(row["category"]), "verdict"),
-            *(Cell(_beaten(row, category), "free") for category in ("dominated", "indistinguishable")),
+            Cell(_beaten(row), "free"),
             Cell(units.ratio(row["time_ratio"]), "num"),
             Cell(_ends(row, "time_ratio", units.ratio), "num"),
             Cell(units.size(row["bytes"]), "num"),
@@ -57,6 +57,8 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
         ]
         for row in records(points)
     ]
+    kept = [place for place, _ in enumerate(heads) if any(_holds(line[place]) for line in cells)]
+    heads, cells = [heads[place] for place in kept], [[line[place] for place in kept] for line in cells]
     return Section(title, note or _NOTE, charts, Table(title, heads, cells), stacked=True)
 
 
@@ -85,10 +87,17 @@ def _notebook(key: Any) -> str:
     return f"{quote(key, safe='')}/notebook.ipynb" if isinstance(key, str) and key else ""
 
 
-def _beaten(row: Mapping[str, Any], category: str) -> str:
-    """Which arm beats that of a row, if the row is in this category."""
+def _holds(cell: Cell) -> bool:
+    """Whether there is anything in a cell: a column that nothing is in has no place on a page."""
+    return bool(cell.links) or cell.text not in ("", units.MISSING)
+
+
+def _beaten(row: Mapping[str, Any]) -> str:
+    """Which arm beats that of a row, and whether that is no more than what the estimates say; "" for none."""
     by = row["dominated_by"]
-    return by if row["category"] == category and isinstance(by, str) else ""
+    if not isinstance(by, str) or not by:
+        return ""
+    return by if row["category"] == "dominated" else f"{by}, by its estimate"
 
 
 def _ends(row: Mapping[str, Any], name: str, text: Any) -> str:

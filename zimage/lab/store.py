@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage.analysis.tables import SCHEMAS
+from zimage.analysis.tables import SCHEMAS, unusable
 from zimage.errors import StoreError
 from zimage.lab.files import NAME, read_json, refused, sync, sync_tree, write_json
 
@@ -131,18 +131,24 @@ class Run:
         return frame
 
     def damaged(self) -> list[str]:
-        """A line for each recorded table that cannot be read, going by its footer."""
+        """A line for each recorded table that cannot be read or used, going by its footer."""
         lines = []
         for name in self.tables():
             path = self.path / "tables" / f"{name}.parquet"
             try:
-                pq.read_metadata(path)
+                _require_usable(path, name, pq.read_schema(path))
+            except StoreError as error:
+                lines.append(str(error))
             except (pa.ArrowException, OSError, ValueError):
                 try:
                     read_table(path, name)
                 except StoreError as error:
                     lines.append(str(error))
         return lines
+
+    def recipes(self) -> list[Path]:
+        """The files of the quantization recipes that it wrote, by name."""
+        return sorted((self.path / "recipes").glob("*.yaml"))
 
     def pictures(self) -> list[Picture]:
         """The recorded pictures by name."""
@@ -152,11 +158,12 @@ class Run:
 def read_table(path: Path, name: str) -> pa.Table:
     """The table in `path` with the columns of schema `name`; those an older version lacked are null.
 
-    Raises StoreError, one line, if it is not readable as that.
+    Raises StoreError, one line, if it is not readable as that, or lacks a column that says what its rows are about.
     """
     schema = SCHEMAS[name]
     try:
         found = pq.read_table(path, partitioning=None)
+        _require_usable(path, name, found.schema)
         columns = [
             found[f.name].cast(f.type) if f.name in found.column_names else pa.nulls(len(found), f.type) for f in schema
         ]
@@ -164,6 +171,13 @@ def read_table(path: Path, name: str) -> pa.Table:
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise StoreError(f"{path}: not readable as a {name!r} table: {reason[:200]}") from None
+
+
+def _require_usable(path: Path, name: str, found: pa.Schema) -> None:
+    """Raise StoreError where the table in `path`, which has the columns `found`, cannot be used as `name`."""
+    if reason := unusable(name, found):
+        run = path.parent.parent
+        raise StoreError(f"table {name} of run {run.parent.name}/{run.name} cannot be used: {reason}; run it again")
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
