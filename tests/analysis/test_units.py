@@ -59,3 +59,13 @@ def test_significant(value: float, text: str) -> None:
 def test_date(text: str | None, date: str) -> None:
     """A time is shown in UTC; text that is none stays as it is."""
     assert units.date(text) == date
+
+
+def test_ends_say_a_shared_unit_once() -> None:
+    """Ends of an interval share their unit where they have one; ends that are unknown or read the same are missing."""
+    assert units.ends(units.size, 10_690_000, 11_120_000) == "10.7 to 11.1 MB"
+    assert units.ends(units.size, 999_000, 1_200_000) == "999 kB to 1.20 MB"
+    assert units.ends(units.ratio, 0.711, 0.881) == "0.711 to 0.881"
+    assert units.ends(units.significant, 2.1e-7, 2.7e-7).count(" to ") == 1
+    for low, high in ((None, 1.0), (1.0, float("nan")), (15_460_000, 15_497_000)):
+        assert units.ends(units.size, low, high) == units.MISSING

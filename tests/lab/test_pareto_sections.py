@@ -66,7 +66,8 @@ def test_memory_has_an_interval(table: pd.DataFrame) -> None:
         assert tuple(trace.error_x.arrayminus) == pytest.approx([x / 2 for x in trace.x], rel=1e-6)
         assert not any(trace.error_x.array)
     row = next(iter(wide.to_dict("records")))
-    assert f"memory {units.size(row['bytes'])} ({units.size(row['bytes'] // 2)} to" in pareto_plots.facts(row)[1]
+    between = units.ends(units.size, row["bytes"] // 2, row["bytes"])
+    assert pareto_plots.facts(row)[1] == f"memory {units.size(row['bytes'])} ({between})"
     both, plain = pareto.pooled([wide]).set_index("arm"), pareto.pooled([table]).set_index("arm")
     assert set(both.index) == set(plain.index) and list(both["bytes_low"]) == [b // 2 for b in both["bytes"]]
     assert (plain["category"] == table.set_index("arm")["category"][plain.index]).all()

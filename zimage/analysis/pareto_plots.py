@@ -69,8 +69,8 @@ def facts(row: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(text: Callable[[Any], str], row: Mapping[str, Any], name: str) -> str:
-    value, low, high = (text(row[column]) for column in (name, f"{name}_low", f"{name}_high"))
-    return value if units.MISSING in (low, high) or low == high else f"{value} ({low} to {high})"
+    between = units.ends(text, row[f"{name}_low"], row[f"{name}_high"])
+    return text(row[name]) if between == units.MISSING else f"{text(row[name])} ({between})"
 
 
 def _figure(rows: pd.DataFrame, links: Mapping[str, str], logarithmic: bool) -> go.Figure:

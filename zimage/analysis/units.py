@@ -4,6 +4,7 @@ Every function takes a plain number and returns text; a missing value (None or N
 """
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +46,19 @@ def seconds(value_s: float | None) -> str:
 def size(value_bytes: float | None) -> str:
     """A number of bytes as text in decimal units: `3.24 MB`."""
     return _scaled(value_bytes, _SIZES)
+
+
+def ends(text: Callable[[Any], str], low: float | None, high: float | None) -> str:
+    """The ends of an interval as `text` has them, a shared unit once: `10.7 to 11.1 MB`.
+
+    MISSING where they are not known, or read the same.
+    """
+    if low is None or high is None or missing(low) or missing(high):
+        return MISSING
+    first, last = text(low), text(high)
+    number, _, unit = first.partition(" ")
+    joined = f"{number if unit and last.endswith(f' {unit}') else first} to {last}"
+    return MISSING if first == last else joined
 
 
 def count(value: float | None) -> str:

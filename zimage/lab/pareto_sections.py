@@ -46,11 +46,11 @@ def front(frame: pd.DataFrame, id: str, title: str = "What is worth having toget
             Cell(str(row["category"]), "verdict"),
             Cell(_beaten(row), "free"),
             Cell(units.ratio(row["time_ratio"]), "num"),
-            Cell(_ends(row, "time_ratio", units.ratio), "num"),
+            Cell(units.ends(units.ratio, row["time_ratio_low"], row["time_ratio_high"]), "num"),
             Cell(units.size(row["bytes"]), "num"),
-            Cell(_ends(row, "bytes", units.size), "num"),
+            Cell(units.ends(units.size, row["bytes_low"], row["bytes_high"]), "num"),
             Cell(units.significant(row["error"]), "num"),
-            Cell(_ends(row, "error", units.significant), "num"),
+            Cell(units.ends(units.significant, row["error_low"], row["error_high"]), "num"),
             Cell(
                 "", links=(Link(str(row["run_key"])[:8], links[str(row["arm"])]),) if str(row["arm"]) in links else ()
             ),
@@ -98,9 +98,3 @@ def _beaten(row: Mapping[str, Any]) -> str:
     if not isinstance(by, str) or not by:
         return ""
     return by if row["category"] == "dominated" else f"{by}, by its estimate"
-
-
-def _ends(row: Mapping[str, Any], name: str, text: Any) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    known = not (units.missing(low) or units.missing(high)) and low < high
-    return f"{text(low)} to {text(high)}" if known else units.MISSING
